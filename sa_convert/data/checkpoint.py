@@ -1,0 +1,86 @@
+"""What a checkpoint holds, as its headers tell; and what a conversion does to each tensor."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor: dtype in the words of safetensors; `start:stop` is its byte range in `file`, a path."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    stop: int
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file: its tensors in the order of their bytes, and its `__metadata__`."""
+
+    file: Path
+    tensors: tuple[TensorEntry, ...]
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model in a folder, read from config.json and safetensors headers alone.
+
+    identity: what the user called it. revision: the commit on the Hub, or None. index: the parsed
+    `model.safetensors.index.json`, or None for a single file. side_files: every other file that belongs to the model
+    (tokenizer, generation config, license, ...), relative to the folder, weights of other formats left out.
+    """
+
+    identity: str
+    folder: Path
+    config: Mapping[str, Any]
+    shards: tuple[Shard, ...]
+    index: Mapping[str, Any] | None
+    side_files: tuple[Path, ...]
+    revision: str | None = None
+
+    @property
+    def tensors(self) -> dict[str, TensorEntry]:
+        return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
+
+
+@dataclass(frozen=True)
+class TensorEdit:
+    """What happens to one tensor. A tensor without an edit is copied as it is.
+
+    rows: ranges (start, stop) of axis 0 that stay, in order; empty: the tensor is dropped; None: all of it stays.
+    name: its new name, or None to keep it.
+    """
+
+    rows: tuple[tuple[int, int], ...] | None = None
+    name: str | None = None
+
+    @property
+    def drops(self) -> bool:
+        return self.rows == ()
+
+    def shape(self, tensor: TensorEntry) -> tuple[int, ...]:
+        """Shape of the tensor after the edit."""
+        if self.rows is None:
+            return tensor.shape
+        return (sum(stop - start for start, stop in self.rows), *tensor.shape[1:])

@@ -1,0 +1,43 @@
+"""The shape of a model's attention, layer by layer, as far as sharing depends on it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LayerGeometry:
+    """Attention of one layer.
+
+    heads: query heads. groups: key/value heads, each read by `heads // groups` query heads. head_dim: elements of one
+    head's query and key. attention: type in the words of transformers ("full_attention", "sliding_attention").
+    window: tokens in the sliding window, or None. rotary: whether queries and keys are rotated by position.
+    """
+
+    heads: int
+    groups: int
+    head_dim: int
+    attention: str = "full_attention"
+    window: int | None = None
+    rotary: bool = True
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV group."""
+        return self.heads // self.groups
+
+    def group_of(self, head: int) -> int:
+        return head // self.group_size
+
+    def heads_of(self, group: int) -> range:
+        return range(group * self.group_size, (group + 1) * self.group_size)
+
+
+@dataclass(frozen=True)
+class ModelGeometry:
+    """All layers; granularity is the smallest unit that can reuse: "head" or "layer"."""
+
+    layers: tuple[LayerGeometry, ...]
+    granularity: str = "head"
+
+    @property
+    def total_groups(self) -> int:
+        return sum(layer.groups for layer in self.layers)

@@ -1,0 +1,40 @@
+"""The errors that users see. Every message names what is wrong (file, key, line, layer) and what to do about it.
+
+`sa_convert.commands.main` is the one place that turns them into an exit status.
+"""
+
+
+class SaConvertError(Exception):
+    """Something the user can mend. The message is one line."""
+
+    exit_code = 1
+
+
+class CheckpointError(SaConvertError):
+    """The model's files are missing, damaged, or contradict each other."""
+
+
+class UnsupportedModelError(SaConvertError):
+    """The model is of a kind that cannot share attention, or not yet."""
+
+
+class RecipeError(SaConvertError):
+    """The recipe cannot be read, or asks for something impossible."""
+
+
+class SharingError(SaConvertError):
+    """A sharing map breaks a rule; the message names the layer and the head."""
+
+
+class OutputError(SaConvertError):
+    """The result cannot be written."""
+
+
+class DataError(SaConvertError):
+    """Text for calibration or validation cannot be used."""
+
+
+class GateRefused(SaConvertError):
+    """The converted model is not good enough to be published."""
+
+    exit_code = 3

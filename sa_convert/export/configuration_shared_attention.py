@@ -1,0 +1,61 @@
+"""Configuration of models that share attention across layers.
+
+A model of base type T has the type `shared_attention_T`, all keys of its base, and one more:
+
+    "shared_attention": {"layers": {"27": [[26, 4], null, ...]}}
+
+For each reusing layer it lists, per query head, null (the head owns its attention) or the source layer and source head.
+
+The class `SharedAttention<Base>Config` exists for every `<Base>Config` that `shared_attention_families` names; it is
+made when it is first asked for.
+"""
+
+from functools import lru_cache
+from inspect import signature
+
+import transformers
+
+from .shared_attention_families import FAMILIES, Family
+
+PREFIX = "shared_attention_"
+
+
+def _rope_of_transformers_4(parameters: dict) -> dict:
+    """The keys that transformers 4 reads for the `rope_parameters` of transformers 5."""
+    if all(isinstance(value, dict) for value in parameters.values()):
+        # One set of parameters per attention type (Gemma 3).
+        keys = _rope_of_transformers_4(parameters["full_attention"])
+        if "sliding_attention" in parameters:
+            keys["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
+        return keys
+    rest = dict(parameters)
+    keys = {name: rest.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rest}
+    keys["rope_scaling"] = None if rest.get("rope_type", "default") == "default" else rest
+    return keys
+
+
+def _init_of_transformers_4(base):
+    def __init__(self, **kwargs):
+        parameters = kwargs.pop("rope_parameters", None)
+        if parameters:
+            kwargs = {**_rope_of_transformers_4(parameters), **kwargs}
+        base.__init__(self, **kwargs)
+
+    return __init__
+
+
+@lru_cache(maxsize=None)
+def config_class_of(family: Family) -> type:
+    """The configuration class of a family: its base's, with our model type."""
+    base = getattr(transformers, family.config_class)
+    members = {"model_type": PREFIX + family.model_type, "__module__": __name__}
+    if "rope_theta" in signature(base.__init__).parameters:
+        members["__init__"] = _init_of_transformers_4(base)
+    return type(f"SharedAttention{family.config_class}", (base,), members)
+
+
+def __getattr__(name: str):
+    for family in FAMILIES.values():
+        if name == f"SharedAttention{family.config_class}":
+            return config_class_of(family)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

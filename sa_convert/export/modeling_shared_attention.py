@@ -1,0 +1,68 @@
+"""Models that share attention across layers.
+
+The class `SharedAttention<Base>` exists for every model class `<Base>` that `shared_attention_families` names; it is
+made when it is first asked for. It is the base class, with the attention of sharing layers changed as
+`config.shared_attention` says: see `shared_attention`.
+"""
+
+from functools import lru_cache
+
+import transformers
+
+from .configuration_shared_attention import PREFIX, config_class_of
+from .shared_attention import share_attention
+from .shared_attention_families import FAMILIES, Family
+
+
+class SharedAttentionMixin:
+    """Builds the base model, then makes it share attention."""
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        layers = config.shared_attention["layers"]
+        sharing = {
+            int(layer): tuple(source if source is None else tuple(source) for source in heads)
+            for layer, heads in layers.items()
+        }
+        share_attention(self, FAMILIES[config.model_type.removeprefix(PREFIX)], sharing)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
+        """As in the base class, without re-entrant checkpointing: it would cut the gradient to queries and keys of source
+        layers, which reach reusing layers beside the layer's input. Raises ValueError where it is asked for."""
+        options = dict(gradient_checkpointing_kwargs or {})
+        if options.setdefault("use_reentrant", False):
+            raise ValueError(
+                "A model with shared attention needs gradient_checkpointing_kwargs={'use_reentrant': False}: "
+                "re-entrant checkpointing loses gradients of attention that is shared between layers."
+            )
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=options, **kwargs)
+
+
+def _register_conversions(family) -> None:
+    """Checkpoints keep the tensor names of the base type, so transformers 5 must convert them as it does the base's."""
+    try:
+        from transformers.conversion_mapping import (
+            get_checkpoint_conversion_mapping,
+            register_checkpoint_conversion_mapping,
+        )
+    except ImportError:  # transformers 4 loads every checkpoint as it is
+        return
+    conversions = get_checkpoint_conversion_mapping(family.model_type)
+    if conversions is not None:
+        register_checkpoint_conversion_mapping(PREFIX + family.model_type, conversions, overwrite=True)
+
+
+@lru_cache(maxsize=None)
+def model_class_of(family: Family) -> type:
+    """The model class of a family: its base's causal language model, sharing attention."""
+    _register_conversions(family)
+    base = getattr(transformers, family.causal_lm)
+    members = {"config_class": config_class_of(family), "__module__": __name__}
+    return type(f"SharedAttention{family.causal_lm}", (SharedAttentionMixin, base), members)
+
+
+def __getattr__(name: str):
+    for family in FAMILIES.values():
+        if name == f"SharedAttention{family.causal_lm}":
+            return model_class_of(family)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,118 @@
+"""What differs between model families, as data: one entry a family, and nothing else in the project names one.
+
+The converter reads these entries to know which tensors and which layers there are, the exported code to know which
+modules. This file imports neither torch nor transformers.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model type of transformers.
+
+    model_type: as in config.json. config_class, causal_lm: class names exported by transformers.
+    layers: module path of the decoder layers; attention: the attention module's name in a layer.
+    query, key, value, output: its projections; query_norm, key_norm: its norms of queries and keys, if any.
+    norm: how these norms hold their weights: "shared" (one for all heads), "rows" (a row per head), "list" (a module per
+        head), or "joint" (over all heads together, so only whole layers can reuse).
+    sinks: name of the parameter with one attention sink per query head.
+    sliding: which layers attend within a sliding window where config.json has no `layer_types` (see
+        `sa_convert.read.geometry`): "none", "all", "periodic", "from_max_window_layers", "alternate_below_max_window_layers"
+        or "without_rotary".
+    period: for "periodic", every period-th layer has full attention; config.json's `sliding_window_pattern` overrides it.
+    rotary: which layers rotate queries and keys: "all", "none", "sliding" (only those, where the model has a window) or
+        "no_rope_layers".
+    exchange: how loans travel through the model's forward: as a keyword ("kwargs") or beside the rotary embeddings
+        ("positions"), for families that do not pass keywords on.
+    plain_forward: use our own attention forward, for families whose own one fixes the number of heads.
+    dropout: attribute of the attention module that holds the dropout probability (needed with plain_forward).
+    """
+
+    model_type: str
+    config_class: str
+    causal_lm: str
+    layers: str = "model.layers"
+    attention: str = "self_attn"
+    query: str = "q_proj"
+    key: str = "k_proj"
+    value: str = "v_proj"
+    output: str = "o_proj"
+    query_norm: str | None = None
+    key_norm: str | None = None
+    norm: str = "shared"
+    sinks: str | None = None
+    sliding: str = "none"
+    period: int = 0
+    rotary: str = "all"
+    exchange: str = "kwargs"
+    plain_forward: bool = False
+    dropout: str = "attention_dropout"
+
+    @property
+    def granularity(self) -> str:
+        """The smallest unit that can reuse: "head", or "layer" where queries are normalised over all heads together."""
+        return "layer" if self.norm == "joint" else "head"
+
+
+_QK_NORM = {"query_norm": "q_norm", "key_norm": "k_norm"}
+_QK_LAYERNORM = {"query_norm": "q_layernorm", "key_norm": "k_layernorm"}
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("llama", "LlamaConfig", "LlamaForCausalLM"),
+        Family("mistral", "MistralConfig", "MistralForCausalLM", sliding="all"),
+        Family("mixtral", "MixtralConfig", "MixtralForCausalLM", sliding="all"),
+        Family("ministral", "MinistralConfig", "MinistralForCausalLM", sliding="all"),
+        Family("qwen2", "Qwen2Config", "Qwen2ForCausalLM", sliding="from_max_window_layers"),
+        Family(
+            "qwen2_moe",
+            "Qwen2MoeConfig",
+            "Qwen2MoeForCausalLM",
+            sliding="alternate_below_max_window_layers",
+            exchange="positions",
+            plain_forward=True,
+        ),
+        Family("qwen3", "Qwen3Config", "Qwen3ForCausalLM", **_QK_NORM, sliding="from_max_window_layers"),
+        Family("qwen3_moe", "Qwen3MoeConfig", "Qwen3MoeForCausalLM", **_QK_NORM, sliding="all"),
+        Family("gemma", "GemmaConfig", "GemmaForCausalLM"),
+        Family("gemma2", "Gemma2Config", "Gemma2ForCausalLM", sliding="periodic", period=2),
+        Family("gemma3_text", "Gemma3TextConfig", "Gemma3ForCausalLM", **_QK_NORM, sliding="periodic", period=6),
+        Family("olmo2", "Olmo2Config", "Olmo2ForCausalLM", **_QK_NORM, norm="joint"),
+        Family("olmo3", "Olmo3Config", "Olmo3ForCausalLM", **_QK_NORM, norm="joint", sliding="periodic", period=4),
+        Family("granite", "GraniteConfig", "GraniteForCausalLM"),
+        Family("cohere", "CohereConfig", "CohereForCausalLM", **_QK_NORM, norm="rows"),
+        Family("cohere2", "Cohere2Config", "Cohere2ForCausalLM", sliding="periodic", period=4, rotary="sliding"),
+        Family("smollm3", "SmolLM3Config", "SmolLM3ForCausalLM", sliding="without_rotary", rotary="no_rope_layers"),
+        Family("starcoder2", "Starcoder2Config", "Starcoder2ForCausalLM", sliding="all"),
+        Family(
+            "stablelm",
+            "StableLmConfig",
+            "StableLmForCausalLM",
+            **_QK_LAYERNORM,
+            norm="list",
+            exchange="positions",
+            plain_forward=True,
+        ),
+        Family("phi", "PhiConfig", "PhiForCausalLM", **_QK_LAYERNORM, output="dense"),
+        Family(
+            "nemotron", "NemotronConfig", "NemotronForCausalLM", exchange="positions", plain_forward=True
+        ),
+        Family("glm4", "Glm4Config", "Glm4ForCausalLM"),
+        Family(
+            "exaone4", "Exaone4Config", "Exaone4ForCausalLM", **_QK_NORM, sliding="periodic", period=4, rotary="sliding"
+        ),
+        Family(
+            "opt",
+            "OPTConfig",
+            "OPTForCausalLM",
+            layers="model.decoder.layers",
+            output="out_proj",
+            rotary="none",
+            plain_forward=True,
+            dropout="dropout",
+        ),
+        Family("gpt_oss", "GptOssConfig", "GptOssForCausalLM", sinks="sinks", sliding="periodic", period=2),
+    )
+}
