@@ -1,0 +1,16 @@
+"""Progress bars: always on stderr, gone when the work is done."""
+
+import sys
+from typing import Any
+
+
+def progress(total: int | None, description: str, unit: str = "it", **options: Any) -> Any:
+    """A tqdm bar (usable as a context manager) over `total` units of work, or an unknown amount with None."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=description, unit=unit, file=sys.stderr, leave=False, dynamic_ncols=True, **options)
+
+
+def progress_bytes(total: int, description: str) -> Any:
+    """A bar that counts bytes."""
+    return progress(total, description, unit="B", unit_scale=True, unit_divisor=1024)
