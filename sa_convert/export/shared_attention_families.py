@@ -21,6 +21,7 @@ class Family:
         `sa_convert.read.geometry`): "none", "all", "periodic", "from_max_window_layers", "alternate_below_max_window_layers"
         or "without_rotary".
     period: for "periodic", every period-th layer has full attention; config.json's `sliding_window_pattern` overrides it.
+    window, uses_window: what the family's config takes for a missing `sliding_window` and `use_sliding_window`.
     rotary: which layers rotate queries and keys: "all", "none", "sliding" (only those, where the model has a window) or
         "no_rope_layers".
     exchange: how loans travel through the model's forward: as a keyword ("kwargs") or beside the rotary embeddings
@@ -44,6 +45,8 @@ class Family:
     sinks: str | None = None
     sliding: str = "none"
     period: int = 0
+    window: int | None = None
+    uses_window: bool = True
     rotary: str = "all"
     exchange: str = "kwargs"
     plain_forward: bool = False
@@ -62,29 +65,81 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         Family("llama", "LlamaConfig", "LlamaForCausalLM"),
-        Family("mistral", "MistralConfig", "MistralForCausalLM", sliding="all"),
+        Family("mistral", "MistralConfig", "MistralForCausalLM", sliding="all", window=4096),
         Family("mixtral", "MixtralConfig", "MixtralForCausalLM", sliding="all"),
-        Family("ministral", "MinistralConfig", "MinistralForCausalLM", sliding="all"),
-        Family("qwen2", "Qwen2Config", "Qwen2ForCausalLM", sliding="from_max_window_layers"),
+        Family("ministral", "MinistralConfig", "MinistralForCausalLM", sliding="all", window=4096),
+        Family(
+            "qwen2", "Qwen2Config", "Qwen2ForCausalLM", sliding="from_max_window_layers", window=4096, uses_window=False
+        ),
         Family(
             "qwen2_moe",
             "Qwen2MoeConfig",
             "Qwen2MoeForCausalLM",
             sliding="alternate_below_max_window_layers",
+            window=4096,
+            uses_window=False,
             exchange="positions",
             plain_forward=True,
         ),
-        Family("qwen3", "Qwen3Config", "Qwen3ForCausalLM", **_QK_NORM, sliding="from_max_window_layers"),
-        Family("qwen3_moe", "Qwen3MoeConfig", "Qwen3MoeForCausalLM", **_QK_NORM, sliding="all"),
+        Family(
+            "qwen3",
+            "Qwen3Config",
+            "Qwen3ForCausalLM",
+            **_QK_NORM,
+            sliding="from_max_window_layers",
+            window=4096,
+            uses_window=False,
+        ),
+        Family(
+            "qwen3_moe",
+            "Qwen3MoeConfig",
+            "Qwen3MoeForCausalLM",
+            **_QK_NORM,
+            sliding="all",
+            window=4096,
+            uses_window=False,
+        ),
         Family("gemma", "GemmaConfig", "GemmaForCausalLM"),
-        Family("gemma2", "Gemma2Config", "Gemma2ForCausalLM", sliding="periodic", period=2),
-        Family("gemma3_text", "Gemma3TextConfig", "Gemma3ForCausalLM", **_QK_NORM, sliding="periodic", period=6),
+        Family("gemma2", "Gemma2Config", "Gemma2ForCausalLM", sliding="periodic", period=2, window=4096),
+        Family(
+            "gemma3_text",
+            "Gemma3TextConfig",
+            "Gemma3ForCausalLM",
+            **_QK_NORM,
+            sliding="periodic",
+            period=6,
+            window=4096,
+        ),
         Family("olmo2", "Olmo2Config", "Olmo2ForCausalLM", **_QK_NORM, norm="joint"),
-        Family("olmo3", "Olmo3Config", "Olmo3ForCausalLM", **_QK_NORM, norm="joint", sliding="periodic", period=4),
+        Family(
+            "olmo3",
+            "Olmo3Config",
+            "Olmo3ForCausalLM",
+            **_QK_NORM,
+            norm="joint",
+            sliding="periodic",
+            period=4,
+            window=4096,
+        ),
         Family("granite", "GraniteConfig", "GraniteForCausalLM"),
         Family("cohere", "CohereConfig", "CohereForCausalLM", **_QK_NORM, norm="rows"),
-        Family("cohere2", "Cohere2Config", "Cohere2ForCausalLM", sliding="periodic", period=4, rotary="sliding"),
-        Family("smollm3", "SmolLM3Config", "SmolLM3ForCausalLM", sliding="without_rotary", rotary="no_rope_layers"),
+        Family(
+            "cohere2",
+            "Cohere2Config",
+            "Cohere2ForCausalLM",
+            sliding="periodic",
+            period=4,
+            window=4096,
+            rotary="sliding",
+        ),
+        Family(
+            "smollm3",
+            "SmolLM3Config",
+            "SmolLM3ForCausalLM",
+            sliding="without_rotary",
+            uses_window=False,
+            rotary="no_rope_layers",
+        ),
         Family("starcoder2", "Starcoder2Config", "Starcoder2ForCausalLM", sliding="all"),
         Family(
             "stablelm",
@@ -96,12 +151,17 @@ FAMILIES: dict[str, Family] = {
             plain_forward=True,
         ),
         Family("phi", "PhiConfig", "PhiForCausalLM", **_QK_LAYERNORM, output="dense"),
-        Family(
-            "nemotron", "NemotronConfig", "NemotronForCausalLM", exchange="positions", plain_forward=True
-        ),
+        Family("nemotron", "NemotronConfig", "NemotronForCausalLM", exchange="positions", plain_forward=True),
         Family("glm4", "Glm4Config", "Glm4ForCausalLM"),
         Family(
-            "exaone4", "Exaone4Config", "Exaone4ForCausalLM", **_QK_NORM, sliding="periodic", period=4, rotary="sliding"
+            "exaone4",
+            "Exaone4Config",
+            "Exaone4ForCausalLM",
+            **_QK_NORM,
+            sliding="periodic",
+            period=4,
+            window=4096,
+            rotary="sliding",
         ),
         Family(
             "opt",
@@ -113,6 +173,6 @@ FAMILIES: dict[str, Family] = {
             plain_forward=True,
             dropout="dropout",
         ),
-        Family("gpt_oss", "GptOssConfig", "GptOssForCausalLM", sinks="sinks", sliding="periodic", period=2),
+        Family("gpt_oss", "GptOssConfig", "GptOssForCausalLM", sinks="sinks", sliding="periodic", period=2, window=128),
     )
 }
