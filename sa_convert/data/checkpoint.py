@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class Checkpoint:
     side_files: tuple[Path, ...]
     revision: str | None = None
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, TensorEntry]:
         return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
 

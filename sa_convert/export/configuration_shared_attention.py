@@ -10,7 +10,7 @@ The class `SharedAttention<Base>Config` exists for every `<Base>Config` that `sh
 made when it is first asked for.
 """
 
-from functools import lru_cache
+from functools import cache
 from inspect import signature
 
 import transformers
@@ -44,7 +44,7 @@ def _init_of_transformers_4(base):
     return __init__
 
 
-@lru_cache(maxsize=None)
+@cache
 def config_class_of(family: Family) -> type:
     """The configuration class of a family: its base's, with our model type."""
     base = getattr(transformers, family.config_class)

@@ -5,7 +5,7 @@ made when it is first asked for. It is the base class, with the attention of sha
 `config.shared_attention` says: see `shared_attention`.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import transformers
 
@@ -27,8 +27,8 @@ class SharedAttentionMixin:
         share_attention(self, FAMILIES[config.model_type.removeprefix(PREFIX)], sharing)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
-        """As in the base class, without re-entrant checkpointing: it would cut the gradient to queries and keys of source
-        layers, which reach reusing layers beside the layer's input. Raises ValueError where it is asked for."""
+        """As in the base class, without re-entrant checkpointing: it would cut the gradient to queries and keys of
+        source layers, which reach reusing layers beside the layer's input. Raises ValueError where it is asked for."""
         options = dict(gradient_checkpointing_kwargs or {})
         if options.setdefault("use_reentrant", False):
             raise ValueError(
@@ -52,7 +52,7 @@ def _register_conversions(family) -> None:
         register_checkpoint_conversion_mapping(PREFIX + family.model_type, conversions, overwrite=True)
 
 
-@lru_cache(maxsize=None)
+@cache
 def model_class_of(family: Family) -> type:
     """The model class of a family: its base's causal language model, sharing attention."""
     _register_conversions(family)

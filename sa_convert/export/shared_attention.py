@@ -23,7 +23,7 @@ tokens, D head size.
 
 import sys
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, partial
 from inspect import signature
 from itertools import groupby
 
@@ -362,8 +362,8 @@ class SharedAttention(nn.Module):
     def attend(self, exchange, implementation, query, key, value, mask, arguments):
         """The attention function: own heads from query and key, the others from the exchange.
 
-        query: (B, O, T, D); key: (B, own groups, S, D), both None where nothing is own; value: (B, G, S, D). Returns the
-        output (B, T, H, D), and the weights (B, H, T, S) where they were computed, else None.
+        query: (B, O, T, D); key: (B, own groups, S, D), both None where nothing is own; value: (B, G, S, D).
+        Returns the output (B, T, H, D), and the weights (B, H, T, S) where they were computed, else None.
         """
         plan = self.plan
         kernel = self.family_eager if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
@@ -391,7 +391,7 @@ class SharedAttention(nn.Module):
         return output, weights
 
     def _attend_weights(self, exchange, eager, query, key, value, mask, arguments):
-        """Weights form: probabilities of own heads from the family's eager function, of the others from their source."""
+        """Weights form: own heads' probabilities from the family's eager function, the others' from their source."""
         plan, own = self.plan, None
         if query is not None:
             own_key, group = key, plan.own_group
@@ -423,7 +423,7 @@ class SharedAttention(nn.Module):
         return kernel(module, query.to(value.device), key.to(value.device), value, mask, **arguments)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _shared_class(attention: type) -> type:
     family = sys.modules[attention.__module__]
     members = {

@@ -14,13 +14,13 @@ class Family:
     model_type: as in config.json. config_class, causal_lm: class names exported by transformers.
     layers: module path of the decoder layers; attention: the attention module's name in a layer.
     query, key, value, output: its projections; query_norm, key_norm: its norms of queries and keys, if any.
-    norm: how these norms hold their weights: "shared" (one for all heads), "rows" (a row per head), "list" (a module per
-        head), or "joint" (over all heads together, so only whole layers can reuse).
+    norm: how these norms hold their weights: "shared" (one for all heads), "rows" (a row per head), "list" (a module
+        per head), or "joint" (over all heads together, so only whole layers can reuse).
     sinks: name of the parameter with one attention sink per query head.
     sliding: which layers attend within a sliding window where config.json has no `layer_types` (see
-        `sa_convert.read.geometry`): "none", "all", "periodic", "from_max_window_layers", "alternate_below_max_window_layers"
-        or "without_rotary".
-    period: for "periodic", every period-th layer has full attention; config.json's `sliding_window_pattern` overrides it.
+        `sa_convert.read.geometry`): "none", "all", "periodic", "from_max_window_layers",
+        "alternate_below_max_window_layers" or "without_rotary".
+    period: for "periodic", every period-th layer has full attention; `sliding_window_pattern` in config.json overrides.
     window, uses_window: what the family's config takes for a missing `sliding_window` and `use_sliding_window`.
     rotary: which layers rotate queries and keys: "all", "none", "sliding" (only those, where the model has a window) or
         "no_rope_layers".

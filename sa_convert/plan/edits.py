@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from sa_convert.data.checkpoint import Checkpoint, TensorEdit, TensorEntry
-from sa_convert.data.geometry import LayerGeometry, ModelGeometry
+from sa_convert.data.geometry import ModelGeometry
 from sa_convert.data.sharing_map import SharingMap
 from sa_convert.errors import CheckpointError
 from sa_convert.export.shared_attention_families import Family
@@ -34,16 +34,7 @@ def tensor_edits(
         if family.sinks:
             name = f"{prefix}{family.sinks}"
             edits[name] = _keep(tensors[name], own_heads, layer.heads)
-        edits.update(_mask_edits(tensors, prefix, layer, own_heads))
     return {name: edit for name, edit in edits.items() if edit.drops or edit.name or edit.rows is not None}
-
-
-def _mask_edits(
-    tensors: dict[str, TensorEntry], prefix: str, layer: LayerGeometry, own_heads: tuple[int, ...]
-) -> dict[str, TensorEdit]:
-    """Old checkpoints store the rotary frequencies as a buffer of each layer; one that reuses wholly has no use for it."""
-    name = f"{prefix}rotary_emb.inv_freq"
-    return {name: TensorEdit(rows=())} if name in tensors and not own_heads else {}
 
 
 def _norm_edits(

@@ -22,8 +22,8 @@ def check_map(sharing: SharingMap, geometry: ModelGeometry) -> None:
             )
         if geometry.granularity == "layer" and None in row:
             raise SharingError(
-                f"Layer {index} head {row.index(None)} keeps its own attention while others reuse; this model normalises the "
-                "queries and keys of all heads together, so only whole layers can reuse."
+                f"Layer {index} head {row.index(None)} keeps its own attention while others reuse; this model "
+                "normalises the queries and keys of all heads together, so only whole layers can reuse."
             )
         for head, source in enumerate(row):
             if source is not None:

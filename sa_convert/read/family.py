@@ -34,7 +34,7 @@ def family_of(config: Mapping[str, Any], tensors: Iterable[str] = ()) -> Family:
         raise CheckpointError("config.json has no 'model_type'; give a folder that transformers can load.")
     if model_type.startswith(PREFIX):
         raise UnsupportedModelError(
-            f"The model (type '{model_type}') shares attention already; convert its base model with another recipe instead."
+            f"The model (type '{model_type}') shares attention already; convert its base model with another recipe."
         )
     family = FAMILIES.get(model_type)
     if family is None:
@@ -45,8 +45,8 @@ def family_of(config: Mapping[str, Any], tensors: Iterable[str] = ()) -> Family:
     architectures = config.get("architectures") or [family.causal_lm]
     if family.causal_lm not in architectures:
         raise UnsupportedModelError(
-            f"config.json names the architecture {', '.join(map(str, architectures))}; this version converts {family.causal_lm} "
-            f"for models of type '{model_type}'."
+            f"config.json names the architecture {', '.join(map(str, architectures))}; this version converts "
+            f"{family.causal_lm} for models of type '{model_type}'."
         )
     return family
 

@@ -28,8 +28,8 @@ def layers_prefix(checkpoint: Checkpoint, family: Family) -> str:
         if f"{prefix}.0.{family.attention}.{family.query}.weight" in tensors:
             return prefix
     raise CheckpointError(
-        f"The checkpoint has no tensor '{candidates[0]}.0.{family.attention}.{family.query}.weight', which a model of type "
-        f"'{family.model_type}' needs; the weights do not belong to this config.json."
+        f"The checkpoint has no tensor '{candidates[0]}.0.{family.attention}.{family.query}.weight', which a model of "
+        f"type '{family.model_type}' needs; the weights do not belong to this config.json."
     )
 
 
@@ -61,24 +61,24 @@ def geometry_of(checkpoint: Checkpoint, family: Family) -> ModelGeometry:
                     f"The checkpoint has no tensor '{start}{module}.weight', though config.json counts {depth} layers."
                 )
             rows[module] = _rows(tensor)
+        query, key = f"{start}{family.query}.weight", f"{start}{family.key}.weight"
         if rows[family.query] % heads:
             raise CheckpointError(
-                f"'{start}{family.query}.weight' has {rows[family.query]} rows, which {heads} heads (config.json: "
-                "num_attention_heads) do not divide."
+                f"'{query}' has {rows[family.query]} rows; num_attention_heads in config.json ({heads}) does not divide them."
             )
         head_dim = rows[family.query] // heads
         if config.get("head_dim") not in (None, head_dim):
             raise CheckpointError(
-                f"config.json: 'head_dim' is {config['head_dim']}, but '{start}{family.query}.weight' has {head_dim} rows a head."
+                f"config.json: 'head_dim' is {config['head_dim']}, but '{query}' has {head_dim} rows a head."
             )
         groups = rows[family.key] // head_dim
         if not groups or rows[family.key] % head_dim or heads % groups:
             raise CheckpointError(
-                f"'{start}{family.key}.weight' has {rows[family.key]} rows, which do not fit {heads} query heads of {head_dim}."
+                f"'{key}' has {rows[family.key]} rows; they do not fit {heads} query heads of {head_dim}."
             )
         if config.get("num_key_value_heads") not in (None, groups):
             raise CheckpointError(
-                f"config.json: 'num_key_value_heads' is {config['num_key_value_heads']}, but '{start}{family.key}.weight' holds {groups}."
+                f"config.json: 'num_key_value_heads' is {config['num_key_value_heads']}, but '{key}' holds {groups}."
             )
         layers.append(LayerGeometry(heads, groups, head_dim, attention, window, rotary))
     return ModelGeometry(tuple(layers), family.granularity)
@@ -108,7 +108,7 @@ def _refuse_quantised(tensors: Mapping[str, TensorEntry], start: str, module: st
 
 
 def attention_kinds(config: Mapping[str, Any], family: Family, depth: int) -> list[tuple[str, int | None, bool]]:
-    """Per layer its attention type, window and whether it rotates queries and keys, as the family's own config has it."""
+    """Per layer its attention type, window and whether it rotates queries and keys, as the family's config has it."""
     window = config.get("sliding_window", family.window)
     if config.get("use_sliding_window", family.uses_window) is False:
         window = None
