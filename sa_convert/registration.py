@@ -1,71 +1,62 @@
 """Makes transformers know the shared-attention types once sa_convert is imported, without importing transformers here.
 
-`import sa_convert` must stay light (`sa-convert --help`, header-only work), so where transformers is not loaded yet, the
-classes are registered right after it loads its Auto classes. Registration is transformers' own: AutoConfig.register
+`import sa_convert` must stay light (`sa-convert --help`, header-only work), so where transformers is not loaded yet,
+the types are registered right after it is. Registration is transformers' own: AutoConfig.register
 and AutoModelForCausalLM.register.
 """
 
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
+
+from sa_convert.export.shared_attention_families import FAMILIES, Family
 
 
-def register_configs() -> None:
-    """Register every family with AutoConfig."""
-    from transformers import AutoConfig
+class _LazyModelClass:
+    """Stands for a model class and makes it when it is used, so that registration does not import every model."""
+
+    def __init__(self, family: Family, config_class: Any) -> None:
+        self.config_class = config_class
+        self._family = family
+
+    def __getattr__(self, name: str) -> Any:
+        from sa_convert.export.modeling_shared_attention import model_class_of
+
+        model_class = model_class_of(self._family)
+        # So that save_pretrained writes the code files beside the weights, as it does for remote code.
+        model_class.register_for_auto_class("AutoModelForCausalLM")
+        return getattr(model_class, name)
+
+
+def register() -> None:
+    """Register every family that this transformers has with AutoConfig and AutoModelForCausalLM."""
+    import transformers
 
     from sa_convert.export.configuration_shared_attention import config_class_of
 
-    for family in _families():
+    for family in FAMILIES.values():
+        if not hasattr(transformers, family.config_class):
+            continue
         config_class = config_class_of(family)
-        # So that save_pretrained writes the code files beside the weights, as it does for remote code.
         config_class.register_for_auto_class()
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-
-
-def register_models() -> None:
-    """Register every family with AutoModelForCausalLM."""
-    from transformers import AutoModelForCausalLM
-
-    from sa_convert.export.modeling_shared_attention import model_class_of
-
-    for family in _families():
-        model_class = model_class_of(family)
-        model_class.register_for_auto_class("AutoModelForCausalLM")
-        AutoModelForCausalLM.register(model_class.config_class, model_class, exist_ok=True)
-
-
-def _families() -> Iterator:
-    """The families that this transformers has."""
-    import transformers
-
-    from sa_convert.export.shared_attention_families import FAMILIES
-
-    return (family for family in FAMILIES.values() if hasattr(transformers, family.causal_lm))
-
-
-_AFTER: dict[str, Callable[[], None]] = {
-    "transformers.models.auto.configuration_auto": register_configs,
-    "transformers.models.auto.modeling_auto": register_models,
-}
+        transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        lazy: Any = _LazyModelClass(family, config_class)
+        transformers.AutoModelForCausalLM.register(config_class, lazy, exist_ok=True)
 
 
 class _RegisterAfterLoading(importlib.abc.MetaPathFinder):
-    """Finds one module as Python does, and registers our classes when it has been loaded."""
-
-    def __init__(self, module: str, register: Callable[[], None]) -> None:
-        self._module = module
-        self._register = register
+    """Finds transformers as Python does, and registers our classes when it has been loaded."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self._module:
+        if fullname != "transformers":
             return None
-        sys.meta_path.remove(self)
+        cancel()
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:
             return None
@@ -73,19 +64,18 @@ class _RegisterAfterLoading(importlib.abc.MetaPathFinder):
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            self._register()
+            register()
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 
 def register_when_loaded() -> None:
-    """Register now what transformers has loaded, and the rest as soon as it loads it."""
-    for module, register in _AFTER.items():
-        if module in sys.modules:
-            register()
-        else:
-            sys.meta_path.insert(0, _RegisterAfterLoading(module, register))
+    """Register now if transformers is loaded, else as soon as it is."""
+    if "transformers" in sys.modules:
+        register()
+    else:
+        sys.meta_path.insert(0, _RegisterAfterLoading())
 
 
 def cancel() -> None:

@@ -64,7 +64,7 @@ def geometry_of(checkpoint: Checkpoint, family: Family) -> ModelGeometry:
         query, key = f"{start}{family.query}.weight", f"{start}{family.key}.weight"
         if rows[family.query] % heads:
             raise CheckpointError(
-                f"'{query}' has {rows[family.query]} rows; num_attention_heads in config.json ({heads}) does not divide them."
+                f"'{query}' has {rows[family.query]} rows; num_attention_heads in config.json is {heads}, no divisor."
             )
         head_dim = rows[family.query] // heads
         if config.get("head_dim") not in (None, head_dim):
