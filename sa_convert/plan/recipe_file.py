@@ -1,0 +1,218 @@
+"""Reading recipes from files, the shipped ones included, and writing them.
+
+Every error is one line that names the file and the line in it.
+"""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import sa_convert
+from sa_convert.data.sharing_map import SharingMap
+from sa_convert.errors import RecipeError
+from sa_convert.plan.yaml_lines import parse_yaml
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+    from sa_convert.data.recipe import Origin, Recipe
+
+UNBUILT = frozenset({"search", "ridge refit"})
+"""What recipes may ask for (`Recipe.needs`) but this version cannot do."""
+
+_SUFFIXES = (".yaml", ".yml", ".json")
+_LARGEST = 16 * 1024 * 1024
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name: inside of it (wheel) or beside it (checkout)."""
+    package = Path(sa_convert.__file__).parent
+    folder = next((path for path in (package / "recipes", package.parent / "recipes") if path.is_dir()), None)
+    if folder is None:
+        raise RecipeError(f"The shipped recipes are missing from {package}; install sa-convert again.")
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(name_or_path: str) -> "Recipe":
+    """A shipped recipe by its name, or one from a file: whatever ends in .yaml, .yml or .json or has a slash in it.
+
+    Raises RecipeError.
+    """
+    if name_or_path.lower().endswith(_SUFFIXES) or "/" in name_or_path or "\\" in name_or_path:
+        return _load(Path(name_or_path), name_or_path)
+    shipped = shipped_recipes()
+    if name_or_path in shipped:
+        return _load(shipped[name_or_path], shipped[name_or_path].name)
+    hint = _did_you_mean(name_or_path, shipped)
+    if Path(name_or_path).is_file():
+        hint = f"; to use the file of that name, write ./{name_or_path}"
+    raise RecipeError(
+        f"There is no shipped recipe '{name_or_path}'{hint}. `sa-convert recipes` lists them; "
+        "a recipe of your own is a file that ends in .yaml."
+    )
+
+
+def parse_recipe(text: str, file: str) -> "Recipe":
+    """A recipe from YAML (or JSON) text; `file` names it in errors. Raises RecipeError."""
+    from pydantic import ValidationError
+
+    from sa_convert.data.recipe import Origin, Recipe
+
+    # Tabs may indent JSON but not YAML; JSON has none inside of its texts.
+    value, lines = parse_yaml(text.replace("\t", " ") if file.endswith(".json") else text, file)
+    origin = Origin(file, lines)
+    if value is None:
+        raise RecipeError(f"{file} is empty; a recipe needs at least the key 'sharing'.")
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{origin.at()}: a recipe is a mapping of keys ({', '.join(Recipe.model_fields)})")
+    try:
+        return Recipe.model_validate(value).written_at(origin)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, origin)) from None
+
+
+def dump_recipe(recipe: "Recipe", sharing: SharingMap | None = None) -> str:
+    """The recipe as YAML that loads as an equal recipe; with `sharing`, resolved to that explicit map.
+
+    Each layer of a map stays on one line.
+    """
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    class OneLine(list):
+        pass
+
+    class Inline(dict):
+        pass
+
+    Dumper.add_representer(OneLine, lambda d, data: d.represent_sequence("tag:yaml.org,2002:seq", data, True))
+    Dumper.add_representer(Inline, lambda d, data: d.represent_mapping("tag:yaml.org,2002:map", data, True))
+
+    if sharing is not None:
+        recipe = recipe.resolved(sharing)
+    content = recipe.model_dump()
+    content["sharing"] = {}
+    if recipe.sharing.map is not None:
+        rows = recipe.sharing.map.items()
+        content["sharing"]["map"] = {
+            layer: OneLine(None if source is None else list(source) for source in row) for layer, row in rows
+        }
+    if recipe.sharing.search is not None:
+        content["sharing"]["search"] = Inline(recipe.sharing.search.model_dump(exclude_none=True))
+    if recipe.sharing.spans is not None:
+        content["sharing"]["spans"] = [span.model_dump(exclude_none=True) for span in recipe.sharing.spans]
+    content["gate"] = Inline(content["gate"])
+    if not recipe.description:
+        del content["description"]
+    if recipe.needs:
+        content["calibration"] = Inline(content["calibration"])
+    else:
+        del content["calibration"]
+    return yaml.dump(content, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1_000_000)
+
+
+def missing_features(recipe: "Recipe") -> list[str]:
+    """What the recipe needs and this version cannot do, in words."""
+    return sorted(recipe.needs & UNBUILT, reverse=True)
+
+
+def refuse_unbuilt(recipe: "Recipe") -> None:
+    """Raise RecipeError, naming the line, where the recipe asks for what this version cannot do."""
+    paths: dict[str, tuple[str, ...]] = {"search": ("sharing", "search"), "ridge refit": ("refit",)}
+    for feature in missing_features(recipe):
+        raise RecipeError(
+            f"{recipe.origin.at(*paths[feature])}: this version has no {feature}; "
+            "it converts recipes with spans or map, and with refit: none"
+        )
+    for layer in recipe.sharing.map or {}:
+        if isinstance(layer, str):
+            raise RecipeError(
+                f"{recipe.origin.at('sharing', 'map', layer)}: layer '{layer}' belongs to an encoder-decoder model; "
+                "this version converts decoder-only models, whose layers are plain numbers"
+            )
+
+
+def _load(path: Path, name: str) -> "Recipe":
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(_LARGEST + 1)
+    except FileNotFoundError:
+        raise RecipeError(f"There is no recipe file '{name}'. `sa-convert recipes` lists the shipped ones.") from None
+    except IsADirectoryError:
+        raise RecipeError(f"'{name}' is a folder, not a recipe; give the .yaml file itself.") from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"Cannot read the recipe '{name}': {getattr(error, 'strerror', None) or error}.") from None
+    if len(content) > _LARGEST:
+        raise RecipeError(f"'{name}' is larger than {_LARGEST >> 20} MiB, which no recipe is.")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise RecipeError(f"{name}, line {line}: the file is not UTF-8 text") from None
+    return parse_recipe(text, name)
+
+
+_EXPECTED = {
+    "model_type": "a mapping of keys and values",
+    "dict_type": "a mapping of keys and values",
+    "tuple_type": "a list",
+    "int_type": "a whole number",
+    "string_type": "text",
+    "literal_error": "{expected}",
+    "greater_than_equal": "{ge} or more",
+    "too_short": "a list with at least one item",
+}
+
+
+def _explain(error: "ValidationError", origin: "Origin") -> str:
+    """One line about the first problem in the file; an unknown key comes first, since it may explain a missing one."""
+    from sa_convert.data.recipe import Calibration, Gate, Recipe, Search, Sharing, Span
+
+    models = {(): Recipe, ("sharing",): Sharing, ("sharing", "spans"): Span, ("sharing", "search"): Search}
+    models |= {("calibration",): Calibration, ("gate",): Gate}
+    found = []
+    for problem in error.errors(include_url=False):
+        kind, path = problem["type"], tuple(problem["loc"])
+        context: dict[str, Any] = problem.get("ctx", {})
+        if kind == "value_error":
+            path += getattr(context["error"], "path", ())
+            text = str(context["error"])
+            if path and not hasattr(context["error"], "path"):
+                text = f"{_dotted(path)}: {text}"
+        elif kind in ("extra_forbidden", "invalid_key", "missing"):
+            parent, key = path[:-1], str(path[-1])
+            known = list(models[tuple(part for part in parent if isinstance(part, str))].model_fields)
+            under = f" under {_dotted(parent)}" if parent else ""
+            if kind == "missing":
+                text = f"the key '{key}' is missing{under}"
+            else:
+                text = f"unknown key '{key}'{under}"
+                text += _did_you_mean(key, known) or f"; the keys here are {', '.join(known)}"
+        else:
+            expected = _EXPECTED.get(kind)
+            text = f"{_dotted(path)} should be {expected.format(**context)}" if expected else problem["msg"]
+            text += f", not {_short(problem['input'])}" if expected else ""
+        # A list counts as too short where its items are wrong.
+        rank = {"extra_forbidden": 0, "invalid_key": 0, "too_short": 2}.get(kind, 1)
+        where = origin.at(*path)
+        found.append((rank, int(where.rpartition(" ")[2]), f"{where}: {text}"))
+    return min(found)[2]
+
+
+def _dotted(path: tuple[str | int, ...]) -> str:
+    """Such as "sharing.spans[0].layers"."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+
+
+def _did_you_mean(word: str, known: Any) -> str:
+    close = get_close_matches(word, list(known), n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _short(value: object) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

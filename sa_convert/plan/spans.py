@@ -1,0 +1,96 @@
+"""Spans, the paper's form of sharing, resolved to a sharing map of a particular model."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from sa_convert.data.geometry import LayerGeometry, ModelGeometry
+from sa_convert.data.sharing_map import SharingMap
+from sa_convert.errors import RecipeError
+from sa_convert.plan.rules import layer_difference
+
+if TYPE_CHECKING:
+    from sa_convert.data.recipe import LayerRange, Origin, Recipe, Span
+
+
+def sharing_of(recipe: "Recipe", geometry: ModelGeometry) -> SharingMap:
+    """The sharing map of a recipe with spans or map. `rules.check_map` tells whether the model can run it.
+
+    Raises RecipeError, naming the line, where a span does not fit the model.
+    """
+    if recipe.sharing.spans is not None:
+        return resolve_spans(recipe.sharing.spans, geometry, recipe.origin)
+    if recipe.sharing.map is not None:
+        return SharingMap.from_json(recipe.sharing.map)
+    raise RecipeError(f"{recipe.origin.at('sharing', 'search')}: a search has no map before it has run")
+
+
+def resolve_spans(
+    spans: "Sequence[Span]", geometry: ModelGeometry, origin: "Origin | None" = None
+) -> SharingMap:
+    """Every head i of a span's layers reuses head i of the span's source.
+
+    Without a source, each layer reuses the nearest earlier layer outside of the span that has its kind of attention
+    (type, window, heads, head size, rotation); where all layers are alike, that is the layer before the span. Where a
+    source reuses another layer itself, the map names the one that owns the attention.
+    origin: where the spans were written, for messages. Raises RecipeError for a span outside of the model, spans that
+    overlap, and a layer without any possible source.
+    """
+    depth = len(geometry.layers)
+    sources: dict[int, int] = {}
+    for number, span in enumerate(spans):
+        where = f"{origin.at('sharing', 'spans', number)}: " if origin else ""
+        layers = layer_range(span.layers, depth)
+        if layers[-1] >= depth:
+            raise RecipeError(
+                f"{where}span {span.layers} is outside of the model, which has {depth} layers (0 to {depth - 1})"
+            )
+        if span.source is not None and span.source >= layers[0]:
+            raise RecipeError(
+                f"{where}source {span.source} is not before span {span.layers}, which is {_name(layers)} in this model"
+            )
+        for layer in layers:
+            if layer in sources:
+                raise RecipeError(f"{where}span {span.layers} overlaps with another span at layer {layer}")
+            sources[layer] = _nearest(layer, layers, geometry, where) if span.source is None else span.source
+    for layer in sorted(sources):
+        sources[layer] = sources.get(sources[layer], sources[layer])
+    return SharingMap(
+        {
+            layer: tuple((source, head) for head in range(geometry.layers[layer].heads))
+            for layer, source in sources.items()
+        }
+    )
+
+
+def layer_range(layers: "LayerRange", depth: int) -> range:
+    """The layers that a range names in a model of `depth` layers.
+
+    A fraction f of the depth is layer f * depth, rounded to the nearest (halves up), and at most the last: 84%-94% of
+    32 layers are 27 to 30.
+    """
+    if not layers.by_depth:
+        return range(int(layers.first), int(layers.last) + 1)
+    first, last = (min(int(end * depth + Fraction(1, 2)), depth - 1) for end in (layers.first, layers.last))
+    return range(first, last + 1)
+
+
+def _nearest(layer: int, span: range, geometry: ModelGeometry, where: str) -> int:
+    for source in range(span[0] - 1, -1, -1):
+        if _alike(geometry.layers[source], geometry.layers[layer]):
+            return source
+    kind = geometry.layers[layer]
+    window = f" with a window of {kind.window} tokens" if kind.window else ""
+    reason = f"is of its kind ({kind.attention}{window})" if span[0] else "is there"
+    raise RecipeError(
+        f"{where}layer {layer} has no source: before span {_name(span)} no layer {reason}; start the span later, or "
+        "leave the layer out"
+    )
+
+
+def _alike(source: LayerGeometry, reuser: LayerGeometry) -> bool:
+    return layer_difference(source, reuser) is None and source.heads == reuser.heads
+
+
+def _name(layers: range) -> str:
+    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
