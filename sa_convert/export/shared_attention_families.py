@@ -20,7 +20,7 @@ class Family:
     sliding: which layers attend within a sliding window where config.json has no `layer_types` (see
         `sa_convert.read.geometry`): "none", "all", "periodic", "from_max_window_layers",
         "alternate_below_max_window_layers" or "without_rotary".
-    period: for "periodic", every period-th layer has full attention; `sliding_window_pattern` in config.json overrides.
+    period, period_key: for "periodic", every period-th layer has full attention; the config key that overrides it.
     window, uses_window: what the family's config takes for a missing `sliding_window` and `use_sliding_window`.
     rotary: which layers rotate queries and keys: "all", "none", "sliding" (only those, where the model has a window) or
         "no_rope_layers".
@@ -45,6 +45,7 @@ class Family:
     sinks: str | None = None
     sliding: str = "none"
     period: int = 0
+    period_key: str | None = None
     window: int | None = None
     uses_window: bool = True
     rotary: str = "all"
@@ -108,6 +109,7 @@ FAMILIES: dict[str, Family] = {
             **_QK_NORM,
             sliding="periodic",
             period=6,
+            period_key="sliding_window_pattern",
             window=4096,
         ),
         Family("olmo2", "Olmo2Config", "Olmo2ForCausalLM", **_QK_NORM, norm="joint"),
@@ -129,6 +131,7 @@ FAMILIES: dict[str, Family] = {
             "Cohere2ForCausalLM",
             sliding="periodic",
             period=4,
+            period_key="sliding_window_pattern",
             window=4096,
             rotary="sliding",
         ),
@@ -160,6 +163,7 @@ FAMILIES: dict[str, Family] = {
             **_QK_NORM,
             sliding="periodic",
             period=4,
+            period_key="sliding_window_pattern",
             window=4096,
             rotary="sliding",
         ),

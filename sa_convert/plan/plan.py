@@ -1,0 +1,67 @@
+"""The plan of a conversion: everything that is decided and checked before the first byte is written."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sa_convert.data.checkpoint import Checkpoint, TensorEdit
+from sa_convert.data.geometry import ModelGeometry
+from sa_convert.data.report import Savings
+from sa_convert.data.sharing_map import SharingMap
+from sa_convert.errors import RecipeError
+from sa_convert.export.shared_attention_families import Family
+from sa_convert.plan.edits import tensor_edits
+from sa_convert.plan.rules import check_map
+from sa_convert.plan.savings import plan_savings
+from sa_convert.read.family import family_of
+from sa_convert.read.geometry import geometry_of
+
+if TYPE_CHECKING:
+    from sa_convert.data.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """A checkpoint, the sharing map for it, what happens to each tensor, and what that saves."""
+
+    checkpoint: Checkpoint
+    family: Family
+    geometry: ModelGeometry
+    sharing: SharingMap
+    edits: Mapping[str, TensorEdit]
+    savings: Savings
+
+    @property
+    def reused_groups(self) -> int:
+        return self.sharing.reused_groups(self.geometry)
+
+
+def plan_conversion(checkpoint: Checkpoint, recipe: "Recipe") -> ConversionPlan:
+    """Resolve a recipe for a checkpoint.
+
+    Raises UnsupportedModelError or CheckpointError for the model, RecipeError for what the recipe asks, SharingError
+    where the resulting map breaks a rule.
+    """
+    from sa_convert.plan.recipe_file import refuse_unbuilt
+    from sa_convert.plan.spans import sharing_of
+
+    refuse_unbuilt(recipe)
+    family = family_of(checkpoint.config, checkpoint.tensors)
+    geometry = geometry_of(checkpoint, family)
+    sharing = sharing_of(recipe, geometry)
+    check_map(sharing, geometry)
+    if not sharing.layers:
+        raise RecipeError(
+            f"{recipe.origin.at('sharing')}: no head reuses another, so there is nothing to convert; "
+            "name at least one source."
+        )
+    return plan_sharing(checkpoint, family, geometry, sharing)
+
+
+def plan_sharing(
+    checkpoint: Checkpoint, family: Family, geometry: ModelGeometry, sharing: SharingMap
+) -> ConversionPlan:
+    """The plan for a map that has been checked."""
+    edits = tensor_edits(checkpoint, family, geometry, sharing)
+    savings = plan_savings(checkpoint, family, geometry, sharing, edits)
+    return ConversionPlan(checkpoint, family, geometry, sharing, edits, savings)

@@ -1,0 +1,154 @@
+"""Tiny random models of every family, and maps that they can run."""
+
+import json
+import random
+from pathlib import Path
+
+from sa_convert.data.geometry import ModelGeometry
+from sa_convert.export.shared_attention_families import FAMILIES
+
+DEPTH = 6
+# Whatever of these a family's config knows. Windows are shorter than the test sequences, groups have two heads.
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "sliding_window": 8,
+    "query_pre_attn_scalar": 16,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "ffn_dim": 96,
+    "word_embed_proj_dim": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# Options that bring out what is special in a family.
+SPECIAL = {
+    "llama": {"attention_bias": True},
+    "cohere": {"use_qk_norm": True},
+    "stablelm": {"qk_layernorm": True, "use_qkv_bias": True},
+    "phi": {"qk_layernorm": True},
+    "opt": {"num_key_value_heads": 8},
+    "exaone4": {"sliding_window_pattern": 2},
+    "gemma3_text": {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2},
+    "gpt_oss": {
+        # The default stretches positions beyond this tiny model's.
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+}
+
+
+def tiny_config(model_type: str, **changes):
+    """A small config of this type."""
+    from transformers import AutoConfig
+
+    known = AutoConfig.for_model(model_type)
+    sizes = {key: value for key, value in SIZES.items() if hasattr(known, key)}
+    return AutoConfig.for_model(model_type, **{**sizes, **SPECIAL.get(model_type, {}), **changes})
+
+
+def save_tiny(model_type: str, folder: Path, seed: int = 0, max_shard_size: str = "100KB", **changes):
+    """Save a random model with every weight, bias and norm away from its initial value; returns it in eager mode."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes), attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return model
+
+
+def classes_of_layers(geometry: ModelGeometry) -> list[list[int]]:
+    """Layers that can share with each other."""
+    classes: dict = {}
+    for index, layer in enumerate(geometry.layers):
+        classes.setdefault((layer.attention, layer.window, layer.rotary), []).append(index)
+    return list(classes.values())
+
+
+def make_map(kind: str, geometry: ModelGeometry, seed: int = 0) -> dict[int, list]:
+    """A random map: "span" (whole layers, same heads), "layers" (whole layers, other heads), "groups" or "heads"."""
+    chance = random.Random(f"{kind}{seed}")
+    rows: dict[int, list] = {}
+    for layers in classes_of_layers(geometry):
+        first, rest = layers[0], layers[1:]
+        for index in rest:
+            layer = geometry.layers[index]
+            if kind in ("span", "layers"):
+                if index == rest[0] and len(rest) > 2:
+                    continue  # stays a possible source
+                heads = range(layer.heads)
+                rows[index] = [[first, head if kind == "span" else (3 * head + 1) % layer.heads] for head in heads]
+                continue
+            own = [(at, head) for at in layers if at < index for head in range(layer.heads)]
+            own = [source for source in own if source[0] not in rows or rows[source[0]][source[1]] is None]
+            row: list = [None] * layer.heads
+            for group in range(layer.groups):
+                for head in layer.heads_of(group) if kind == "heads" or chance.random() < 0.6 else ():
+                    if kind == "groups" or chance.random() < 0.6:
+                        row[head] = list(chance.choice(own))
+            if any(row):
+                rows[index] = row
+    return rows
+
+
+def kinds_of(model_type: str) -> list[str]:
+    whole = ["span", "layers"]
+    return whole if FAMILIES[model_type].granularity == "layer" else [*whole, "groups", "heads"]
+
+
+def write_recipe(path: Path, rows: dict[int, list], **keys) -> Path:
+    """A recipe with an explicit map (JSON is YAML)."""
+    path.write_text(json.dumps({"sharing": {"map": {str(layer): row for layer, row in rows.items()}}, **keys}))
+    return path
+
+
+def save_tokenizer(folder: Path, words: int = 120) -> None:
+    """A small tokenizer that splits any text into known pieces, saved as transformers does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    text = "The quick brown fox jumps over the lazy dog while forty words of English are counted here. " * 3
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(vocab_size=words, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator([text], trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
+def geometry_of_folder(folder: Path) -> ModelGeometry:
+    """The geometry of a saved model."""
+    from sa_convert.read.family import family_of
+    from sa_convert.read.folder import open_folder
+    from sa_convert.read.geometry import geometry_of
+
+    checkpoint = open_folder(folder)
+    return geometry_of(checkpoint, family_of(checkpoint.config, checkpoint.tensors))
+
+
+def load_converted(folder: Path, **options):
+    """Load by the folder's own code, and refuse missing, unexpected or mismatched weights."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True, **options
+    )
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    assert not any(info.values()), info
+    return model.eval()
