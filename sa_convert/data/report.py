@@ -1,6 +1,31 @@
 """What a conversion did, saved and cost: the contents of report.json."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sa_convert.data.sharing_map import SharingMap
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The model that was converted. id: `org/name` on the Hub, or the name of a local folder or file (never its path,
+    so that a conversion gives the same files on every machine). revision: its commit on the Hub, or None."""
+
+    id: str
+    revision: str | None = None
+
+    @classmethod
+    def of(cls, identity: str, revision: str | None = None) -> "BaseModel":
+        """From what the user called the model."""
+        if Path(identity).expanduser().exists():
+            return cls(Path(identity).expanduser().resolve().name, revision)
+        return cls(identity, revision)
+
+    @property
+    def on_hub(self) -> bool:
+        return "/" in self.id
 
 
 @dataclass(frozen=True)
@@ -9,6 +34,11 @@ class Change:
 
     before: int
     after: int
+
+    @property
+    def removed(self) -> float:
+        """The part that is gone, 0 to 1."""
+        return 1 - self.after / self.before if self.before else 0.0
 
 
 @dataclass(frozen=True)
@@ -22,3 +52,105 @@ class Savings:
     checkpoint_bytes: Change
     cache_bytes_per_token: Change
     key_cache_removed: float
+
+
+@dataclass(frozen=True)
+class PerplexityReport:
+    """Perplexity of both models on the same tokens. dtype: in which both were computed. increase: 0.05 is 5%."""
+
+    text: str
+    tokens: int
+    before: float
+    after: float
+    dtype: str
+
+    @property
+    def increase(self) -> float:
+        return self.after / self.before - 1
+
+
+@dataclass(frozen=True)
+class DecodeCheck:
+    """Decoding with a cache against one pass without. tolerance: the difference that rounding may make."""
+
+    max_abs_logit_difference: float
+    same_greedy_tokens: bool
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.max_abs_logit_difference <= self.tolerance and self.same_greedy_tokens
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """The perplexity limit, and whether the converted model stays within it."""
+
+    max_perplexity_increase: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What was measured by running both models. gate: None where no limit was set."""
+
+    perplexity: PerplexityReport
+    decode_check: DecodeCheck
+    gate: GateResult | None
+    cache_bytes_per_token: Change
+
+
+@dataclass(frozen=True)
+class Report:
+    """All of report.json. The parts that validation measures are None with --no-validate."""
+
+    base_model: BaseModel
+    family: str
+    sharing: SharingMap
+    reused_groups: int
+    total_groups: int
+    savings: Savings
+    perplexity: PerplexityReport | None = None
+    decode_check: DecodeCheck | None = None
+    gate: GateResult | None = None
+    recipe: str | None = None
+    calibration_text: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As in report.json. Floats are rounded to the digits that mean something."""
+        return {
+            "base_model": asdict(self.base_model),
+            "family": self.family,
+            "recipe": self.recipe,
+            "sharing": {
+                "layers": self.sharing.to_json(),
+                "reused_groups": self.reused_groups,
+                "total_groups": self.total_groups,
+            },
+            "savings": {**asdict(self.savings), "key_cache_removed": round(self.savings.key_cache_removed, 6)},
+            "calibration_text": self.calibration_text,
+            "perplexity": self.perplexity and _perplexity_json(self.perplexity),
+            "decode_check": self.decode_check and _decode_json(self.decode_check),
+            "gate": self.gate and asdict(self.gate),
+            "versions": dict(sorted(self.versions.items())),
+        }
+
+
+def _perplexity_json(perplexity: PerplexityReport) -> dict[str, Any]:
+    return {
+        "text": perplexity.text,
+        "tokens": perplexity.tokens,
+        "before": round(perplexity.before, 4),
+        "after": round(perplexity.after, 4),
+        "increase": round(perplexity.increase, 6),
+        "dtype": perplexity.dtype,
+    }
+
+
+def _decode_json(check: DecodeCheck) -> dict[str, Any]:
+    return {
+        "max_abs_logit_difference": float(f"{check.max_abs_logit_difference:.2g}"),
+        "same_greedy_tokens": check.same_greedy_tokens,
+        "tolerance": float(f"{check.tolerance:.2g}"),
+    }

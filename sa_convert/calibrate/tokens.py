@@ -1,0 +1,44 @@
+"""Documents to sequences of tokens of equal length."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from sa_convert.calibrate.text import Text
+from sa_convert.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def token_sequences(tokenizer: Any, text: Text, sequences: int, length: int) -> "torch.Tensor":
+    """Tokens (sequences, length), int64: the documents one after another, cut into equal sequences.
+
+    Each sequence starts with the token that the tokenizer puts before a text, if it does. Only as much text is read as is
+    needed. Raises DataError where the text is too short.
+    """
+    import torch
+
+    start = _start_tokens(tokenizer)
+    needed = sequences * (length - len(start))
+    tokens: list[int] = []
+    for document in text.documents:
+        tokens += tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(tokens) >= needed:
+            break
+    if not tokens:
+        raise DataError(f"Text {text.name}: empty, or the tokenizer makes no token of it.")
+    if len(tokens) < needed:
+        raise DataError(
+            f"Text {text.name}: {len(tokens)} tokens are too few for {sequences} sequences of {length} tokens, "
+            f"which need {needed}: give a longer text."
+        )
+    rows = torch.tensor(tokens[:needed], dtype=torch.long).view(sequences, -1)
+    return torch.cat([torch.tensor(start, dtype=torch.long).expand(sequences, -1), rows], dim=1)
+
+
+def _start_tokens(tokenizer: Any) -> list[int]:
+    """[bos] where the tokenizer itself starts a text with it, else []."""
+    plain: Iterable[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    marked: list[int] = tokenizer("a")["input_ids"]
+    starts = tokenizer.bos_token_id is not None and marked[:1] == [tokenizer.bos_token_id] != list(plain)[:1]
+    return marked[:1] if starts else []

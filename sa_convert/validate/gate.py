@@ -1,0 +1,129 @@
+"""Validation: both models on the same held-out text, the decode check, and the verdict of the gate."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sa_convert.calibrate.text import Text
+from sa_convert.calibrate.tokens import token_sequences
+from sa_convert.data.report import Change, GateResult, PerplexityReport, Validation
+from sa_convert.errors import CheckpointError, GateRefused
+from sa_convert.validate.cache import cache_bytes_per_token
+from sa_convert.validate.decode import decode_check
+from sa_convert.validate.load import load_base, load_converted, load_tokenizer
+from sa_convert.validate.perplexity import Perplexity, perplexity
+from sa_convert.validate.placement import Placement, place
+from sa_convert.validate.quiet import keep_module_cache_clean
+
+if TYPE_CHECKING:
+    import torch
+
+SEQUENCES = 16
+LENGTH = 512
+KINDS = ("prose", "code")
+DECODED = 128
+CACHED = 16
+
+
+def validate(
+    base: Path,
+    converted: Path,
+    text: Text,
+    max_perplexity_increase: float | None,
+    device: str = "auto",
+    dtype: str = "auto",
+    sequences: int = SEQUENCES,
+    length: int = LENGTH,
+    max_memory: Mapping[int | str, int] | None = None,
+) -> Validation:
+    """Measure the base model and then the converted one, never both in memory, on the validation part of `text`.
+
+    base, converted: folders; the converted model runs by the code in its folder. max_perplexity_increase: the gate, 0.05
+    is 5%, or None for no limit. device, dtype, max_memory: see `placement.place`. sequences of `length` tokens, fewer
+    tokens where the model has fewer positions.
+
+    Raises DataError (no tokenizer, text too short), CheckpointError (a model that cannot be loaded or is broken), and
+    GateRefused where the converted model's perplexity is not finite; every other verdict is in the result, for
+    `refuse_if_failed`.
+    """
+    keep_module_cache_clean()
+    held_out = text.split("validation", KINDS)
+    tokens = token_sequences(load_tokenizer(base), held_out, sequences, min(length, _positions(base)))
+    placement = place(base, device, dtype, max_memory)
+    before, cache_before, unexpected = _measure_base(base, placement, tokens)
+    _release()
+    with load_converted(converted, placement, unexpected) as loaded:
+        after = perplexity(loaded.model, tokens, "perplexity of the converted model")
+        if not after.finite:
+            raise GateRefused(
+                "The converted model's perplexity is not finite, though the base model's is: try a recipe that shares "
+                "less, or --dtype float32."
+            )
+        check = decode_check(loaded.model, tokens[0, :DECODED])
+        cache_after = cache_bytes_per_token(loaded.model, tokens[0, :CACHED], placement.stored)
+        del loaded
+    _release()
+    report = PerplexityReport(held_out.name, after.tokens, before.perplexity, after.perplexity, placement.dtype_name)
+    gate = None
+    if max_perplexity_increase is not None:
+        gate = GateResult(max_perplexity_increase, report.increase <= max_perplexity_increase and check.passed)
+    return Validation(report, check, gate, Change(cache_before, cache_after))
+
+
+def refuse_if_failed(validation: Validation) -> None:
+    """Raises GateRefused where the converted model decodes wrongly or its perplexity rises beyond the gate."""
+    check = validation.decode_check
+    if not check.passed:
+        problem = (
+            f"logits differ by {check.max_abs_logit_difference:.2g} (tolerance {check.tolerance:.2g})"
+            if not check.max_abs_logit_difference <= check.tolerance
+            else "it generates other tokens"
+        )
+        raise GateRefused(
+            f"The converted model decodes wrongly: with a cache {problem}. This is a fault of the conversion, not of the "
+            "recipe; please report it with the model's config.json and the recipe."
+        )
+    if validation.gate is not None and not validation.gate.passed:
+        increase, limit = validation.perplexity.increase, validation.gate.max_perplexity_increase
+        enough = math.ceil(increase * 100)
+        raise GateRefused(
+            f"The gate refused: perplexity rises by {increase:.2%} (limit {limit * 100:.4g}%), from "
+            f"{validation.perplexity.before:.2f} to {validation.perplexity.after:.2f}: try a recipe that shares less, or "
+            f"--max-perplexity-increase {enough}%."
+        )
+
+
+def _measure_base(folder: Path, placement: Placement, tokens: "torch.Tensor") -> tuple[Perplexity, int, frozenset[str]]:
+    with load_base(folder, placement) as loaded:
+        vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
+        if (largest := int(tokens.max())) >= vocabulary:
+            raise CheckpointError(
+                f"{folder}: the tokenizer makes token {largest}, but the model has embeddings of {vocabulary} tokens only: "
+                "the tokenizer is another model's."
+            )
+        before = perplexity(loaded.model, tokens, "perplexity of the base model")
+        if not before.finite:
+            raise CheckpointError(
+                f"{folder}: the base model's perplexity is not finite: its weights are damaged, or overflow in "
+                f"{placement.dtype_name} (try --dtype float32)."
+            )
+        return before, cache_bytes_per_token(loaded.model, tokens[0, :CACHED], placement.stored), loaded.unexpected
+
+
+def _positions(folder: Path) -> int:
+    """Positions that the model has, as far as its config limits them."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return int(config.get("max_position_embeddings") or LENGTH)
+
+
+def _release() -> None:
+    """Give the memory of a model back before the next is loaded."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,116 @@
+"""Loads the two models that validation compares, each as its users will."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from sa_convert.errors import CheckpointError, DataError
+from sa_convert.validate.placement import Placement
+from sa_convert.validate.quiet import keep_module_cache_clean, quiet
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in evaluation mode. unexpected: names of tensors in its files that it has no use for."""
+
+    model: Any
+    unexpected: frozenset[str]
+
+
+@contextmanager
+def load_base(folder: Path, placement: Placement) -> Iterator[Loaded]:
+    """The base model, for as long as the context lasts. Code in its folder is not run.
+
+    Raises CheckpointError where transformers cannot load it, or finds that tensors are missing or of another shape.
+    """
+    keep_module_cache_clean()
+    from transformers import AutoModelForCausalLM
+
+    with _loaded(AutoModelForCausalLM, folder, placement, f"The model in {folder}", {}) as (loaded, info):
+        _refuse_incomplete(f"The model in {folder}", info, ("missing_keys", "mismatched_keys", "error_msgs"))
+        yield loaded
+
+
+@contextmanager
+def load_converted(folder: Path, placement: Placement, unexpected: frozenset[str] = frozenset()) -> Iterator[Loaded]:
+    """The converted model, by the code in its own folder, for as long as the context lasts.
+
+    unexpected: names of tensors that the base model does not know either. Raises CheckpointError where it cannot be
+    loaded, or a tensor is missing, superfluous or of another shape.
+    """
+    keep_module_cache_clean()
+    from transformers import AutoModelForCausalLM
+
+    who = "The converted model"
+    options = {"config": _remote_config(folder, who), "trust_remote_code": True}
+    with _loaded(AutoModelForCausalLM, folder, placement, who, options) as (loaded, info):
+        if not type(loaded.model).__module__.startswith("transformers_modules."):
+            ran = type(loaded.model).__module__
+            raise CheckpointError(f"{who}: transformers ran {ran} instead of the code in its folder.")
+        info["unexpected_keys"] = loaded.unexpected - unexpected
+        _refuse_incomplete(who, info, ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+        yield loaded
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder. Raises DataError where there is none."""
+    keep_module_cache_clean()
+    from transformers import AutoTokenizer
+
+    with quiet():
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # OSError, ValueError, KeyError, ... by family and by what is missing
+            raise DataError(
+                f"{folder}: no tokenizer that can be loaded, so perplexity cannot be measured: add the tokenizer files of "
+                f"the model (tokenizer.json, tokenizer_config.json), or use --no-validate. ({first_line(error)})"
+            ) from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's message."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def _loaded(
+    auto_class: Any, folder: Path, placement: Placement, who: str, options: dict[str, Any]
+) -> Iterator[tuple[Loaded, dict[str, Any]]]:
+    with TemporaryDirectory(prefix="sa-convert-offload-") as offload, quiet():
+        options = {**options, "dtype": placement.dtype, "local_files_only": True, "output_loading_info": True}
+        if placement.max_memory is None:
+            options["device_map"] = {"": placement.device}
+        else:
+            options |= {"device_map": "auto", "max_memory": dict(placement.max_memory), "offload_folder": offload}
+        try:
+            model, info = auto_class.from_pretrained(folder, **options)
+        except Exception as error:  # whatever a library finds wrong with the files is the user's to read
+            raise CheckpointError(f"{who} cannot be loaded by transformers: {first_line(error)}") from error
+        yield Loaded(model.eval(), frozenset(info["unexpected_keys"])), info
+
+
+def _remote_config(folder: Path, who: str) -> Any:
+    """The configuration by the code in the folder, even where sa_convert's own classes are registered."""
+    from transformers import AutoConfig
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+        if type(config).__module__.startswith("transformers_modules."):
+            return config
+        config_class = get_class_from_dynamic_module(config.auto_map["AutoConfig"], folder)
+        return config_class.from_pretrained(folder)
+    except Exception as error:
+        raise CheckpointError(f"{who}: its configuration cannot be loaded: {first_line(error)}") from error
+
+
+def _refuse_incomplete(who: str, info: dict[str, Any], kinds: tuple[str, ...]) -> None:
+    for kind in kinds:
+        if found := info.get(kind):
+            names = sorted(str(name) for name in found)
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise CheckpointError(f"{who} has {kind.replace('_', ' ')}: {', '.join(names[:3])}{more}.")

@@ -1,0 +1,57 @@
+"""Perplexity: how well a model predicts text that it was not calibrated on."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sa_convert.progress import progress
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """loss: mean negative log-likelihood of a token, in nats; nan or inf for a broken model. tokens: predicted tokens."""
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else self.loss * math.inf
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.perplexity)
+
+
+def perplexity(model: Any, sequences: "torch.Tensor", description: str = "perplexity", batch: int = 1) -> Perplexity:
+    """Perplexity over sequences (N, L) of tokens, `batch` at a time, without a cache.
+
+    Every token but the first of a sequence is predicted from those before it in the sequence. The log-probabilities are
+    computed in float32 and added up in float64. Stops at the first loss that is not finite.
+    """
+    import torch
+    from torch.nn import functional
+
+    total, tokens = 0.0, 0
+    with torch.inference_mode(), progress(len(sequences), description, unit="seq") as bar:
+        for chunk in sequences.split(batch):
+            logits = model(input_ids=chunk.to(input_device(model)), use_cache=False).logits
+            for row, targets in zip(logits, chunk, strict=True):
+                losses = functional.cross_entropy(row[:-1].float(), targets[1:].to(row.device), reduction="none")
+                total += losses.cpu().double().sum().item()
+                tokens += losses.numel()
+            bar.update(len(chunk))
+            if not math.isfinite(total):
+                break
+    return Perplexity(total / tokens, tokens)
+
+
+def input_device(model: Any) -> "torch.device":
+    """Where a model wants its tokens: where its embedding is. Hooks of accelerate move them on where it is offloaded."""
+    import torch
+
+    device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
