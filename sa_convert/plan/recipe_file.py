@@ -39,16 +39,29 @@ def load_recipe(name_or_path: str) -> "Recipe":
 
     Raises RecipeError.
     """
+    return parse_recipe(*_find(name_or_path))
+
+
+def recipe_text(name_or_path: str) -> str:
+    """What `load_recipe` reads, as it is written, comments included. Raises RecipeError where it is not valid."""
+    text, name = _find(name_or_path)
+    parse_recipe(text, name)
+    return text
+
+
+def _find(name_or_path: str) -> tuple[str, str]:
+    """The text of a recipe, and the name of its file for messages."""
     if name_or_path.lower().endswith(_SUFFIXES) or "/" in name_or_path or "\\" in name_or_path:
-        return _load(Path(name_or_path), name_or_path)
+        return _read(Path(name_or_path), name_or_path), name_or_path
     shipped = shipped_recipes()
     if name_or_path in shipped:
-        return _load(shipped[name_or_path], shipped[name_or_path].name)
-    hint = _did_you_mean(name_or_path, shipped)
+        path = shipped[name_or_path]
+        return _read(path, path.name), path.name
+    hint = _did_you_mean(name_or_path, shipped) or "."
     if Path(name_or_path).is_file():
-        hint = f"; to use the file of that name, write ./{name_or_path}"
+        hint = f"; to use the file of that name, write ./{name_or_path}."
     raise RecipeError(
-        f"There is no shipped recipe '{name_or_path}'{hint}. `sa-convert recipes` lists them; "
+        f"There is no shipped recipe '{name_or_path}'{hint} `sa-convert recipes` lists them; "
         "a recipe of your own is a file that ends in .yaml."
     )
 
@@ -136,7 +149,7 @@ def refuse_unbuilt(recipe: "Recipe") -> None:
             )
 
 
-def _load(path: Path, name: str) -> "Recipe":
+def _read(path: Path, name: str) -> str:
     try:
         with path.open("rb") as stream:
             content = stream.read(_LARGEST + 1)
@@ -149,11 +162,10 @@ def _load(path: Path, name: str) -> "Recipe":
     if len(content) > _LARGEST:
         raise RecipeError(f"'{name}' is larger than {_LARGEST >> 20} MiB, which no recipe is.")
     try:
-        text = content.decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise RecipeError(f"{name}, line {line}: the file is not UTF-8 text") from None
-    return parse_recipe(text, name)
 
 
 _EXPECTED = {

@@ -81,11 +81,8 @@ def _nearest(layer: int, span: range, geometry: ModelGeometry, where: str) -> in
             return source
     kind = geometry.layers[layer]
     window = f" with a window of {kind.window} tokens" if kind.window else ""
-    reason = f"is of its kind ({kind.attention}{window})" if span[0] else "is there"
-    raise RecipeError(
-        f"{where}layer {layer} has no source: before span {_name(span)} no layer {reason}; start the span later, or "
-        "leave the layer out"
-    )
+    reason = f"none before {_name(span)} is of its kind ({kind.attention}{window})" if span[0] else "it is the first"
+    raise RecipeError(f"{where}layer {layer} has no source: {reason}; start the span later, or leave that layer out")
 
 
 def _alike(source: LayerGeometry, reuser: LayerGeometry) -> bool:

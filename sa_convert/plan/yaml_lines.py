@@ -14,8 +14,8 @@ _MAX_DEPTH = 20
 def parse_yaml(text: str, file: str) -> tuple[Any, Lines]:
     """The one document in `text`, and the line (from 1) of each key and list item by its path.
 
-    Plain data only. Numbers, booleans and null are those of YAML 1.2 (so 010 and 1:30 and no stay text). Aliases are
-    refused, since a few of them can stand for a document of any size. Raises RecipeError with `file` and the line.
+    Plain data only. Numbers, booleans and null are those of YAML 1.2 (so 010 and 1:30 and no stay text). Tags are refused,
+    and aliases, since a few of them can stand for a document of any size. Raises RecipeError with `file` and the line.
     """
     import yaml
 
@@ -24,9 +24,10 @@ def parse_yaml(text: str, file: str) -> tuple[Any, Lines]:
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             event = self.peek_event()
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                problem = "anchors and aliases (&name, *name) are not supported; write the value out"
-                raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+            for mark, name in (("anchor", "anchors and aliases (&name, *name)"), ("tag", "tags (!name)")):
+                if getattr(event, mark, None):
+                    problem = f"{name} are not supported; write plain values"
+                    raise yaml.MarkedYAMLError(None, None, problem, event.start_mark)
             return super().compose_node(parent, index)
 
     for tag, pattern, first in (

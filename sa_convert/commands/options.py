@@ -1,0 +1,34 @@
+"""Arguments and options that several commands have, so that they look and work alike."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from sa_convert.units import parse_percent
+
+
+class PercentType(click.ParamType):
+    """A percentage such as 5%; the command receives the fraction, 0.05."""
+
+    name = "percent"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        try:
+            return parse_percent(value)
+        except ValueError as error:
+            self.fail(f"{error}.", param, ctx)
+
+
+PERCENT = PercentType()
+
+model_argument = click.argument("model", metavar="MODEL")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
+
+
+def echo_json(content: Mapping[str, Any]) -> None:
+    """One JSON object on stdout."""
+    click.echo(json.dumps(content, indent=2, ensure_ascii=False))

@@ -1,0 +1,212 @@
+"""What a model is and what of it can be shared, from config.json and headers alone."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sa_convert.data.checkpoint import DTYPE_BITS, Checkpoint, TensorEntry
+from sa_convert.data.geometry import LayerGeometry, ModelGeometry
+from sa_convert.data.sharing_map import SharingMap
+from sa_convert.errors import CheckpointError, UnsupportedModelError
+from sa_convert.export.shared_attention_families import FAMILIES, Family
+from sa_convert.plan.rules import check_map, layer_difference
+from sa_convert.plan.savings import cache_bytes
+from sa_convert.read.family import PREFIX, family_of
+from sa_convert.read.geometry import attention_kinds, attention_prefix, geometry_of, number
+
+FIRST_OF_ITS_KIND = "no earlier layer of its kind"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Layers whose attention means the same, so that each can reuse the earlier ones.
+
+    reusing: layers that can reuse. groups: their KV groups, which is what sharing could remove at most.
+    """
+
+    attention: str
+    window: int | None
+    rotary: bool
+    layers: tuple[int, ...]
+    reusing: tuple[int, ...]
+    groups: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `sa-convert inspect` tells. Whatever could not be known is None.
+
+    reason: why nothing can be shared, or None. geometry: None for models that cannot be converted; layers, heads and
+    groups are then what config.json says. dtypes: elements by dtype. checkpoint_bytes: of the tensors.
+    cache_bytes_per_token: one sequence, in the dtype of the weights. shared: the map of a model that shares already.
+    """
+
+    model: str
+    revision: str | None
+    model_type: str
+    family: str | None
+    reason: str | None
+    layers: int | None
+    query_heads: int | None
+    kv_groups: int | None
+    head_dim: int | None
+    geometry: ModelGeometry | None
+    kinds: tuple[Kind, ...]
+    shared: SharingMap | None
+    tensors: int
+    shards: int
+    parameters: int
+    dtypes: Mapping[str, int]
+    checkpoint_bytes: int
+    cache_bytes_per_token: int | None
+
+    @property
+    def total_groups(self) -> int | None:
+        return self.geometry.total_groups if self.geometry else None
+
+    @property
+    def shareable_groups(self) -> int:
+        """KV groups that sharing could remove at most."""
+        return 0 if self.reason else sum(kind.groups for kind in self.kinds)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        content = {key: value for key, value in vars(self).items() if key not in ("geometry", "kinds", "shared")}
+        geometry = self.geometry
+        reasons = {str(kind.layers[0]): FIRST_OF_ITS_KIND for kind in self.kinds}
+        return content | {
+            "dtypes": dict(self.dtypes),
+            "granularity": geometry.granularity if geometry else None,
+            "attention": [asdict(layer) for layer in geometry.layers] if geometry else None,
+            "sharing": {
+                "possible": self.reason is None,
+                "reason": self.reason,
+                "total_groups": self.total_groups,
+                "shareable_groups": self.shareable_groups,
+                "kinds": [asdict(kind) for kind in self.kinds],
+                "layers_without_source": {layer: reasons[layer] for layer in sorted(reasons, key=int)},
+                "reused_groups": self.shared.reused_groups(geometry) if self.shared and geometry else 0,
+                "layers": self.shared.to_json() if self.shared else {},
+            },
+        }
+
+
+def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
+    """Everything that config.json and the headers tell; a model that cannot be converted is still described.
+
+    Raises CheckpointError where the files contradict each other.
+    """
+    config, tensors = checkpoint.config, checkpoint.tensors
+    family = geometry = reason = shared = cache = None
+    try:
+        if str(config.get("model_type")).startswith(PREFIX) and isinstance(config.get("shared_attention"), Mapping):
+            family, geometry, shared = _converted(checkpoint)
+            cache = _cache_left(checkpoint, family, geometry, shared)
+            reason = "The model shares attention already; convert its base model with another recipe."
+        else:
+            family = family_of(config, tensors)
+            geometry = geometry_of(checkpoint, family)
+            cache = cache_bytes(checkpoint, family, geometry, SharingMap())
+    except UnsupportedModelError as error:
+        reason = str(error)
+    kinds = _kinds(geometry) if geometry else ()
+    if reason is None and not any(kind.reusing for kind in kinds):
+        reason = "Every layer is the only one of its kind, so none has an earlier layer to reuse."
+    dtypes: dict[str, int] = {}
+    for tensor in tensors.values():
+        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.elements
+    first = geometry.layers[0] if geometry else None
+    return Inspection(
+        model=checkpoint.identity,
+        revision=checkpoint.revision,
+        model_type=str(config.get("model_type")),
+        family=family.model_type if family else None,
+        reason=reason,
+        layers=len(geometry.layers) if geometry else _told(config, "num_hidden_layers", "n_layer", "num_layers"),
+        query_heads=first.heads if first else _told(config, "num_attention_heads", "n_head", "num_heads"),
+        kv_groups=first.groups if first else _told(config, "num_key_value_heads", "num_kv_heads"),
+        head_dim=first.head_dim if first else _told(config, "head_dim"),
+        geometry=geometry,
+        kinds=kinds,
+        shared=shared,
+        tensors=len(tensors),
+        shards=len(checkpoint.shards),
+        parameters=sum(dtypes.values()),
+        dtypes=dict(sorted(dtypes.items(), key=lambda item: -item[1])),
+        checkpoint_bytes=sum(tensor.bytes for tensor in tensors.values()),
+        cache_bytes_per_token=cache,
+    )
+
+
+def _kinds(geometry: ModelGeometry) -> tuple[Kind, ...]:
+    """The classes of layers that the rules of sharing allow to share, by their first layers."""
+    classes: list[list[int]] = []
+    for index, layer in enumerate(geometry.layers):
+        home = next((c for c in classes if layer_difference(geometry.layers[c[0]], layer) is None), None)
+        if home is None:
+            classes.append([index])
+        else:
+            home.append(index)
+    kinds = []
+    for members in classes:
+        first = geometry.layers[members[0]]
+        groups = sum(geometry.layers[index].groups for index in members[1:])
+        kinds.append(
+            Kind(first.attention, first.window, first.rotary, tuple(members), tuple(members[1:]), groups)
+        )
+    return tuple(kinds)
+
+
+def _converted(checkpoint: Checkpoint) -> tuple[Family, ModelGeometry, SharingMap]:
+    """Family, geometry of the base, and map of a model that we have converted; the keys it lost are not in its files."""
+    config = checkpoint.config
+    base = str(config["model_type"]).removeprefix(PREFIX)
+    family = FAMILIES.get(base)
+    if family is None:
+        raise UnsupportedModelError(
+            f"The model has type '{config['model_type']}', whose base '{base}' this version does not know."
+        )
+    heads, groups = number(config, "num_attention_heads"), _told(config, "num_key_value_heads")
+    layers = []
+    for index, (attention, window, rotary) in enumerate(
+        attention_kinds(config, family, number(config, "num_hidden_layers"))
+    ):
+        values = _values(checkpoint, family, index)
+        count = groups or heads
+        layers.append(LayerGeometry(heads, count, values.shape[0] // count, attention, window, rotary))
+    rows: Any = config["shared_attention"].get("layers")
+    try:
+        shared = SharingMap.from_json(rows)
+    except (AttributeError, TypeError, ValueError, IndexError):
+        raise CheckpointError("config.json: 'shared_attention' does not list layers and heads as converted models do.") from None
+    geometry = ModelGeometry(tuple(layers), family.granularity)
+    check_map(shared, geometry)
+    return family, geometry, shared
+
+
+def _values(checkpoint: Checkpoint, family: Family, layer: int) -> TensorEntry:
+    name = f"{attention_prefix(checkpoint, family, layer)}{family.value}.weight"
+    tensor = checkpoint.tensors.get(name)
+    if tensor is None:
+        raise CheckpointError(f"The checkpoint has no tensor '{name}', though config.json counts that layer.")
+    return tensor
+
+
+def _cache_left(checkpoint: Checkpoint, family: Family, geometry: ModelGeometry, shared: SharingMap) -> int:
+    """Cache bytes per token of a converted model, whose reusing layers have no key projection to take the dtype from."""
+    total = 0
+    for index, layer in enumerate(geometry.layers):
+        values = _values(checkpoint, family, index)
+        keys = len(shared.own_groups(index, layer)) * layer.head_dim
+        total += (keys + values.shape[0]) * DTYPE_BITS[values.dtype] // 8
+    return total
+
+
+def _told(config: Mapping[str, Any], *keys: str) -> int | None:
+    """What config.json says under the first of these keys that it has, also for the text part of a multimodal model."""
+    text = config.get("text_config")
+    for place in (config, text if isinstance(text, Mapping) else {}):
+        for key in keys:
+            if isinstance(place.get(key), int):
+                return int(place[key])
+    return None
