@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     AfterValidator,
@@ -211,7 +211,7 @@ class Recipe(_Frozen):
 
     def resolved(self, sharing: SharingMap) -> "Recipe":
         """The same recipe with the sharing that came of it, as an explicit map."""
-        rows: dict[int | str, Any] = dict(sharing.layers)
+        rows = cast("dict[int | str, Any]", dict(sharing.layers))
         return self.model_copy(update={"sharing": Sharing.model_construct(map=rows)})
 
 

@@ -29,8 +29,7 @@ def parse_map(value: object) -> dict[int | str, tuple[HeadSource | None, ...]]:
         match = None if isinstance(key, bool) else _LAYER_KEY.fullmatch(str(key))
         if match is None:
             raise RecipeValueError(
-                f"{key!r} is not a layer; write its number (27), with encoder. or decoder. before it where there are two "
-                "stacks",
+                f"{key!r} is not a layer; write its number (27), after encoder. or decoder. where a model has both",
                 key,
             )
         layer: int | str = match[0] if match[1] else int(match[2])

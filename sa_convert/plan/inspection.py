@@ -151,14 +151,12 @@ def _kinds(geometry: ModelGeometry) -> tuple[Kind, ...]:
     for members in classes:
         first = geometry.layers[members[0]]
         groups = sum(geometry.layers[index].groups for index in members[1:])
-        kinds.append(
-            Kind(first.attention, first.window, first.rotary, tuple(members), tuple(members[1:]), groups)
-        )
+        kinds.append(Kind(first.attention, first.window, first.rotary, tuple(members), tuple(members[1:]), groups))
     return tuple(kinds)
 
 
 def _converted(checkpoint: Checkpoint) -> tuple[Family, ModelGeometry, SharingMap]:
-    """Family, geometry of the base, and map of a model that we have converted; the keys it lost are not in its files."""
+    """Family, geometry of the base, and map of a converted model; the keys that it lost are not in its files."""
     config = checkpoint.config
     base = str(config["model_type"]).removeprefix(PREFIX)
     family = FAMILIES.get(base)
@@ -178,7 +176,9 @@ def _converted(checkpoint: Checkpoint) -> tuple[Family, ModelGeometry, SharingMa
     try:
         shared = SharingMap.from_json(rows)
     except (AttributeError, TypeError, ValueError, IndexError):
-        raise CheckpointError("config.json: 'shared_attention' does not list layers and heads as converted models do.") from None
+        raise CheckpointError(
+            "config.json: 'shared_attention' does not list sources for the heads of layers."
+        ) from None
     geometry = ModelGeometry(tuple(layers), family.granularity)
     check_map(shared, geometry)
     return family, geometry, shared
@@ -193,7 +193,7 @@ def _values(checkpoint: Checkpoint, family: Family, layer: int) -> TensorEntry:
 
 
 def _cache_left(checkpoint: Checkpoint, family: Family, geometry: ModelGeometry, shared: SharingMap) -> int:
-    """Cache bytes per token of a converted model, whose reusing layers have no key projection to take the dtype from."""
+    """Cache bytes per token of a converted model; its reusing layers have no key projection that tells the dtype."""
     total = 0
     for index, layer in enumerate(geometry.layers):
         values = _values(checkpoint, family, index)

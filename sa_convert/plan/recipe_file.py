@@ -182,10 +182,18 @@ _EXPECTED = {
 
 def _explain(error: "ValidationError", origin: "Origin") -> str:
     """One line about the first problem in the file; an unknown key comes first, since it may explain a missing one."""
+    from pydantic import BaseModel
+
     from sa_convert.data.recipe import Calibration, Gate, Recipe, Search, Sharing, Span
 
-    models = {(): Recipe, ("sharing",): Sharing, ("sharing", "spans"): Span, ("sharing", "search"): Search}
-    models |= {("calibration",): Calibration, ("gate",): Gate}
+    models: dict[tuple[str, ...], type[BaseModel]] = {
+        (): Recipe,
+        ("sharing",): Sharing,
+        ("sharing", "spans"): Span,
+        ("sharing", "search"): Search,
+        ("calibration",): Calibration,
+        ("gate",): Gate,
+    }
     found = []
     for problem in error.errors(include_url=False):
         kind, path = problem["type"], tuple(problem["loc"])

@@ -25,9 +25,7 @@ def sharing_of(recipe: "Recipe", geometry: ModelGeometry) -> SharingMap:
     raise RecipeError(f"{recipe.origin.at('sharing', 'search')}: a search has no map before it has run")
 
 
-def resolve_spans(
-    spans: "Sequence[Span]", geometry: ModelGeometry, origin: "Origin | None" = None
-) -> SharingMap:
+def resolve_spans(spans: "Sequence[Span]", geometry: ModelGeometry, origin: "Origin | None" = None) -> SharingMap:
     """Every head i of a span's layers reuses head i of the span's source.
 
     Without a source, each layer reuses the nearest earlier layer outside of the span that has its kind of attention

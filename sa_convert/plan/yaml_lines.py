@@ -14,8 +14,8 @@ _MAX_DEPTH = 20
 def parse_yaml(text: str, file: str) -> tuple[Any, Lines]:
     """The one document in `text`, and the line (from 1) of each key and list item by its path.
 
-    Plain data only. Numbers, booleans and null are those of YAML 1.2 (so 010 and 1:30 and no stay text). Tags are refused,
-    and aliases, since a few of them can stand for a document of any size. Raises RecipeError with `file` and the line.
+    Plain data only. Numbers, booleans and null are those of YAML 1.2 (so 010, 1:30 and no stay text). Tags are
+    refused, and aliases, since a few of them can stand for a document of any size. Raises RecipeError with the line.
     """
     import yaml
 
@@ -46,8 +46,9 @@ def parse_yaml(text: str, file: str) -> tuple[Any, Lines]:
         if isinstance(node, yaml.SequenceNode):
             items = []
             for index, child in enumerate(node.value):
-                lines[(*path, index)] = child.start_mark.line + 1
-                items.append(build(child, (*path, index)))
+                place = (*path, index)
+                lines[place] = child.start_mark.line + 1
+                items.append(build(child, place))
             return items
         if isinstance(node, yaml.MappingNode):
             mapping: dict[Any, Any] = {}
@@ -58,8 +59,9 @@ def parse_yaml(text: str, file: str) -> tuple[Any, Lines]:
                 if key in mapping:
                     problem = f"key {key!r} is written twice; remove one"
                     raise yaml.MarkedYAMLError(None, None, problem, key_node.start_mark)
-                lines[(*path, key)] = key_node.start_mark.line + 1
-                mapping[key] = build(child, (*path, key))
+                place = (*path, key)
+                lines[place] = key_node.start_mark.line + 1
+                mapping[key] = build(child, place)
             return mapping
         return loader.construct_object(node)
 
