@@ -1,0 +1,125 @@
+"""A model folder with safetensors weights, read from config.json, the index and the headers alone."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from sa_convert.data.checkpoint import Checkpoint, Shard
+from sa_convert.errors import CheckpointError, UnsupportedModelError
+from sa_convert.read.header import read_shard
+from sa_convert.read.inside import check_inside, real_folder, revision_of
+from sa_convert.read.side_files import side_files
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def open_folder(folder: Path, identity: str | None = None, revision: str | None = None) -> Checkpoint:
+    """The checkpoint in a folder. identity: what the user called it, the path itself by default.
+
+    Raises CheckpointError where files are missing, damaged or contradict each other.
+    """
+    root = real_folder(folder)
+    config = read_config(folder)
+    refuse_adapter(folder)
+    index: dict[str, Any] | None = None
+    if os.path.lexists(folder / SINGLE):  # transformers, too, looks for the single file first
+        check_inside(folder / SINGLE, root, "the file of weights")
+        shards: tuple[Shard, ...] = (read_shard(folder / SINGLE),)
+    elif os.path.lexists(folder / INDEX):
+        check_inside(folder / INDEX, root, "the index")
+        index = read_json(folder / INDEX)
+        shards = _indexed_shards(folder, root, index)
+    else:
+        other = next(iter(sorted(folder.glob("*.safetensors"))), None)
+        found = f"; {other.name} is there, but no index names it" if other else ""
+        raise CheckpointError(
+            f"{folder}: has a config.json but no weights ({SINGLE} or {INDEX}){found}; download the model whole."
+        )
+    return Checkpoint(
+        identity=str(folder) if identity is None else identity,
+        folder=folder,
+        config=config,
+        shards=shards,
+        index=index,
+        side_files=side_files(root),
+        revision=revision or revision_of(root),
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder. Raises CheckpointError where it is missing or no JSON object."""
+    file = folder / "config.json"
+    if not os.path.lexists(file):
+        empty = next(folder.iterdir(), None) is None
+        why = "is an empty folder" if empty else "has no config.json"
+        raise CheckpointError(f"{folder}: {why}; give the folder of a model in the format of transformers.")
+    check_inside(file, folder.resolve(), "the configuration")
+    return read_json(file)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError naming the file, and the line where it is not JSON."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}.") from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{file}: is not JSON (line {error.lineno}: {error.msg}); download it again.") from None
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{file}: is not JSON; download it again.") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: holds no JSON object; download it again.")
+    return content
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raises UnsupportedModelError for a folder with a PEFT adapter: transformers would load it on top of the weights,
+    and a conversion of the weights alone would lose it."""
+    if (folder / "adapter_config.json").exists():
+        raise UnsupportedModelError(
+            f"{folder}: holds a PEFT adapter (adapter_config.json); merge it into the model first "
+            "(merge_and_unload of PEFT), then convert the merged model."
+        )
+
+
+def weight_map(file: Path, index: Mapping[str, Any]) -> dict[str, str]:
+    """Tensor names and the files that hold them, from an index. Raises CheckpointError for files elsewhere."""
+    names = index.get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise CheckpointError(f"{file}: has no 'weight_map' of tensors and files; download it again.")
+    for tensor, name in names.items():
+        if not isinstance(name, str) or not name:
+            raise CheckpointError(f"{file}: names no file for tensor '{tensor}'; download it again.")
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+            raise CheckpointError(
+                f"{file}: tensor '{tensor}' lies in '{name}', outside of the model's folder; do not trust this model."
+            )
+    return names
+
+
+def _indexed_shards(folder: Path, root: Path, index: Mapping[str, Any]) -> tuple[Shard, ...]:
+    """The shards in the order of their names, every tensor where the index says."""
+    file = folder / INDEX
+    names = weight_map(file, index)
+    shards = []
+    for name in sorted(set(names.values())):
+        tensor = next(key for key, value in names.items() if value == name)
+        check_inside(folder / name, root, f"the shard that {INDEX} names for tensor '{tensor}'")
+        shard = read_shard(folder / name)
+        held = {entry.name for entry in shard.tensors}
+        missing = next((key for key, value in names.items() if value == name and key not in held), None)
+        if missing is not None:
+            raise CheckpointError(
+                f"{shard.file}: has no tensor '{missing}', though {INDEX} says so; download both again."
+            )
+        extra = next((key for key in sorted(held) if names.get(key) != name), None)
+        if extra is not None:
+            raise CheckpointError(
+                f"{shard.file}: holds tensor '{extra}', which {INDEX} does not name for it; download both again."
+            )
+        shards.append(shard)
+    return tuple(shards)

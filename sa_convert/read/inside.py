@@ -1,0 +1,49 @@
+"""Which files a model folder may refer to: those inside of it, and its own blobs in a Hugging Face cache."""
+
+from pathlib import Path
+
+from sa_convert.errors import CheckpointError
+
+
+def real_folder(folder: Path) -> Path:
+    """The folder, links resolved. Raises CheckpointError where there is none."""
+    if not folder.exists():
+        raise CheckpointError(f"{folder}: there is no such folder.")
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: is a file; give the folder that holds config.json and the weights.")
+    return folder.resolve()
+
+
+def revision_of(folder: Path) -> str | None:
+    """The commit, where a (resolved) folder is a snapshot in a Hugging Face cache."""
+    return folder.name if _blobs(folder) is not None else None
+
+
+def check_inside(file: Path, folder: Path, what: str) -> None:
+    """Raises CheckpointError unless `file`, links resolved, is a regular file inside of `folder` (resolved).
+
+    A snapshot in a Hugging Face cache (models--org--name/snapshots/COMMIT) may link into models--org--name/blobs.
+    what: how the message calls the file.
+    """
+    try:
+        real = file.resolve(strict=True)
+    except (OSError, RuntimeError):  # RuntimeError: links in a circle, before Python 3.13
+        if file.is_symlink():
+            raise CheckpointError(f"{file}: {what} is a link to nothing; download the model again.") from None
+        raise CheckpointError(f"{file}: {what} is missing; download the model again.") from None
+    blobs = _blobs(folder)
+    if not real.is_relative_to(folder) and not (blobs is not None and real.is_relative_to(blobs)):
+        raise CheckpointError(
+            f"{file}: {what} is a link that leads out of the model's folder, to {real}; "
+            "put the file itself into the folder."
+        )
+    if not real.is_file():
+        kind = "a link to a folder" if real.is_dir() and file.is_symlink() else "no regular file"
+        raise CheckpointError(f"{file}: {what} is {kind}; put the files themselves into the model's folder.")
+
+
+def _blobs(folder: Path) -> Path | None:
+    home = folder.parent.parent
+    if folder.parent.name == "snapshots" and home.name.startswith("models--") and (home / "blobs").is_dir():
+        return home / "blobs"
+    return None

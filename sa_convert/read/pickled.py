@@ -1,0 +1,189 @@
+"""Legacy PyTorch checkpoints (`pytorch_model*.bin`): read with weights_only, and written anew as safetensors."""
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sa_convert.data.checkpoint import Checkpoint, Shard, TensorEntry
+from sa_convert.errors import CheckpointError
+from sa_convert.read.folder import INDEX, open_folder, read_config, read_json, refuse_adapter, weight_map
+from sa_convert.read.inside import check_inside, real_folder, revision_of
+from sa_convert.read.side_files import side_files
+
+if TYPE_CHECKING:
+    import torch
+
+PICKLED = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+
+_METADATA = {"format": "pt"}
+
+
+def has_pickled(folder: Path) -> bool:
+    return os.path.lexists(folder / PICKLED) or os.path.lexists(folder / PICKLED_INDEX)
+
+
+def open_pickled(folder: Path, workspace: Path | None, identity: str) -> Checkpoint:
+    """The checkpoint in a folder with pickled weights. No code in them is ever run.
+
+    workspace: where to write the same model as safetensors, one file for each of the base's, dtypes kept; None only
+    describes the tensors, their byte ranges as such files would have them. Raises CheckpointError.
+    """
+    from sa_convert.progress import progress
+
+    root = real_folder(folder)
+    config = read_config(folder)
+    refuse_adapter(folder)
+    index, names = None, dict[str, str]()
+    if os.path.lexists(folder / PICKLED):
+        files = [PICKLED]
+    else:
+        check_inside(folder / PICKLED_INDEX, root, "the index")
+        index = read_json(folder / PICKLED_INDEX)
+        names = weight_map(folder / PICKLED_INDEX, index)
+        files = sorted(set(names.values()))
+    for name in files:
+        check_inside(folder / name, root, "the file of weights")
+    shards = []
+    new_map: dict[str, str] = {}
+    with progress(len(files), "Reading .bin files", unit="file", disable=workspace is None) as bar:
+        for name in files:
+            state = _untied(_load(folder / name), config)
+            wrong = next((key for key in state if index is not None and names.get(key) != name), None)
+            if wrong is not None:
+                raise CheckpointError(
+                    f"{folder / name}: holds tensor '{wrong}', which {PICKLED_INDEX} does not name for it; "
+                    "download both again."
+                )
+            if workspace is None:
+                shards.append(described(folder / name, state))
+            else:
+                target = _safetensors_name(name)
+                new_map.update(dict.fromkeys(state, target))
+                _write(state, folder / name, workspace / target)
+            bar.update()
+    found = set(new_map) or {tensor.name for shard in shards for tensor in shard.tensors}
+    if not found:
+        raise CheckpointError(f"{folder}: its .bin files hold no tensors; download the model again.")
+    if workspace is None:
+        revision = revision_of(root)
+        return Checkpoint(identity, folder, config, tuple(shards), index, side_files(root), revision)
+    if index is not None:
+        new_index = {**index, "weight_map": {key: new_map[key] for key in names if key in new_map}}
+        (workspace / INDEX).write_text(json.dumps(new_index, indent=2) + "\n", encoding="utf-8")
+    for path in (Path("config.json"), *side_files(root)):
+        (workspace / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / path, workspace / path)
+    return open_folder(workspace, identity, revision_of(root))
+
+
+def described(file: Path, state: Mapping[str, "torch.Tensor"]) -> Shard:
+    """The shard that these tensors (of any device, meta too) would make, as if it were `file`."""
+    start, entries = 0, []
+    for name, tensor in state.items():
+        stop = start + tensor.nelement() * tensor.element_size()
+        entries.append(TensorEntry(name, _dtype(file, name, tensor), tuple(tensor.shape), file, start, stop))
+        start = stop
+    return Shard(file, tuple(entries), _METADATA)
+
+
+def _load(file: Path) -> dict[str, "torch.Tensor"]:
+    """The tensors of a .bin file, mapped into memory where the format allows. Raises CheckpointError."""
+    import pickle
+
+    import torch
+
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        if "Weights only load failed" not in str(error):
+            raise CheckpointError(f"{file}: is not a PyTorch checkpoint, or damaged; download it again.") from None
+        raise CheckpointError(
+            f"{file}: holds more than weights, and loading the rest could run code, so it is not loaded; "
+            "ask the author for safetensors."
+        ) from None
+    except Exception as error:  # torch raises whatever its readers do: RuntimeError, EOFError, KeyError, ...
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{file}: is not a PyTorch checkpoint, or damaged ({reason}); download it again."
+        ) from error
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{file}: holds a {type(state).__name__} in place of named tensors; it is no model.")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+            raise CheckpointError(
+                f"{file}: '{name}' is no plain tensor but a {type(tensor).__name__}; it is not the state dict of a model."
+            )
+    return dict(state)
+
+
+def _untied(state: dict[str, "torch.Tensor"], config: Mapping[str, Any]) -> dict[str, "torch.Tensor"]:
+    """The tensors that are to be stored, no two of them in the same memory.
+
+    Of tied tensors the first stays, as transformers does. Where the model does not tie them, both do.
+    """
+    kept: dict[str, torch.Tensor] = {}
+    views: dict[int, set[tuple[object, ...]]] = {}
+    for name, tensor in state.items():
+        memory = tensor.untyped_storage().data_ptr()
+        view = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        known = views.setdefault(memory, set())
+        if not memory or not known:
+            kept[name] = tensor
+        elif view not in known or not _ties(config):
+            kept[name] = tensor.clone()
+        known.add(view)
+    return kept
+
+
+def _ties(config: Mapping[str, Any]) -> bool:
+    """Whether the model ties its embeddings, by config.json or else by the default of its type."""
+    if "tie_word_embeddings" in config:
+        return bool(config["tie_word_embeddings"])
+    from transformers import AutoConfig
+
+    try:
+        return bool(getattr(AutoConfig.for_model(str(config.get("model_type"))), "tie_word_embeddings", True))
+    except ValueError:  # a type that transformers does not know; the plan will say so
+        return True
+
+
+def _write(state: Mapping[str, "torch.Tensor"], base: Path, file: Path) -> None:
+    from safetensors.torch import save_file
+
+    described(base, state)  # for the error that names a dtype without safetensors counterpart
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, file, metadata=_METADATA)
+    file.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _safetensors_name(name: str) -> str:
+    """pytorch_model-00001-of-00002.bin: model-00001-of-00002.safetensors."""
+    path = Path(name)
+    return str(path.with_name(path.stem.replace("pytorch_model", "model", 1) + ".safetensors"))
+
+
+def _dtype(file: Path, name: str, tensor: "torch.Tensor") -> str:
+    """A tensor's dtype in the words of safetensors. Raises CheckpointError where it has none."""
+    import torch
+
+    words = {
+        torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+        torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+        torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.complex64: "C64",
+        torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+        torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    }  # fmt: skip
+    if tensor.dtype not in words:
+        raise CheckpointError(f"{file}: tensor '{name}' has the dtype {tensor.dtype}, which safetensors does not know.")
+    return words[tensor.dtype]

@@ -1,0 +1,21 @@
+"""The configuration of a converted model."""
+
+from typing import Any
+
+from sa_convert.data.checkpoint import Checkpoint
+from sa_convert.data.sharing_map import SharingMap
+from sa_convert.export.shared_attention_families import Family
+from sa_convert.read.family import PREFIX
+
+
+def converted_config(checkpoint: Checkpoint, family: Family, sharing: SharingMap) -> dict[str, Any]:
+    """The base's config.json with our model type, the code to load it with, and the sharing map; the rest stays."""
+    return dict(checkpoint.config) | {
+        "model_type": PREFIX + family.model_type,
+        "architectures": [f"SharedAttention{family.causal_lm}"],
+        "auto_map": {
+            "AutoConfig": f"configuration_shared_attention.SharedAttention{family.config_class}",
+            "AutoModelForCausalLM": f"modeling_shared_attention.SharedAttention{family.causal_lm}",
+        },
+        "shared_attention": {"layers": sharing.to_json()},
+    }

@@ -1,0 +1,50 @@
+"""Writes a whole converted model, but for what validation and publishing add to it."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from sa_convert.data.checkpoint import Checkpoint, TensorEdit
+from sa_convert.data.sharing_map import SharingMap
+from sa_convert.export.shared_attention_families import Family
+from sa_convert.progress import progress_bytes
+from sa_convert.rewrite.code import write_code
+from sa_convert.rewrite.config import converted_config
+from sa_convert.rewrite.shards import Written, plan_shards, write_shards
+from sa_convert.rewrite.tokenizer import FILE as TOKENIZER_CONFIG
+from sa_convert.rewrite.tokenizer import as_json, tokenizer_config
+
+_HEADROOM = 16 * 1024 * 1024
+"""Bytes for configuration, code, index, report, model card and figures."""
+
+
+def needed_bytes(checkpoint: Checkpoint, edits: Mapping[str, TensorEdit]) -> int:
+    """Bytes of disk that `rewrite_checkpoint` and a report need."""
+    weights = sum(plan.bytes for plan in plan_shards(checkpoint, edits))
+    return weights + sum((checkpoint.folder / path).stat().st_size for path in checkpoint.side_files) + _HEADROOM
+
+
+def rewrite_checkpoint(
+    checkpoint: Checkpoint,
+    family: Family,
+    sharing: SharingMap,
+    edits: Mapping[str, TensorEdit],
+    folder: Path,
+) -> Written:
+    """Write weights, index, configuration, code and side files of the converted model into `folder`, an empty folder.
+
+    Shows a progress bar. Raises CheckpointError where the base cannot be read, OSError where the result cannot be
+    written; `staging` makes that an OutputError and removes what was written.
+    """
+    for path in checkpoint.side_files:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkpoint.folder / path, folder / path)
+    tokenizer = tokenizer_config(checkpoint, family)
+    if tokenizer is not None:
+        (folder / TOKENIZER_CONFIG).write_text(as_json(tokenizer), encoding="utf-8")
+    write_code(folder)
+    config = as_json(converted_config(checkpoint, family, sharing))
+    (folder / "config.json").write_text(config, encoding="utf-8")
+    total = sum(plan.bytes for plan in plan_shards(checkpoint, edits))
+    with progress_bytes(total, "Writing weights") as bar:
+        return write_shards(checkpoint, edits, folder, bar.update)

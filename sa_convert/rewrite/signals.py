@@ -1,0 +1,40 @@
+"""Signals during work that must not be left half done."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_TERMINATING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+@contextmanager
+def termination_as_exit() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise SystemExit here, so that `finally` runs. Only the main thread can see to that."""
+    with _handlers([number for number in _TERMINATING if signal.getsignal(number) is signal.SIG_DFL], _exit):
+        yield
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP are ignored here: what runs is short, and worse when half done."""
+    with _handlers([signal.SIGINT, *_TERMINATING], signal.SIG_IGN):
+        yield
+
+
+@contextmanager
+def _handlers(numbers: list[signal.Signals], handler: "signal._HANDLER") -> Iterator[None]:
+    before = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in numbers:
+                before[number] = signal.signal(number, handler)
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, signal.SIG_DFL if old is None else old)
