@@ -3,7 +3,7 @@
 import pytest
 
 from sa_convert.data.geometry import LayerGeometry, ModelGeometry
-from sa_convert.data.recipe import LayerRange
+from sa_convert.data.layer_range import LayerRange
 from sa_convert.errors import RecipeError
 from sa_convert.plan.recipe_file import load_recipe, parse_recipe
 from sa_convert.plan.rules import check_map

@@ -4,10 +4,8 @@ The messages of the validators complete a line such as "recipe.yaml, line 7: ...
 Importing this module loads pydantic; commands import it inside their bodies.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
@@ -25,12 +23,10 @@ from pydantic import (
     model_validator,
 )
 
+from sa_convert.data.layer_range import LayerRange
 from sa_convert.data.recipe_map import HeadSource, RecipeValueError, parse_map
 from sa_convert.data.sharing_map import SharingMap
 from sa_convert.units import format_percent, parse_percent
-
-_LAYERS = re.compile(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*")
-_DEPTHS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%(?:\s*-\s*(\d+(?:\.\d+)?)\s*%)?\s*")
 
 
 @dataclass(frozen=True)
@@ -50,36 +46,6 @@ class Origin:
         while path and path not in self.lines:
             path = path[:-1]
         return f"{self.file}, line {self.lines.get(path, 1)}"
-
-
-@dataclass(frozen=True)
-class LayerRange:
-    """Layers first to last, both included: numbers, or with `by_depth` fractions of the depth from 0 to 1."""
-
-    first: Fraction
-    last: Fraction
-    by_depth: bool = False
-
-    @classmethod
-    def parse(cls, value: object) -> "LayerRange":
-        """From 27, "27-30" or "84%-94%". Raises ValueError."""
-        if isinstance(value, cls):
-            return value
-        text = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
-        for pattern, divisor in ((_LAYERS, 1), (_DEPTHS, 100)):
-            match = pattern.fullmatch(text)
-            if match:
-                first, last = Fraction(match[1]) / divisor, Fraction(match[2] or match[1]) / divisor
-                if first > last:
-                    raise ValueError(f"{text} runs backwards; write the smaller number first")
-                if divisor == 100 and last > 1:
-                    raise ValueError(f"{text} goes beyond 100% of the depth")
-                return cls(first, last, divisor == 100)
-        raise ValueError(f"{value!r} is not a range of layers; write 27-30, 27, or fractions of the depth, 84%-94%")
-
-    def __str__(self) -> str:
-        ends = [format_percent(float(end)) if self.by_depth else str(end) for end in (self.first, self.last)]
-        return ends[0] if self.first == self.last else "-".join(ends)
 
 
 def _more_than_none(fraction: float) -> float:

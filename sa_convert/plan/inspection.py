@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sa_convert.data.checkpoint import DTYPE_BITS, Checkpoint, TensorEntry
-from sa_convert.data.geometry import LayerGeometry, ModelGeometry
+from sa_convert.data.checkpoint import Checkpoint
+from sa_convert.data.geometry import ModelGeometry
 from sa_convert.data.sharing_map import SharingMap
-from sa_convert.errors import CheckpointError, UnsupportedModelError
-from sa_convert.export.shared_attention_families import FAMILIES, Family
-from sa_convert.plan.rules import check_map, layer_difference
+from sa_convert.errors import UnsupportedModelError
+from sa_convert.plan.converted import converted_cache_bytes, converted_parts
+from sa_convert.plan.rules import layer_difference
 from sa_convert.plan.savings import cache_bytes
 from sa_convert.read.family import PREFIX, family_of
-from sa_convert.read.geometry import attention_kinds, attention_prefix, geometry_of, number
+from sa_convert.read.geometry import geometry_of
 
 FIRST_OF_ITS_KIND = "no earlier layer of its kind"
 
@@ -100,8 +100,8 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     family = geometry = reason = shared = cache = None
     try:
         if str(config.get("model_type")).startswith(PREFIX) and isinstance(config.get("shared_attention"), Mapping):
-            family, geometry, shared = _converted(checkpoint)
-            cache = _cache_left(checkpoint, family, geometry, shared)
+            family, geometry, shared = converted_parts(checkpoint)
+            cache = converted_cache_bytes(checkpoint, family, geometry, shared)
             reason = "The model shares attention already; convert its base model with another recipe."
         else:
             family = family_of(config, tensors)
@@ -153,53 +153,6 @@ def _kinds(geometry: ModelGeometry) -> tuple[Kind, ...]:
         groups = sum(geometry.layers[index].groups for index in members[1:])
         kinds.append(Kind(first.attention, first.window, first.rotary, tuple(members), tuple(members[1:]), groups))
     return tuple(kinds)
-
-
-def _converted(checkpoint: Checkpoint) -> tuple[Family, ModelGeometry, SharingMap]:
-    """Family, geometry of the base, and map of a converted model; the keys that it lost are not in its files."""
-    config = checkpoint.config
-    base = str(config["model_type"]).removeprefix(PREFIX)
-    family = FAMILIES.get(base)
-    if family is None:
-        raise UnsupportedModelError(
-            f"The model has type '{config['model_type']}', whose base '{base}' this version does not know."
-        )
-    heads, groups = number(config, "num_attention_heads"), _told(config, "num_key_value_heads")
-    layers = []
-    for index, (attention, window, rotary) in enumerate(
-        attention_kinds(config, family, number(config, "num_hidden_layers"))
-    ):
-        values = _values(checkpoint, family, index)
-        count = groups or heads
-        layers.append(LayerGeometry(heads, count, values.shape[0] // count, attention, window, rotary))
-    rows: Any = config["shared_attention"].get("layers")
-    try:
-        shared = SharingMap.from_json(rows)
-    except (AttributeError, TypeError, ValueError, IndexError):
-        raise CheckpointError(
-            "config.json: 'shared_attention' does not list sources for the heads of layers."
-        ) from None
-    geometry = ModelGeometry(tuple(layers), family.granularity)
-    check_map(shared, geometry)
-    return family, geometry, shared
-
-
-def _values(checkpoint: Checkpoint, family: Family, layer: int) -> TensorEntry:
-    name = f"{attention_prefix(checkpoint, family, layer)}{family.value}.weight"
-    tensor = checkpoint.tensors.get(name)
-    if tensor is None:
-        raise CheckpointError(f"The checkpoint has no tensor '{name}', though config.json counts that layer.")
-    return tensor
-
-
-def _cache_left(checkpoint: Checkpoint, family: Family, geometry: ModelGeometry, shared: SharingMap) -> int:
-    """Cache bytes per token of a converted model; its reusing layers have no key projection that tells the dtype."""
-    total = 0
-    for index, layer in enumerate(geometry.layers):
-        values = _values(checkpoint, family, index)
-        keys = len(shared.own_groups(index, layer)) * layer.head_dim
-        total += (keys + values.shape[0]) * DTYPE_BITS[values.dtype] // 8
-    return total
 
 
 def _told(config: Mapping[str, Any], *keys: str) -> int | None:

@@ -5,12 +5,13 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from sa_convert.data.geometry import LayerGeometry, ModelGeometry
+from sa_convert.data.layer_range import LayerRange
 from sa_convert.data.sharing_map import SharingMap
 from sa_convert.errors import RecipeError
 from sa_convert.plan.rules import layer_difference
 
 if TYPE_CHECKING:
-    from sa_convert.data.recipe import LayerRange, Origin, Recipe, Span
+    from sa_convert.data.recipe import Origin, Recipe, Span
 
 
 def sharing_of(recipe: "Recipe", geometry: ModelGeometry) -> SharingMap:
@@ -61,7 +62,7 @@ def resolve_spans(spans: "Sequence[Span]", geometry: ModelGeometry, origin: "Ori
     )
 
 
-def layer_range(layers: "LayerRange", depth: int) -> range:
+def layer_range(layers: LayerRange, depth: int) -> range:
     """The layers that a range names in a model of `depth` layers.
 
     A fraction f of the depth is layer f * depth, rounded to the nearest (halves up), and at most the last: 84%-94% of
