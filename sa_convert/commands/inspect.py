@@ -21,7 +21,7 @@ _LONGEST_PERIOD = 16
 def command(model: str, as_json: bool) -> None:
     """Show a model's layers, heads and sizes, and what can be shared.
 
-    Reads config.json and the headers of the weights only; of a model on the Hub, nothing but metadata is downloaded.
+    Reads config.json and the headers of the weights only. A .gguf file is shown as it will be once dequantised.
     """
     from sa_convert.plan.inspection import inspect_checkpoint
     from sa_convert.read.model import open_model
@@ -52,7 +52,8 @@ def _rows(inspection: "Inspection") -> Iterator[tuple[str, str]]:
     shards = "1 file" if inspection.shards == 1 else f"{inspection.shards} shards"
     yield "Tensors", f"{inspection.tensors:,} in {shards}"
     yield "Parameters", _with_exact(human_count(inspection.parameters), inspection.parameters)
-    yield "Data types", ", ".join(_dtypes(inspection))
+    dequantised = ", once dequantised" if inspection.model.lower().endswith(".gguf") else ""
+    yield "Data types", ", ".join(_dtypes(inspection)) + dequantised
     yield "Size", _with_exact(human_bytes(inspection.checkpoint_bytes), inspection.checkpoint_bytes, " bytes")
     cache = inspection.cache_bytes_per_token
     yield "Cache per token", "unknown" if cache is None else f"{cache:,} bytes in the data type of the weights"

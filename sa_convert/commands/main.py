@@ -39,7 +39,7 @@ class _LazyGroup(click.Group):
 def cli() -> None:
     """Convert Hugging Face checkpoints so that attention is shared across layers.
 
-    MODEL is a folder, org/name[@revision] on the Hub, or a .gguf file.
+    MODEL is a folder in the format of transformers, or a .gguf file.
 
     Exit status: 0 done, 1 an error, 2 wrong usage, 3 the quality gate refused.
     """
