@@ -148,7 +148,7 @@ def _hub_rows(source: str) -> Iterator[str]:
     except ImportError as error:
         raise DataError(f"{source}: reading data sets needs an extra: pip install 'sa-convert[datasets]'.") from error
     fields = source.removeprefix("hub:").split(":")
-    if not 1 <= len(fields) <= 3 or not fields[0]:
+    if len(fields) > 3 or not all(fields):
         raise DataError(f"{source}: write hub:DATASET, hub:DATASET:CONFIG or hub:DATASET:CONFIG:SPLIT.")
     dataset, config, split = (*fields, *[""] * (3 - len(fields)))
     try:
@@ -158,6 +158,8 @@ def _hub_rows(source: str) -> Iterator[str]:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{source}: the data set cannot be read: {reason}") from error
     if not isinstance(first.get("text"), str):
-        raise DataError(f"{source}: the data set has no column of strings named `text`; its columns: {', '.join(first)}.")
+        raise DataError(
+            f"{source}: the data set has no column of strings named `text`; its columns: {', '.join(first)}."
+        )
     yield first["text"]
     yield from (row["text"] for row in islice(rows, MAX_CHARACTERS))

@@ -18,8 +18,8 @@ TOPICS = (
     "assert", "assignment", "async", "attribute-access", "binary", "booleans", "calls", "comparisons", "customization",
     "debugger", "del", "dict", "exceptions", "exprlists", "floating", "for", "formatstrings", "function", "global",
     "id-classes", "import", "naming", "nonlocal", "numeric-types", "objects", "operator-summary", "power", "raise",
-    "return", "sequence-types", "slicings", "specialattrs", "string-methods", "strings", "subscriptions", "try", "types",
-    "typesmapping", "typesmethods", "typesmodules", "typesseq", "with",
+    "return", "sequence-types", "slicings", "specialattrs", "string-methods", "strings", "subscriptions", "try",
+    "types", "typesmapping", "typesmethods", "typesmodules", "typesseq", "with",
 )  # fmt: skip
 
 CODE_MODULES = (

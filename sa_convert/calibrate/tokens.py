@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 def token_sequences(tokenizer: Any, text: Text, sequences: int, length: int) -> "torch.Tensor":
     """Tokens (sequences, length), int64: the documents one after another, cut into equal sequences.
 
-    Each sequence starts with the token that the tokenizer puts before a text, if it does. Only as much text is read as is
-    needed. Raises DataError where the text is too short.
+    Each sequence starts with the token that the tokenizer puts before a text, if it does. Only as much text is read
+    as is needed. Raises DataError where the text is too short.
     """
     import torch
 

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 def cache_bytes_per_token(model: Any, tokens: "torch.Tensor", dtype: "torch.dtype | None" = None) -> int:
     """Bytes of all cached tensors for one token of one sequence, from a forward pass over `tokens` (T).
 
-    A layer that keeps fewer tokens than it was given (a sliding window) counts by the tokens that it keeps. dtype: count
-    as if the cache had this dtype, for a model that is computed in another one than its weights have.
+    A layer that keeps fewer tokens than it was given (a sliding window) counts by the tokens that it keeps. dtype:
+    count as if the cache had this dtype, for a model that is computed in another one than its weights have.
     """
     import torch
 

@@ -11,7 +11,7 @@ from sa_convert.calibrate.tokens import token_sequences
 from sa_convert.data.report import Change, GateResult, PerplexityReport, Validation
 from sa_convert.errors import CheckpointError, GateRefused
 from sa_convert.validate.cache import cache_bytes_per_token
-from sa_convert.validate.decode import decode_check
+from sa_convert.validate.decode import decode_check, rounding_difference
 from sa_convert.validate.load import load_base, load_converted, load_tokenizer
 from sa_convert.validate.perplexity import Perplexity, perplexity
 from sa_convert.validate.placement import Placement, place
@@ -40,9 +40,9 @@ def validate(
 ) -> Validation:
     """Measure the base model and then the converted one, never both in memory, on the validation part of `text`.
 
-    base, converted: folders; the converted model runs by the code in its folder. max_perplexity_increase: the gate, 0.05
-    is 5%, or None for no limit. device, dtype, max_memory: see `placement.place`. sequences of `length` tokens, fewer
-    tokens where the model has fewer positions.
+    base, converted: folders; the converted model runs by the code in its folder. max_perplexity_increase: the gate,
+    0.05 is 5%, or None for no limit. device, dtype, max_memory: see `placement.place`. sequences of `length` tokens,
+    fewer tokens where the model has fewer positions.
 
     Raises DataError (no tokenizer, text too short), CheckpointError (a model that cannot be loaded or is broken), and
     GateRefused where the converted model's perplexity is not finite; every other verdict is in the result, for
@@ -52,7 +52,7 @@ def validate(
     held_out = text.split("validation", KINDS)
     tokens = token_sequences(load_tokenizer(base), held_out, sequences, min(length, _positions(base)))
     placement = place(base, device, dtype, max_memory)
-    before, cache_before, unexpected = _measure_base(base, placement, tokens)
+    before, rounding, cache_before, unexpected = _measure_base(base, placement, tokens)
     _release()
     with load_converted(converted, placement, unexpected) as loaded:
         after = perplexity(loaded.model, tokens, "perplexity of the converted model")
@@ -61,7 +61,7 @@ def validate(
                 "The converted model's perplexity is not finite, though the base model's is: try a recipe that shares "
                 "less, or --dtype float32."
             )
-        check = decode_check(loaded.model, tokens[0, :DECODED])
+        check = decode_check(loaded.model, tokens[0, :DECODED], rounding)
         cache_after = cache_bytes_per_token(loaded.model, tokens[0, :CACHED], placement.stored)
         del loaded
     _release()
@@ -82,26 +82,29 @@ def refuse_if_failed(validation: Validation) -> None:
             else "it generates other tokens"
         )
         raise GateRefused(
-            f"The converted model decodes wrongly: with a cache {problem}. This is a fault of the conversion, not of the "
-            "recipe; please report it with the model's config.json and the recipe."
+            f"The converted model decodes wrongly: with a cache {problem}. This is a fault of the conversion, "
+            "not of the recipe; please report it with the model's config.json and the recipe."
         )
     if validation.gate is not None and not validation.gate.passed:
         increase, limit = validation.perplexity.increase, validation.gate.max_perplexity_increase
         enough = math.ceil(increase * 100)
         raise GateRefused(
             f"The gate refused: perplexity rises by {increase:.2%} (limit {limit * 100:.4g}%), from "
-            f"{validation.perplexity.before:.2f} to {validation.perplexity.after:.2f}: try a recipe that shares less, or "
-            f"--max-perplexity-increase {enough}%."
+            f"{validation.perplexity.before:.2f} to {validation.perplexity.after:.2f}: try a recipe that shares "
+            f"less, or --max-perplexity-increase {enough}%."
         )
 
 
-def _measure_base(folder: Path, placement: Placement, tokens: "torch.Tensor") -> tuple[Perplexity, int, frozenset[str]]:
+def _measure_base(
+    folder: Path, placement: Placement, tokens: "torch.Tensor"
+) -> tuple[Perplexity, float, int, frozenset[str]]:
+    """Perplexity, rounding difference of decoding, cache bytes per token, and tensors that the model does not know."""
     with load_base(folder, placement) as loaded:
         vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
         if (largest := int(tokens.max())) >= vocabulary:
             raise CheckpointError(
-                f"{folder}: the tokenizer makes token {largest}, but the model has embeddings of {vocabulary} tokens only: "
-                "the tokenizer is another model's."
+                f"{folder}: the tokenizer makes token {largest}, but the model has embeddings of {vocabulary} tokens "
+                "only: the tokenizer is another model's."
             )
         before = perplexity(loaded.model, tokens, "perplexity of the base model")
         if not before.finite:
@@ -109,7 +112,9 @@ def _measure_base(folder: Path, placement: Placement, tokens: "torch.Tensor") ->
                 f"{folder}: the base model's perplexity is not finite: its weights are damaged, or overflow in "
                 f"{placement.dtype_name} (try --dtype float32)."
             )
-        return before, cache_bytes_per_token(loaded.model, tokens[0, :CACHED], placement.stored), loaded.unexpected
+        rounding = rounding_difference(loaded.model, tokens[0, :DECODED])
+        cache = cache_bytes_per_token(loaded.model, tokens[0, :CACHED], placement.stored)
+        return before, rounding, cache, loaded.unexpected
 
 
 def _positions(folder: Path) -> int:

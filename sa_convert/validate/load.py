@@ -65,8 +65,8 @@ def load_tokenizer(folder: Path) -> Any:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # OSError, ValueError, KeyError, ... by family and by what is missing
             raise DataError(
-                f"{folder}: no tokenizer that can be loaded, so perplexity cannot be measured: add the tokenizer files of "
-                f"the model (tokenizer.json, tokenizer_config.json), or use --no-validate. ({first_line(error)})"
+                f"{folder}: no tokenizer that can be loaded, so perplexity cannot be measured: add the "
+                f"model's tokenizer files (tokenizer.json, tokenizer_config.json), or use --no-validate. ({first_line(error)})"
             ) from error
 
 

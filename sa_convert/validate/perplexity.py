@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """loss: mean negative log-likelihood of a token, in nats; nan or inf for a broken model. tokens: predicted tokens."""
+    """loss: mean negative log-likelihood of a token, in nats; nan or inf if the model is broken. tokens: predicted ones."""
 
     loss: float
     tokens: int
@@ -50,7 +50,7 @@ def perplexity(model: Any, sequences: "torch.Tensor", description: str = "perple
 
 
 def input_device(model: Any) -> "torch.device":
-    """Where a model wants its tokens: where its embedding is. Hooks of accelerate move them on where it is offloaded."""
+    """Where a model wants its tokens: where its embedding is. Hooks of accelerate move them on if it is offloaded."""
     import torch
 
     device = model.get_input_embeddings().weight.device

@@ -39,10 +39,11 @@ def place(
 ) -> Placement:
     """Decide where the checkpoint in `folder` runs.
 
-    device: "auto" takes CUDA, then MPS, then the CPU. dtype: "auto" takes the dtype of the weights, except that float16
-    on a CPU is computed in float32 (few CPUs have float16 arithmetic). max_memory: given, the model is always placed by
-    accelerate within these bounds (`{"cpu": bytes}`), and what does not fit stays on disk; None: that is done only where
-    the weights do not fit into free memory. Raises SaConvertError for a device or dtype that torch does not have.
+    device: "auto" takes CUDA, then MPS, then the CPU. dtype: "auto" takes the dtype of the weights; on a CPU it takes
+    float32 instead of float16, and instead of bfloat16 where that fits into memory (few CPUs are fast at either, and
+    the decode check is stricter). max_memory: given, the model is always placed by accelerate within these bounds
+    (`{"cpu": bytes}`), and what does not fit stays on disk; None: that is done only where the weights do not fit into
+    free memory. Raises SaConvertError for a device or dtype that torch does not have.
     """
     import torch
 
@@ -51,9 +52,10 @@ def place(
     computed = stored if dtype == "auto" else getattr(torch, dtype, None)
     if not isinstance(computed, torch.dtype) or not computed.is_floating_point:
         raise SaConvertError(f"{dtype} is not a dtype to compute in: use float32, bfloat16, float16 or auto.")
-    if dtype == "auto" and computed == torch.float16 and device == "cpu":
-        computed = torch.float32
-    if max_memory is None and weight_bytes(folder) * computed.itemsize / stored.itemsize > HEADROOM * _free(device):
+    fits = HEADROOM * _free(device) / weight_bytes(folder) * stored.itemsize  # bytes that an element may have
+    if dtype == "auto" and device == "cpu" and (computed == torch.float16 or fits >= torch.float32.itemsize):
+        computed = torch.promote_types(computed, torch.float32)
+    if max_memory is None and computed.itemsize > fits:
         max_memory = _bounds(device)
     return Placement(device, computed, stored, max_memory)
 

@@ -1,0 +1,188 @@
+"""The model card: README.md of the output folder. It states what was measured, and nothing else."""
+
+import re
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sa_convert.data.report import Change, PerplexityReport, Report
+from sa_convert.data.sharing_map import Source
+from sa_convert.publish import figure
+from sa_convert.publish.report import sharing_summary
+from sa_convert.units import format_percent, human_bytes
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
+FILE = "README.md"
+PAPER = "https://arxiv.org/abs/2407.12866"
+INHERITED = ("license", "license_name", "license_link", "language")
+
+
+def write_card(report: Report, recipe_yaml: str, folder: Path, base_card: Path | None = None) -> Path:
+    """Write the model card into a folder.
+
+    recipe_yaml: the resolved recipe. base_card: README.md of the base model, whose licence and language are inherited,
+    or None. A figure is shown if it lies in the folder.
+    """
+    from huggingface_hub import ModelCard
+
+    name = f"{report.base_model.id.rpartition('/')[2].removesuffix('.gguf')} with shared attention"
+    inherited, remark = _inherited(base_card)
+    data = _metadata(report, name, inherited)
+    body = "\n\n".join(_sections(report, name, recipe_yaml, remark, (folder / figure.FILE).is_file()))
+    path = folder / FILE
+    text = str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n", ignore_metadata_errors=False))
+    path.write_text(text, encoding="utf-8", newline="\n")
+    return path
+
+
+def _inherited(base_card: Path | None) -> tuple[dict[str, Any], str | None]:
+    """Licence and language of the base model, and what to say where its card does not tell them."""
+    from huggingface_hub import ModelCard
+
+    missing = "The licence of the base model applies; see its own page."
+    if base_card is None:
+        return {}, missing
+    try:
+        metadata = ModelCard.load(base_card).data.to_dict()
+    except (ValueError, OSError, UnicodeError):
+        return {}, f"The metadata of the base model's card cannot be read. {missing}"
+    return {key: metadata[key] for key in INHERITED if key in metadata}, None if "license" in metadata else missing
+
+
+def _metadata(report: Report, name: str, inherited: dict[str, Any]) -> "ModelCardData":
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = None
+    if report.perplexity is not None:
+        kind, dataset = _dataset(report.perplexity)
+        value = round(report.perplexity.after, 4)
+        results = [
+            EvalResult("text-generation", kind, dataset, "perplexity", value, metric_name="Perplexity", verified=False)
+        ]
+    return ModelCardData(
+        model_name=name if results else None,
+        base_model=report.base_model.id if report.base_model.on_hub else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["shared-attention", "sa-convert", report.family, "custom_code"],
+        eval_results=results,
+        **inherited,
+    )
+
+
+def _dataset(perplexity: PerplexityReport) -> tuple[str, str]:
+    """Identifier and name of the text, as model-index wants them."""
+    if perplexity.text.startswith("hub:"):
+        return re.split("[:,]", perplexity.text)[1], perplexity.text
+    return "text", perplexity.text
+
+
+def _sections(report: Report, name: str, recipe: str, remark: str | None, drawn: bool) -> Iterator[str]:
+    base = report.base_model
+    shown = f"[{base.id}](https://huggingface.co/{base.id})" if base.on_hub else f"`{base.id}`"
+    revision = f" (revision `{base.revision}`)" if base.revision else ""
+    yield f"# {name}"
+    yield (
+        f"This is {shown}{revision}, converted so that some attention heads reuse the attention weights of heads in "
+        f"earlier layers ([Shared Attention]({PAPER})). {sharing_summary(report)}; they have no key projections and "
+        "cache no keys."
+    )
+    yield "## How to load it"
+    yield (
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("PATH_OR_REPO_ID", trust_remote_code=True)\n'
+        'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO_ID")\n```'
+    )
+    yield "The code in this repository imports torch and transformers only."
+    yield "## What is shared"
+    if drawn:
+        yield f"![Which key/value groups reuse attention, and of which layer]({figure.FILE.as_posix()})"
+    yield "\n".join(_sharing_table(report))
+    yield "## What it saves"
+    yield "\n".join(_savings_table(report))
+    yield "## What it costs"
+    yield from _costs(report)
+    yield "## Recipe"
+    yield f"```yaml\n{recipe.strip()}\n```"
+    yield "## Versions and limits"
+    versions = ", ".join(f"{package} {number}" for package, number in sorted(report.versions.items()))
+    yield f"Made with {versions}." if versions else "The versions of the software were not recorded."
+    yield from _limits(report, remark)
+
+
+def _sharing_table(report: Report) -> Iterator[str]:
+    yield "| layers | query heads that reuse | source layers |"
+    yield "|---|---|---|"
+    rows = [(layer, _heads(row), _sources(row)) for layer, row in report.sharing.layers.items()]
+    # Layers that follow each other and share alike are one line.
+    indexed = groupby(enumerate(rows), key=lambda item: (item[1][0] - item[0], *item[1][1:]))
+    for (_, heads, sources), group in indexed:
+        layers = [row[0] for _, row in group]
+        yield f"| {_span(layers)} | {heads} | {sources} |"
+
+
+def _heads(row: tuple[Source | None, ...]) -> str:
+    reusing = sum(source is not None for source in row)
+    return f"all {len(row)}" if reusing == len(row) else f"{reusing} of {len(row)}"
+
+
+def _sources(row: tuple[Source | None, ...]) -> str:
+    """Source layers, and whether head i uses head i."""
+    used = [(head, source) for head, source in enumerate(row) if source is not None]
+    layers = ", ".join(map(str, sorted({source[0] for _, source in used})))
+    return f"{layers} (same heads)" if all(head == source[1] for head, source in used) else layers
+
+
+def _span(layers: list[int]) -> str:
+    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+
+
+def _savings_table(report: Report) -> Iterator[str]:
+    savings = report.savings
+    sizes = [human_bytes(savings.checkpoint_bytes.before), human_bytes(savings.checkpoint_bytes.after)]
+    measured = "measured" if report.perplexity is not None else "computed, not measured"
+    yield "| | base model | this model | change |"
+    yield "|---|---|---|---|"
+    yield _line("parameters", savings.parameters)
+    yield _line("weight files", savings.checkpoint_bytes, *sizes)
+    yield _line(f"cache bytes per token ({measured})", savings.cache_bytes_per_token)
+    yield f"| keys in the cache | | | {-savings.key_cache_removed:+.1%} |"
+
+
+def _line(label: str, change: Change, *texts: str) -> str:
+    before, after = texts or (f"{change.before:,}", f"{change.after:,}")
+    return f"| {label} | {before} | {after} | {-change.removed:+.1%} |"
+
+
+def _costs(report: Report) -> Iterator[str]:
+    if report.perplexity is None or report.decode_check is None:
+        yield "**Not measured:** this model was converted without validation, so nothing is known of its quality."
+        return
+    perplexity, check = report.perplexity, report.decode_check
+    yield (
+        f"Perplexity on {perplexity.tokens:,} tokens that did not take part in calibration ({perplexity.text}; computed "
+        f"in {perplexity.dtype}): {perplexity.before:.3f} before, **{perplexity.after:.3f}** after "
+        f"({perplexity.increase:+.2%})."
+    )
+    if report.gate is not None:
+        verdict = "stays within" if report.gate.passed else "exceeds"
+        yield f"It {verdict} the limit that was set, {format_percent(report.gate.max_perplexity_increase)}."
+    tokens = "the same" if check.same_greedy_tokens else "other"
+    yield (
+        f"Decoding with a cache against one pass without: logits differ by at most "
+        f"{check.max_abs_logit_difference:.2g} (tolerance {check.tolerance:.2g}), and greedy decoding gives {tokens} tokens."
+    )
+
+
+def _limits(report: Report, remark: str | None) -> Iterator[str]:
+    if report.perplexity is not None:
+        yield (
+            "Perplexity was measured on that one text only. It says little of other domains and languages, and of "
+            "skills such as copying from the context: evaluate the model on your own task."
+        )
+    yield "Limits, biases and intended use of the base model apply to this one."
+    if remark is not None:
+        yield remark

@@ -1,0 +1,81 @@
+"""Writes report.json, and shows the report in a terminal."""
+
+import json
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from sa_convert.data.report import Change, Report
+from sa_convert.units import format_percent, human_bytes, human_count
+
+FILE = "report.json"
+
+
+def write_report(report: Report, folder: Path) -> Path:
+    """Write report.json: no times and nothing of this machine, so that equal conversions give equal files."""
+    path = folder / FILE
+    text = json.dumps(report.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that made and checked the folder, without importing any."""
+    import sa_convert
+
+    versions = {"sa_convert": sa_convert.__version__}
+    for package in ("torch", "transformers"):
+        try:
+            versions[package] = version(package).partition("+")[0]  # without the build, such as +cpu
+        except PackageNotFoundError:  # a checkout on the path instead of an installed package
+            continue
+    return versions
+
+
+def render_report(report: Report) -> str:
+    """The report as an aligned table for a terminal, without a final newline."""
+    rows = list(_rows(report))
+    width = max(len(label) for label, _ in rows) + 2
+    return "\n".join(f"{label:<{width}}{text}" for label, text in rows)
+
+
+def _rows(report: Report) -> Iterator[tuple[str, str]]:
+    revision = f" at {report.base_model.revision}" if report.base_model.revision else ""
+    yield "Base model", f"{report.base_model.id}{revision} ({report.family})"
+    if report.recipe:
+        yield "Recipe", report.recipe
+    yield "Sharing", sharing_summary(report)
+    savings = report.savings
+    yield "Parameters", _change(savings.parameters, *map(human_count, _values(savings.parameters)))
+    yield "Checkpoint", _change(savings.checkpoint_bytes, *map(human_bytes, _values(savings.checkpoint_bytes)))
+    per_token = [f"{value:,} bytes" for value in _values(savings.cache_bytes_per_token)]
+    how = "measured" if report.perplexity else "computed from the map"
+    yield "Cache per token", f"{_change(savings.cache_bytes_per_token, *per_token)}, {how}"
+    yield "Key cache", f"{savings.key_cache_removed:.1%} removed"
+    if report.perplexity is None or report.decode_check is None:
+        yield "Quality", "not measured (--no-validate)"
+        return
+    perplexity, check = report.perplexity, report.decode_check
+    change = f"{perplexity.before:.3f} -> {perplexity.after:.3f} ({perplexity.increase:+.2%})"
+    yield "Perplexity", f"{change}, {perplexity.tokens:,} tokens in {perplexity.dtype}"
+    yield "Text", perplexity.text
+    same = "same greedy tokens" if check.same_greedy_tokens else "OTHER GREEDY TOKENS"
+    difference = f"{check.max_abs_logit_difference:.2g} (tolerance {check.tolerance:.2g})"
+    yield "Decode check", f"{'passed' if check.passed else 'FAILED'}: logits differ by at most {difference}, {same}"
+    if report.gate:
+        limit = format_percent(report.gate.max_perplexity_increase)
+        yield "Gate", f"{'passed' if report.gate.passed else 'REFUSED'}: perplexity may rise by {limit}"
+
+
+def sharing_summary(report: Report) -> str:
+    """Such as "12 of 90 KV groups reuse, in 4 layers"."""
+    layers = len(report.sharing.layers)
+    return f"{report.reused_groups} of {report.total_groups} KV groups reuse, in {layers} layer{'s' if layers != 1 else ''}"
+
+
+def _values(change: Change) -> tuple[int, int]:
+    return change.before, change.after
+
+
+def _change(change: Change, before: str, after: str) -> str:
+    return f"{before} -> {after} ({-change.removed:+.1%})"
