@@ -12,7 +12,7 @@ from importlib import import_module
 
 import click
 
-from sa_convert import __version__
+from sa_convert import __version__, registration
 from sa_convert.errors import SaConvertError
 
 COMMANDS = {
@@ -82,4 +82,5 @@ def _fail(error: BaseException, message: str, status: int) -> int:
 
 def main() -> None:
     """Entry point of the script `sa-convert`."""
+    registration.cancel()
     sys.exit(run())

@@ -1,0 +1,82 @@
+"""`sa-convert convert`: the main job."""
+
+from pathlib import Path
+
+import click
+
+from sa_convert.commands.options import PERCENT, echo_json, json_option, model_argument
+
+
+@click.command("convert")
+@model_argument
+@click.option("--recipe", "recipe_name", required=True, metavar="NAME-or-FILE", help="A shipped recipe, or a YAML file.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder to make.")
+@click.option("--dry-run", is_flag=True, help="Show the plan and the savings; write nothing.")
+@click.option(
+    "--calibration",
+    metavar="TEXT",
+    help="builtin, a .txt, .md or .jsonl file, or hub:DATASET[:CONFIG[:SPLIT]]; default: the recipe's.",
+)
+@click.option(
+    "--max-perplexity-increase", type=PERCENT, metavar="PERCENT", help="The gate, such as 5%; default: the recipe's."
+)
+@click.option("--no-validate", is_flag=True, help="Do not run the models; the report then claims no quality.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier result at DIR.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Precision in which the models are run (auto: as stored), and of weights read from a .gguf file.",
+)
+@click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="Such as cpu, cuda or cuda:1.")
+@json_option
+def command(
+    model: str,
+    recipe_name: str,
+    output: Path,
+    dry_run: bool,
+    calibration: str | None,
+    max_perplexity_increase: float | None,
+    no_validate: bool,
+    overwrite: bool,
+    dtype: str,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Convert MODEL by a recipe into the folder DIR.
+
+    The reused query and key projections are deleted, the result is validated by running it, and DIR appears complete or
+    not at all. It loads with AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True).
+
+    \b
+    Examples:
+      sa-convert convert ./Llama-3-8B --recipe late-span -o ./Llama-3-8B-shared
+      sa-convert convert model.gguf --recipe my.yaml -o out --max-perplexity-increase 3%
+      sa-convert convert ./model --recipe late-span -o out --dry-run
+    """
+    from sa_convert.commands.rendering import plan_json, render_plan
+    from sa_convert.conversion import Options, convert, plan
+    from sa_convert.plan.recipe_file import load_recipe
+
+    recipe = load_recipe(recipe_name)
+    if max_perplexity_increase is not None:
+        recipe = recipe.with_gate(max_perplexity_increase)
+    options = Options(calibration, not no_validate, overwrite, dtype, device)
+    if dry_run:
+        conversion = plan(model, recipe, options)
+        if as_json:
+            echo_json(plan_json(conversion))
+        else:
+            click.echo(render_plan(conversion))
+        return
+    # The name of a file, not its path: the report holds nothing of this machine.
+    shown = Path(recipe_name).name
+    report = convert(model, recipe, output, options, shown, lambda step: click.echo(f"{step} ...", err=True))
+    if as_json:
+        echo_json(report.to_json())
+    else:
+        from sa_convert.publish.report import render_report
+
+        click.echo(render_report(report))
+        click.echo(f"\nWritten to {output}")

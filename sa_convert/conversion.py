@@ -1,0 +1,145 @@
+"""The main job: plan, rewrite, validate, publish."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sa_convert.data.checkpoint import Checkpoint
+from sa_convert.data.report import BaseModel, Change, Report, Savings, Validation
+from sa_convert.plan.plan import ConversionPlan, plan_conversion
+from sa_convert.publish.report import installed_versions, write_report
+from sa_convert.read.model import open_model
+from sa_convert.rewrite.rewrite import needed_bytes, rewrite_checkpoint
+from sa_convert.rewrite.shards import Written
+from sa_convert.rewrite.staging import Stage, staging
+
+if TYPE_CHECKING:
+    from sa_convert.data.recipe import Recipe
+
+RECIPE_FILE = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to convert. calibration: text (see `sa_convert.calibrate.text.load_text`), or None for the recipe's.
+
+    dtype, device: where and in which precision models are run ("auto": as stored, on the best device); dtype is also
+    that of the weights that a .gguf file is dequantised to.
+    """
+
+    calibration: str | None = None
+    validate: bool = True
+    overwrite: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+
+    @property
+    def stored_dtype(self) -> str:
+        return "float32" if self.dtype == "auto" else self.dtype
+
+
+def plan(model: str, recipe: "Recipe", options: Options) -> ConversionPlan:
+    """What `convert` would do, from headers alone."""
+    return plan_conversion(open_model(model, None, options.stored_dtype), recipe)
+
+
+def convert(
+    model: str,
+    recipe: "Recipe",
+    output: Path,
+    options: Options,
+    recipe_name: str | None = None,
+    announce: Callable[[str], None] = lambda step: None,
+) -> Report:
+    """Convert `model` by `recipe` into the folder `output`, which appears complete or not at all.
+
+    announce: told each step in a few words. Raises a SaConvertError: GateRefused where the result is not good enough,
+    the others where the model, the recipe or the output does not allow it.
+    """
+    conversion = plan(model, recipe, options)
+    described = conversion.checkpoint
+    space = needed_bytes(described, conversion.edits) + (0 if _is_safetensors(described) else _size(described))
+    source = Path(model).expanduser()
+    with staging(output, options.overwrite, space, source if source.exists() else None) as stage:
+        if not _is_safetensors(described):
+            announce("reading weights")
+            conversion = plan_conversion(open_model(model, stage.workspace, options.stored_dtype), recipe)
+        announce("rewriting weights")
+        checkpoint = conversion.checkpoint
+        written = rewrite_checkpoint(
+            checkpoint, conversion.family, conversion.sharing, conversion.edits, stage.folder
+        )
+        validation = _validate(conversion, recipe, options, stage, announce) if options.validate else None
+        report = _report(conversion, written, validation, recipe_name)
+        _publish(report, conversion, recipe, stage)
+    return report
+
+
+def _validate(
+    conversion: ConversionPlan, recipe: "Recipe", options: Options, stage: Stage, announce: Callable[[str], None]
+) -> Validation:
+    from sa_convert.calibrate.text import load_text
+    from sa_convert.validate.gate import refuse_if_failed, validate
+
+    announce("validating")
+    validation = validate(
+        conversion.checkpoint.folder,
+        stage.folder,
+        load_text(options.calibration or recipe.calibration.text),
+        recipe.gate.max_perplexity_increase,
+        options.device,
+        options.dtype,
+    )
+    refuse_if_failed(validation)
+    return validation
+
+
+def _report(
+    conversion: ConversionPlan, written: Written, validation: Validation | None, recipe_name: str | None
+) -> Report:
+    """Sizes are those of the files as written, and of a real cache where one was measured."""
+    checkpoint = conversion.checkpoint
+    savings: Savings = replace(
+        conversion.savings, checkpoint_bytes=Change(_size(checkpoint), written.total_bytes)
+    )
+    if validation is not None:
+        savings = replace(savings, cache_bytes_per_token=validation.cache_bytes_per_token)
+    return Report(
+        base_model=BaseModel.of(checkpoint.identity, checkpoint.revision),
+        family=conversion.family.model_type,
+        sharing=conversion.sharing,
+        reused_groups=conversion.reused_groups,
+        total_groups=conversion.geometry.total_groups,
+        savings=savings,
+        perplexity=validation and validation.perplexity,
+        decode_check=validation and validation.decode_check,
+        gate=validation and validation.gate,
+        recipe=recipe_name,
+        versions=installed_versions(),
+    )
+
+
+def _publish(report: Report, conversion: ConversionPlan, recipe: "Recipe", stage: Stage) -> None:
+    from sa_convert.plan.recipe_file import dump_recipe
+    from sa_convert.publish.card import write_card
+    from sa_convert.publish.figure import sharing_figure
+
+    resolved = dump_recipe(recipe, conversion.sharing)
+    (stage.folder / RECIPE_FILE).write_text(resolved, encoding="utf-8")
+    write_report(report, stage.folder)
+    sharing_figure(conversion.sharing, conversion.geometry, stage.folder / "figures" / "sharing.png")
+    card = conversion.checkpoint.folder / "README.md"
+    write_card(report, resolved, stage.folder, card if card.exists() else None)
+    stage.publish()
+
+
+def _is_safetensors(checkpoint: Checkpoint) -> bool:
+    return all(shard.file.suffix == ".safetensors" for shard in checkpoint.shards)
+
+
+def _size(checkpoint: Checkpoint) -> int:
+    """Bytes of the weight files, or of the tensors where the files have another format."""
+    if _is_safetensors(checkpoint):
+        return sum(shard.file.stat().st_size for shard in checkpoint.shards)
+    return sum(tensor.bytes for tensor in checkpoint.tensors.values())

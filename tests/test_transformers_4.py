@@ -1,0 +1,65 @@
+"""The same converted folders load and generate the same tokens on transformers 4.57, where sa_convert is not installed.
+
+`make test` makes the second environment and names its Python in SA_CONVERT_TRANSFORMERS_4.
+"""
+
+import json
+import os
+import subprocess
+
+import pytest
+import torch
+from conftest import ROOT, run_cli
+from tiny_models import geometry_of_folder, kinds_of, load_converted, make_map, save_tiny, write_recipe
+
+from sa_convert.export.shared_attention_families import FAMILIES
+
+NEW_TOKENS = 10
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Every family in two kinds of maps, as transformers 4 ran it."""
+    python = os.environ.get("SA_CONVERT_TRANSFORMERS_4", str(ROOT / ".venv-transformers-4" / "bin" / "python"))
+    assert os.path.exists(python), f"{python} is missing; run `make test`, or name a Python in SA_CONVERT_TRANSFORMERS_4"
+    root = tmp_path_factory.mktemp("transformers-4")
+    folders = {}
+    for family in FAMILIES:
+        save_tiny(family, root / family)
+        for kind in {kinds_of(family)[0], kinds_of(family)[-1]}:
+            rows = make_map(kind, geometry_of_folder(root / family), seed=3)
+            recipe = write_recipe(root / f"{family}-{kind}.json", rows)
+            out = root / f"{family}-{kind}"
+            done = run_cli("convert", root / family, "--recipe", recipe, "-o", out, "--no-validate")
+            assert done.returncode == 0, done.stderr
+            folders[family, kind] = str(out)
+    torch.manual_seed(4)
+    ids = torch.randint(3, 128, (2, 14))
+    job = {"folders": list(folders.values()), "ids": ids.tolist(), "new_tokens": NEW_TOKENS, "text": ""}
+    (root / "jobs.json").write_text(json.dumps(job))
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "HF_MODULES_CACHE")}
+    environment["HF_MODULES_CACHE"] = str(root / "modules")
+    script = ROOT / "tests" / "on_transformers_4.py"
+    command = [python, str(script), str(root / "jobs.json"), str(root / "results.json")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    return ids, folders, json.loads((root / "results.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [(family, kind) for family in FAMILIES for kind in sorted({kinds_of(family)[0], kinds_of(family)[-1]})],
+)
+def test_same_tokens(results, family, kind):
+    ids, folders, found = results
+    result = found[folders[family, kind]]
+    assert "error" not in result, result["error"]
+    model = load_converted(folders[family, kind], dtype=torch.float32)
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, **options).tolist()
+    assert result["cached"] == expected
+    assert result["uncached"] == expected
+    assert result["static"] == expected
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits[:, -1]
+    torch.testing.assert_close(torch.tensor(result["logits"]), logits, atol=1e-4, rtol=1e-4)
