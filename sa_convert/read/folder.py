@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -110,16 +110,18 @@ def _indexed_shards(folder: Path, root: Path, index: Mapping[str, Any]) -> tuple
         tensor = next(key for key, value in names.items() if value == name)
         check_inside(folder / name, root, f"the shard that {INDEX} names for tensor '{tensor}'")
         shard = read_shard(folder / name)
-        held = {entry.name for entry in shard.tensors}
-        missing = next((key for key, value in names.items() if value == name and key not in held), None)
-        if missing is not None:
-            raise CheckpointError(
-                f"{shard.file}: has no tensor '{missing}', though {INDEX} says so; download both again."
-            )
-        extra = next((key for key in sorted(held) if names.get(key) != name), None)
-        if extra is not None:
-            raise CheckpointError(
-                f"{shard.file}: holds tensor '{extra}', which {INDEX} does not name for it; download both again."
-            )
+        check_agreement(shard.file, {entry.name for entry in shard.tensors}, names, name, INDEX)
         shards.append(shard)
     return tuple(shards)
+
+
+def check_agreement(file: Path, held: Collection[str], names: Mapping[str, str], name: str, index: str) -> None:
+    """Raises CheckpointError unless `file` holds the tensors that the index names for it, as `name`, and no others."""
+    missing = next((key for key, value in names.items() if value == name and key not in held), None)
+    if missing is not None:
+        raise CheckpointError(f"{file}: has no tensor '{missing}', though {index} says so; download both again.")
+    extra = next((key for key in sorted(held) if names.get(key) != name), None)
+    if extra is not None:
+        raise CheckpointError(
+            f"{file}: holds tensor '{extra}', which {index} does not name for it; download both again."
+        )

@@ -1,6 +1,8 @@
 """Models in a .gguf file, dequantised through transformers and written as a folder with safetensors."""
 
 import json
+import re
+from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,9 @@ from sa_convert.read.folder import open_folder
 from sa_convert.read.pickled import described
 
 _SHARD_SIZE = "4GB"
+
+_PART = re.compile(r".*-\d{5}-of-(\d{5})\.gguf")
+"""The only names that llama.cpp gives to, and takes for, parts of a model."""
 
 
 def open_gguf(file: Path, workspace: Path | None, identity: str, dtype: str = "float32") -> Checkpoint:
@@ -27,7 +32,7 @@ def open_gguf(file: Path, workspace: Path | None, identity: str, dtype: str = "f
         if workspace is None:
             return _described(file, config, identity, dtype)
         workspace.mkdir(parents=True, exist_ok=True)
-        _write(file, workspace, dtype)
+        _write(file, config, workspace, dtype)
     except (SaConvertError, MemoryError):
         raise
     except OSError as error:
@@ -45,6 +50,11 @@ def _check(file: Path) -> None:
     with file.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise CheckpointError(f"{file}: is not a GGUF file, or damaged; download it again.")
+    part = _PART.fullmatch(file.name)
+    if part and int(part[1]) > 1:
+        raise UnsupportedModelError(
+            f"{file}: is one of {int(part[1])} parts of a model; join them with llama-gguf-split --merge."
+        )
     if find_spec("gguf") is None:
         raise UnsupportedModelError(f"{file}: reading it needs one more package: pip install 'sa-convert[gguf]'")
 
@@ -56,14 +66,8 @@ def _unreadable(file: Path, error: Exception) -> CheckpointError:
 
 def _config(file: Path) -> Any:
     """The transformers configuration that the file's metadata describe."""
-    from gguf import GGUFReader
     from transformers import AutoConfig
 
-    parts = GGUFReader(file).get_field("split.count")
-    if parts is not None and int(parts.contents()) > 1:
-        raise UnsupportedModelError(
-            f"{file}: is one of {int(parts.contents())} parts of a model; join them with llama-gguf-split --merge."
-        )
     try:
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     except ValueError as error:
@@ -101,18 +105,23 @@ def _described(file: Path, config: Any, identity: str, dtype: str) -> Checkpoint
     return Checkpoint(identity, file.parent, content, (shard,), None, ())
 
 
-def _write(file: Path, workspace: Path, dtype: str) -> None:
+def _write(file: Path, config: Any, workspace: Path, dtype: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    loaded, told = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=getattr(torch, dtype), output_loading_info=True
+    result: Any = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        config=deepcopy(config),
+        gguf_file=file.name,
+        dtype=getattr(torch, dtype),
+        output_loading_info=True,
     )
+    loaded, told = result
     missing = sorted(told["missing_keys"])
     if missing:
         raise CheckpointError(f"{file}: has no tensor '{missing[0]}', which the model needs; download it again.")
     # A model that was loaded from quantised weights does not save itself; a fresh one with its tensors does.
-    model = _empty_model(_config(file), dtype)
+    model = _empty_model(config, dtype)
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = loaded.generation_config

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from sa_convert.data.checkpoint import Checkpoint, Shard, TensorEntry
 from sa_convert.errors import CheckpointError
-from sa_convert.read.folder import INDEX, open_folder, read_config, read_json, refuse_adapter, weight_map
+from sa_convert.read.folder import (
+    INDEX,
+    check_agreement,
+    open_folder,
+    read_config,
+    read_json,
+    refuse_adapter,
+    weight_map,
+)
 from sa_convert.read.inside import check_inside, real_folder, revision_of
 from sa_convert.read.side_files import side_files
 
@@ -52,13 +60,10 @@ def open_pickled(folder: Path, workspace: Path | None, identity: str) -> Checkpo
     new_map: dict[str, str] = {}
     with progress(len(files), "Reading .bin files", unit="file", disable=workspace is None) as bar:
         for name in files:
-            state = _untied(_load(folder / name), config)
-            wrong = next((key for key in state if index is not None and names.get(key) != name), None)
-            if wrong is not None:
-                raise CheckpointError(
-                    f"{folder / name}: holds tensor '{wrong}', which {PICKLED_INDEX} does not name for it; "
-                    "download both again."
-                )
+            held = _load(folder / name)
+            if index is not None:
+                check_agreement(folder / name, held, names, name, PICKLED_INDEX)
+            state = _untied(held, config)
             if workspace is None:
                 shards.append(described(folder / name, state))
             else:
@@ -116,7 +121,8 @@ def _load(file: Path) -> dict[str, "torch.Tensor"]:
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
             raise CheckpointError(
-                f"{file}: '{name}' is no plain tensor but a {type(tensor).__name__}; it is not the state dict of a model."
+                f"{file}: '{name}' is no plain tensor but a {type(tensor).__name__}; "
+                "give the state dict of a model alone."
             )
     return dict(state)
 
@@ -158,13 +164,6 @@ def _write(state: Mapping[str, "torch.Tensor"], base: Path, file: Path) -> None:
     described(base, state)  # for the error that names a dtype without safetensors counterpart
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, file, metadata=_METADATA)
-    file.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _safetensors_name(name: str) -> str:

@@ -20,8 +20,8 @@ class SourceTooShortError(Exception):
 def copy_range(source: int, start: int, stop: int, target: int, position: int, advance: Callable[[int], None]) -> None:
     """Copy the bytes `start:stop` of file descriptor `source` to byte `position` of `target`.
 
-    advance: called with the number of bytes after each chunk; may raise to stop the copy. Raises SourceTooShortError, and
-    OSError where bytes cannot be read or written.
+    advance: called with the number of bytes after each chunk; may raise to stop the copy.
+    Raises SourceTooShortError, and OSError where bytes cannot be read or written.
     """
     ways = [_copy_file_range, _send_file, _read_and_write]
     while start < stop:

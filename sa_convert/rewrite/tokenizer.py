@@ -29,6 +29,9 @@ CLASSES = {
 }
 """The tokenizer class that transformers 5 registers for a model type. Types that are not here have none."""
 
+OVERRULING = ("qwen2",)
+"""Types whose registered class transformers 5 takes whatever the file declares."""
+
 _WITHOUT_JSON = dict.fromkeys(("llama", "mistral", "mixtral", "ministral"), "LlamaTokenizer") | {
     "granite": "GPT2Tokenizer",
     "exaone4": "GPT2Tokenizer",
@@ -56,6 +59,8 @@ def tokenizer_config(checkpoint: Checkpoint, family: Family) -> dict[str, Any] |
 
 def _class_of(model_type: str, declared: Any, has_json: bool) -> str | None:
     registered = CLASSES.get(model_type)
+    if model_type in OVERRULING and declared and str(declared).removesuffix("Fast") != registered:
+        return registered
     if not has_json:
         return declared or _WITHOUT_JSON.get(model_type, registered)
     if declared is None:
