@@ -153,7 +153,7 @@ def _hub_rows(source: str) -> Iterator[str]:
     dataset, config, split = (*fields, *[""] * (3 - len(fields)))
     try:
         rows = iter(load_dataset(dataset, config or None, split=split or "train", streaming=True))
-        first = next(rows, {})
+        first: dict[str, Any] = next(rows, {})
     except Exception as error:  # whatever the library and the network may raise: the user can only read it
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{source}: the data set cannot be read: {reason}") from error

@@ -40,14 +40,15 @@ def write_card(report: Report, recipe_yaml: str, folder: Path, base_card: Path |
 
 def _inherited(base_card: Path | None) -> tuple[dict[str, Any], str | None]:
     """Licence and language of the base model, and what to say where its card does not tell them."""
-    from huggingface_hub import ModelCard
+    import yaml
+    from huggingface_hub import metadata_load
 
     missing = "The licence of the base model applies; see its own page."
     if base_card is None:
         return {}, missing
     try:
-        metadata = ModelCard.load(base_card).data.to_dict()
-    except (ValueError, OSError, UnicodeError):
+        metadata = metadata_load(base_card) or {}
+    except (ValueError, OSError, yaml.YAMLError):
         return {}, f"The metadata of the base model's card cannot be read. {missing}"
     return {key: metadata[key] for key in INHERITED if key in metadata}, None if "license" in metadata else missing
 
@@ -163,8 +164,8 @@ def _costs(report: Report) -> Iterator[str]:
         return
     perplexity, check = report.perplexity, report.decode_check
     yield (
-        f"Perplexity on {perplexity.tokens:,} tokens that did not take part in calibration ({perplexity.text}; computed "
-        f"in {perplexity.dtype}): {perplexity.before:.3f} before, **{perplexity.after:.3f}** after "
+        f"Perplexity on {perplexity.tokens:,} tokens that did not take part in calibration ({perplexity.text}; "
+        f"computed in {perplexity.dtype}): {perplexity.before:.3f} before, **{perplexity.after:.3f}** after "
         f"({perplexity.increase:+.2%})."
     )
     if report.gate is not None:
@@ -173,7 +174,8 @@ def _costs(report: Report) -> Iterator[str]:
     tokens = "the same" if check.same_greedy_tokens else "other"
     yield (
         f"Decoding with a cache against one pass without: logits differ by at most "
-        f"{check.max_abs_logit_difference:.2g} (tolerance {check.tolerance:.2g}), and greedy decoding gives {tokens} tokens."
+        f"{check.max_abs_logit_difference:.2g} (tolerance {check.tolerance:.2g}), and greedy decoding "
+        f"gives {tokens} tokens."
     )
 
 

@@ -70,7 +70,8 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
 def sharing_summary(report: Report) -> str:
     """Such as "12 of 90 KV groups reuse, in 4 layers"."""
     layers = len(report.sharing.layers)
-    return f"{report.reused_groups} of {report.total_groups} KV groups reuse, in {layers} layer{'s' if layers != 1 else ''}"
+    plural = "layer" if layers == 1 else "layers"
+    return f"{report.reused_groups} of {report.total_groups} KV groups reuse, in {layers} {plural}"
 
 
 def _values(change: Change) -> tuple[int, int]:

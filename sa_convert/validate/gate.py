@@ -50,7 +50,10 @@ def validate(
     """
     keep_module_cache_clean()
     held_out = text.split("validation", KINDS)
-    tokens = token_sequences(load_tokenizer(base), held_out, sequences, min(length, _positions(base)))
+    length = min(length, _positions(base))
+    tokens = token_sequences(load_tokenizer(base), held_out, sequences, length)
+    if not tokens.equal(token_sequences(load_tokenizer(converted, True), held_out, sequences, length)):
+        raise CheckpointError("The tokenizer in the converted folder makes other tokens than the base model's.")
     placement = place(base, device, dtype, max_memory)
     before, rounding, cache_before, unexpected = _measure_base(base, placement, tokens)
     _release()

@@ -42,11 +42,11 @@ def load_converted(folder: Path, placement: Placement, unexpected: frozenset[str
     loaded, or a tensor is missing, superfluous or of another shape.
     """
     keep_module_cache_clean()
-    from transformers import AutoModelForCausalLM
-
     who = "The converted model"
-    options = {"config": _remote_config(folder, who), "trust_remote_code": True}
-    with _loaded(AutoModelForCausalLM, folder, placement, who, options) as (loaded, info):
+    with quiet():
+        config = _remote_config(folder, who)
+    options = {"config": config, "trust_remote_code": True}
+    with _loaded(_model_class(config, folder, who), folder, placement, who, options) as (loaded, info):
         if not type(loaded.model).__module__.startswith("transformers_modules."):
             ran = type(loaded.model).__module__
             raise CheckpointError(f"{who}: transformers ran {ran} instead of the code in its folder.")
@@ -55,18 +55,22 @@ def load_converted(folder: Path, placement: Placement, unexpected: frozenset[str
         yield loaded
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a folder. Raises DataError where there is none."""
+def load_tokenizer(folder: Path, converted: bool = False) -> Any:
+    """The tokenizer in a folder. Raises DataError where there is none.
+
+    converted: the folder's own code is trusted, as for its model; transformers would ask for that on the terminal.
+    """
     keep_module_cache_clean()
     from transformers import AutoTokenizer
 
     with quiet():
         try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=converted)
         except Exception as error:  # OSError, ValueError, KeyError, ... by family and by what is missing
             raise DataError(
                 f"{folder}: no tokenizer that can be loaded, so perplexity cannot be measured: add the "
-                f"model's tokenizer files (tokenizer.json, tokenizer_config.json), or use --no-validate. ({first_line(error)})"
+                f"model's tokenizer files (tokenizer.json, tokenizer_config.json), or use --no-validate. "
+                f"({first_line(error)})"
             ) from error
 
 
@@ -102,10 +106,24 @@ def _remote_config(folder: Path, who: str) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
         if type(config).__module__.startswith("transformers_modules."):
             return config
-        config_class = get_class_from_dynamic_module(config.auto_map["AutoConfig"], folder)
+        config_class: Any = get_class_from_dynamic_module(config.auto_map["AutoConfig"], folder)
         return config_class.from_pretrained(folder)
     except Exception as error:
         raise CheckpointError(f"{who}: its configuration cannot be loaded: {first_line(error)}") from error
+
+
+def _model_class(config: Any, folder: Path, who: str) -> Any:
+    """AutoModelForCausalLM, or the model class of the folder's code where another folder with the same configuration code
+    was loaded before: AutoModelForCausalLM would use that one's modeling code."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    try:
+        return get_class_from_dynamic_module(config.auto_map["AutoModelForCausalLM"], folder)
+    except Exception as error:
+        raise CheckpointError(f"{who}: its code cannot be loaded: {first_line(error)}") from error
 
 
 def _refuse_incomplete(who: str, info: dict[str, Any], kinds: tuple[str, ...]) -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """loss: mean negative log-likelihood of a token, in nats; nan or inf if the model is broken. tokens: predicted ones."""
+    """loss: mean negative log-likelihood of a token, in nats, or not finite. tokens: how many were predicted."""
 
     loss: float
     tokens: int

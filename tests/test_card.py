@@ -1,0 +1,122 @@
+"""The model card and the figure."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from test_report import MEASURED, UNMEASURED
+
+from sa_convert.data.geometry import LayerGeometry, ModelGeometry
+from sa_convert.data.report import BaseModel
+from sa_convert.data.sharing_map import SharingMap
+from sa_convert.publish.card import write_card
+from sa_convert.publish.figure import FILE as FIGURE
+from sa_convert.publish.figure import cells, sharing_figure
+
+RECIPE = "sharing:\n  map: {27: [[26, 4], null]}\n"
+BASE_CARD = """---
+license: other
+license_name: special
+license_link: https://example.org/licence
+language: [en, de]
+tags: [chat]
+model-index: broken
+---
+# Base
+"""
+
+
+def test_metadata_and_licence_of_the_base(tmp_path):
+    (tmp_path / "base.md").write_text(BASE_CARD)
+    card = ModelCard.load(write_card(MEASURED, RECIPE, tmp_path, tmp_path / "base.md"))
+    data = card.data.to_dict()
+    assert data["base_model"] == "org/base"
+    assert data["library_name"] == "transformers"
+    assert data["pipeline_tag"] == "text-generation"
+    assert (data["license"], data["license_name"], data["language"]) == ("other", "special", ["en", "de"])
+    assert "shared-attention" in data["tags"]
+    assert "chat" not in data["tags"]
+    result = card.data.eval_results[0]
+    assert (result.metric_type, result.metric_value) == ("perplexity", 15.0)
+    assert result.dataset_name == "builtin, validation part"
+
+
+def test_body_holds_what_was_measured(tmp_path):
+    text = write_card(MEASURED, RECIPE, tmp_path).read_text()
+    assert text.count("trust_remote_code=True") == 1
+    for part in (
+        "14.295 before, **15.000** after (+4.93%)",
+        "limit that was set, 5%",
+        "at most 8.9e-05 (tolerance 0.0013)",
+        "| 27 | 1 of 2 | 26 |",
+        "| 28 | all 2 | 22 (same heads) |",
+        "| cache bytes per token (measured) | 46,080 | 43,008 | -6.7% |",
+        f"```yaml\n{RECIPE.strip()}\n```",
+        "sa_convert 0.1.0, transformers 5.23.0",
+        "licence of the base model applies",
+    ):
+        assert part in text
+    assert "sharing.png" not in text
+
+
+def test_consecutive_layers_that_share_alike_are_one_row(tmp_path):
+    span = SharingMap({layer: ((22, 0), (22, 1)) for layer in (23, 24, 25)})
+    text = write_card(replace(MEASURED, sharing=span), RECIPE, tmp_path).read_text()
+    assert "| 23-25 | all 2 | 22 (same heads) |" in text
+
+
+def test_without_validation_no_quality_is_claimed(tmp_path):
+    path = write_card(UNMEASURED, RECIPE, tmp_path)
+    text = path.read_text()
+    assert "**Not measured:**" in text
+    assert "computed, not measured" in text
+    assert not re.search(r"before, \*\*|tolerance|model-index|limit that was set", text)
+    assert ModelCard.load(path).data.eval_results is None
+
+
+def test_local_base_is_not_claimed_to_be_on_the_hub(tmp_path):
+    local = replace(MEASURED, base_model=BaseModel("smol.gguf"))
+    path = write_card(local, RECIPE, tmp_path)
+    assert "base_model" not in ModelCard.load(path).data.to_dict()
+    assert "huggingface.co" not in path.read_text()
+
+
+@pytest.mark.parametrize("content", ["---\nlicense: [oops\n---\n", "---\n- a\n- b\n---\n", "# no metadata\n", "\udcff"])
+def test_unreadable_base_card_is_said_and_not_fatal(tmp_path, content):
+    (tmp_path / "base.md").write_bytes(content.encode(errors="surrogateescape"))
+    text = write_card(MEASURED, RECIPE, tmp_path, tmp_path / "base.md").read_text()
+    assert "licence of the base model applies" in text
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert "license" not in metadata
+
+
+def test_same_input_gives_the_same_card(tmp_path):
+    assert write_card(MEASURED, RECIPE, tmp_path).read_bytes() == write_card(MEASURED, RECIPE, tmp_path).read_bytes()
+
+
+def geometry(layers: int) -> ModelGeometry:
+    return ModelGeometry(tuple(LayerGeometry(heads=4, groups=2, head_dim=8) for _ in range(layers)))
+
+
+def test_cells_tell_own_source_partial_and_reusing():
+    sharing = SharingMap({2: ((0, 0), (1, 3), None, (1, 2)), 3: (None, None, (0, 0), None)})
+    found = {(cell.layer, cell.group): cell for cell in cells(sharing, geometry(4))}
+    states = {place: cell.state for place, cell in found.items()}
+    assert states == {
+        (0, 0): "source", (0, 1): "own", (1, 0): "own", (1, 1): "source",
+        (2, 0): "reusing", (2, 1): "partial", (3, 0): "own", (3, 1): "partial",
+    }  # fmt: skip
+    assert (found[2, 0].label, found[2, 1].label, found[0, 0].label) == ("0\n1", "1", "")
+
+
+@pytest.mark.parametrize("layers", [12, 80])
+def test_figure_is_a_png_of_equal_bytes_and_shown_by_the_card(tmp_path, layers):
+    sharing = SharingMap({5: ((3, 0), (3, 1), (3, 2), (3, 3))})
+    path = sharing_figure(sharing, geometry(layers), tmp_path / FIGURE)
+    first = path.read_bytes()
+    assert first.startswith(b"\x89PNG")
+    assert b"matplotlib" not in first.lower()
+    assert sharing_figure(sharing, geometry(layers), path).read_bytes() == first
+    assert "(figures/sharing.png)" in write_card(MEASURED, RECIPE, tmp_path).read_text()

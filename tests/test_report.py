@@ -1,0 +1,119 @@
+"""report.json and what the terminal shows."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from sa_convert.data.report import (
+    BaseModel,
+    Change,
+    DecodeCheck,
+    GateResult,
+    PerplexityReport,
+    Report,
+    Savings,
+)
+from sa_convert.data.sharing_map import SharingMap
+from sa_convert.publish.report import installed_versions, render_report, write_report
+
+MEASURED = Report(
+    base_model=BaseModel("org/base", "0123abc"),
+    family="llama",
+    sharing=SharingMap({27: ((26, 4), None), 28: ((22, 0), (22, 1))}),
+    reused_groups=12,
+    total_groups=90,
+    savings=Savings(Change(134_515_008, 130_000_000), Change(538_090_408, 520_000_000), Change(46080, 43008), 2 / 15),
+    perplexity=PerplexityReport("builtin, validation part", 8176, 14.2948181, 15.0, "float32"),
+    decode_check=DecodeCheck(8.869171142578125e-05, True, 0.00127717),
+    gate=GateResult(0.05, True),
+    recipe="late-span",
+    versions={"transformers": "5.23.0", "sa_convert": "0.1.0"},
+)
+UNMEASURED = replace(MEASURED, perplexity=None, decode_check=None, gate=None)
+
+
+def test_keys_of_the_contract():
+    report = MEASURED.to_json()
+    assert report["base_model"] == {"id": "org/base", "revision": "0123abc"}
+    assert report["family"] == "llama"
+    assert report["sharing"] == {
+        "layers": {"27": [[26, 4], None], "28": [[22, 0], [22, 1]]},
+        "reused_groups": 12,
+        "total_groups": 90,
+    }
+    assert report["savings"] == {
+        "parameters": {"before": 134_515_008, "after": 130_000_000},
+        "checkpoint_bytes": {"before": 538_090_408, "after": 520_000_000},
+        "cache_bytes_per_token": {"before": 46080, "after": 43008},
+        "key_cache_removed": 0.133333,
+    }
+    assert report["perplexity"] == {
+        "text": "builtin, validation part",
+        "tokens": 8176,
+        "before": 14.2948,
+        "after": 15.0,
+        "increase": pytest.approx(15 / 14.2948181 - 1, abs=1e-6),
+        "dtype": "float32",
+    }
+    assert report["decode_check"] == {
+        "max_abs_logit_difference": 8.9e-05,
+        "same_greedy_tokens": True,
+        "tolerance": 0.0013,
+    }
+    assert report["gate"] == {"max_perplexity_increase": 0.05, "passed": True}
+
+
+def test_without_validation_what_it_measures_is_null():
+    report = UNMEASURED.to_json()
+    assert [report[key] for key in ("perplexity", "decode_check", "gate")] == [None, None, None]
+
+
+def test_written_file_is_json_and_the_same_each_time(tmp_path):
+    first = write_report(MEASURED, tmp_path).read_bytes()
+    assert first == write_report(MEASURED, tmp_path).read_bytes()
+    assert json.loads(first) == MEASURED.to_json()
+
+
+def test_base_model_is_never_a_path(tmp_path):
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    local = BaseModel.of(str(tmp_path / "org" / "model"))
+    assert (local.id, local.on_hub) == ("model", False)
+    hub = BaseModel.of("org/model", "abc")
+    assert (hub.id, hub.revision, hub.on_hub) == ("org/model", "abc", True)
+
+
+def test_decode_check_fails_on_nan():
+    assert not DecodeCheck(float("nan"), True, 1e-3).passed
+
+
+def test_terminal_shows_every_number_in_aligned_rows():
+    lines = render_report(MEASURED).splitlines()
+    column = len("Cache per token") + 2
+    assert all(line[column - 1] == " " and line[column] != " " for line in lines)
+    text = "\n".join(lines)
+    for part in (
+        "org/base at 0123abc (llama)",
+        "12 of 90 KV groups reuse, in 2 layers",
+        "134.5 M -> 130.0 M (-3.4%)",
+        "538.1 MB -> 520.0 MB (-3.4%)",
+        "46,080 bytes -> 43,008 bytes (-6.7%), measured",
+        "13.3% removed",
+        "14.295 -> 15.000 (+4.93%), 8,176 tokens in float32",
+        "passed: logits differ by at most 8.9e-05 (tolerance 0.0013), same greedy tokens",
+        "passed: perplexity may rise by 5%",
+    ):
+        assert part in text
+
+
+def test_terminal_says_what_was_not_measured():
+    text = render_report(UNMEASURED)
+    assert "not measured (--no-validate)" in text
+    assert "computed from the map" in text
+    assert "Perplexity" not in text
+
+
+def test_versions_have_no_build_of_this_machine():
+    versions = installed_versions()
+    assert set(versions) == {"sa_convert", "torch", "transformers"}
+    assert all("+" not in number for number in versions.values())
