@@ -62,7 +62,7 @@ def test_body_holds_what_was_measured(tmp_path):
 
 
 def test_consecutive_layers_that_share_alike_are_one_row(tmp_path):
-    span = SharingMap({layer: ((22, 0), (22, 1)) for layer in (23, 24, 25)})
+    span = SharingMap(dict.fromkeys((23, 24, 25), ((22, 0), (22, 1))))
     text = write_card(replace(MEASURED, sharing=span), RECIPE, tmp_path).read_text()
     assert "| 23-25 | all 2 | 22 (same heads) |" in text
 

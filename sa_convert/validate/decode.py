@@ -26,19 +26,21 @@ def decode_check(model: Any, sequence: "torch.Tensor", rounding: float = 0.0) ->
     """Compare cached with uncached decoding of one sequence (L) of tokens.
 
     Logits: the first half of the sequence in one cached pass and then token by token, against the whole sequence in one
-    pass without a cache. Tokens: up to GENERATED greedy tokens after the first half, with the cache and without; those
-    that differ only because two logits are equal within the tolerance count as the same. rounding: the difference of
-    logits that the base model shows on this sequence in this dtype.
+    pass without a cache. Tokens: up to GENERATED tokens that generate() adds to the first half, greedily and with a
+    cache, must each be the best one in a pass without a cache; one that is worse by less than the tolerance counts as
+    the best. rounding: the difference of logits that the base model shows on this sequence in this dtype.
     """
     import torch
 
-    generated = min(GENERATED, len(sequence) - len(sequence) // 2)  # a model may have no further positions
-    steps = len(sequence) - len(sequence) // 2 + 2 * generated
-    with torch.inference_mode(), progress(steps, "decode check", unit="tok") as bar:
+    half = len(sequence) // 2
+    generated = min(GENERATED, len(sequence) - half)  # a model may have no further positions
+    with torch.inference_mode(), progress(len(sequence) - half + generated, "decode check", unit="tok") as bar:
         difference, largest = _compare_logits(model, sequence, bar)
         tolerance = max(TOLERANCE * max(1.0, largest / LOGIT_SCALE), ROUNDING_MARGIN * rounding)
-        prompt = sequence[None, : len(sequence) // 2].to(input_device(model))
-        same = _same_greedy_tokens(model, prompt, generated, tolerance, bar)
+        text = _generate(model, sequence[None, :half].to(input_device(model)), generated, bar)
+        logits = model(input_ids=text[:, :-1], use_cache=False).logits[0, half - 1 :].float()
+        chosen = logits.gather(1, text[0, half:, None].to(logits.device))[:, 0]
+        same = bool((logits.amax(1) - chosen <= tolerance).all())
     return DecodeCheck(difference, same, tolerance)
 
 
@@ -81,37 +83,24 @@ def _cached_logits(model: Any, tokens: "torch.Tensor", half: int, bar: Any) -> "
     return torch.cat(logits)
 
 
-def _same_greedy_tokens(model: Any, prompt: "torch.Tensor", generated: int, tolerance: float, bar: Any) -> bool:
+def _generate(model: Any, prompt: "torch.Tensor", generated: int, bar: Any) -> "torch.Tensor":
+    """The prompt (1, T) and `generated` greedy tokens after it, decoded with a cache as transformers does it."""
     import torch
+    from transformers import GenerationConfig
 
-    cached, uncached = (_generate(model, prompt, generated, use_cache, bar) for use_cache in (True, False))
-    if cached.shape != uncached.shape:
-        return False
-    differ = (cached != uncached)[0].nonzero()
-    if not len(differ):
-        return True
-    first = int(differ[0])
-    logits = model(input_ids=cached[:, :first].to(prompt.device), use_cache=False).logits[0, -1].float()
-    gap = logits[cached[0, first]] - logits[uncached[0, first]]
-    return bool(torch.abs(gap) <= tolerance)
-
-
-def _generate(model: Any, prompt: "torch.Tensor", generated: int, use_cache: bool, bar: Any) -> "torch.Tensor":
-    """Greedy continuation of exactly `generated` tokens, whatever the model's generation config prefers."""
-    import torch
-
-    return model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=generated,
-        min_new_tokens=generated,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        pad_token_id=0,
-        use_cache=use_cache,
-        streamer=_Ticks(bar),
-    ).cpu()
+    # The model's own may sample, stop early, or forbid tokens.
+    preferred, model.generation_config = model.generation_config, GenerationConfig(pad_token_id=0)
+    try:
+        return model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=generated,
+            do_sample=False,
+            use_cache=True,
+            streamer=_Ticks(bar),
+        )
+    finally:
+        model.generation_config = preferred
 
 
 class _Ticks:

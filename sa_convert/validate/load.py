@@ -113,8 +113,8 @@ def _remote_config(folder: Path, who: str) -> Any:
 
 
 def _model_class(config: Any, folder: Path, who: str) -> Any:
-    """AutoModelForCausalLM, or the model class of the folder's code where another folder with the same configuration code
-    was loaded before: AutoModelForCausalLM would use that one's modeling code."""
+    """AutoModelForCausalLM, or the model class of the folder's code where a folder with the same configuration code was
+    loaded before: AutoModelForCausalLM would use the modeling code of that one."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
