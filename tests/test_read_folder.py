@@ -41,9 +41,11 @@ def test_single_and_sharded_folders(tmp_path):
 
 def test_side_files_are_those_of_the_model_in_subfolders_too(tmp_path):
     folder = tiny_llama(tmp_path / "m")
-    kept = ["LICENSE", "added_tokens.json", "chat_template.jinja", "generation_config.json", "merges.txt", "tokenizer.json",
-            "additional_chat_templates/rag.jinja", "tokenizer.model", "USE_POLICY.md", "original_vocab.txt"]  # fmt: skip
-    dropped = ["pytorch_model.bin", "pytorch_model.bin.index.json", "flax_model.msgpack", "tf_model.h5", "rust_model.ot",
+    kept = ["LICENSE", "added_tokens.json", "chat_template.jinja", "generation_config.json", "merges.txt",
+            "tokenizer.json", "additional_chat_templates/rag.jinja", "tokenizer.model", "USE_POLICY.md",
+            "original_vocab.txt"]  # fmt: skip
+    dropped = ["pytorch_model.bin", "pytorch_model.bin.index.json", "flax_model.msgpack", "tf_model.h5",
+               "rust_model.ot",
                "onnx/model.onnx", "onnx/model.onnx_data", "model-q4.gguf", "x.ckpt", "consolidated.00.pth",
                "consolidated.safetensors", "params.json", "original/params.json", "original/tokenizer.model",
                "modeling_llama.py", ".git/config", ".cache/huggingface/download/x.lock", ".gitattributes", "README.md",

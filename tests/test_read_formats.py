@@ -277,3 +277,11 @@ def test_a_gguf_without_one_of_its_tensors_is_refused(tmp_path, tiny_gguf):
     with pytest.raises(CheckpointError, match=r"has no tensor 'model.layers.1.self_attn.v_proj.weight'"):
         open_model(str(file), tmp_path / "w")
     assert not os.path.exists(tmp_path / "w" / "config.json")
+
+
+def test_the_model_card_comes_along_for_ours_to_quote(tmp_path):
+    folder = bin_folder(tmp_path / "m", [state("float32")])
+    (folder / "README.md").write_text("card")
+    written = open_model(str(folder), tmp_path / "w")
+    assert (written.folder / "README.md").read_text() == "card"
+    assert Path("README.md") not in written.side_files

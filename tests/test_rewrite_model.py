@@ -54,7 +54,8 @@ def test_the_whole_folder(tmp_path):
     assert len(code) >= 4
     files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert files == {
-        *side, *code, "vocab.json", "config.json", "model.safetensors.index.json", *written.files, "tokenizer_config.json"
+        *side, *code, "vocab.json", "config.json", "model.safetensors.index.json", *written.files,
+        "tokenizer_config.json",
     }  # fmt: skip
     for name in code:
         assert (out / name).read_bytes() == (Path(sa_convert.export.__file__).parent / name).read_bytes()
@@ -105,7 +106,8 @@ def test_our_table_is_that_of_transformers():
     for model_type in FAMILIES:
         registered = TOKENIZER_MAPPING_NAMES.get(model_type)
         assert CLASSES.get(model_type) == plain.get(registered, registered), model_type
-    assert set(OVERRULING) == MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS & set(FAMILIES)
+    overruling = MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS & set(FAMILIES)
+    assert set(OVERRULING) == {name for name in overruling if CLASSES[name] != "PreTrainedTokenizerFast"}
 
 
 @pytest.fixture(scope="module")

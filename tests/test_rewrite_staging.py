@@ -59,7 +59,7 @@ def test_every_stage_has_a_name_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, OutputError])
 def test_whatever_goes_wrong_nothing_stays(tmp_path, error):
-    with pytest.raises(error), staging(tmp_path / "out", False, 0) as stage:
+    with pytest.raises(error), staging(tmp_path / "out", False, 0) as stage:  # noqa: PT012
         (stage.folder / "a").write_text("new")
         raise error
     assert names(tmp_path) == []
@@ -155,7 +155,8 @@ def test_other_errors_of_the_system_stay_what_they_are(tmp_path):
 
 def test_the_earlier_output_comes_back_when_the_swap_fails(tmp_path):
     earlier_output(tmp_path / "out")
-    with pytest.raises(OutputError, match="cannot be moved there"), staging(tmp_path / "out", True, 0) as stage:
+    match = "cannot be moved there"
+    with pytest.raises(OutputError, match=match), staging(tmp_path / "out", True, 0) as stage:  # noqa: PT012
         shutil.rmtree(stage.folder)
         stage.publish()
     assert (tmp_path / "out" / "report.json").read_text() == "old"
@@ -163,7 +164,7 @@ def test_the_earlier_output_comes_back_when_the_swap_fails(tmp_path):
 
 
 def test_something_that_appears_at_the_destination_meanwhile_is_kept(tmp_path):
-    with pytest.raises(OutputError, match="exists already"), staging(tmp_path / "out", False, 0) as stage:
+    with pytest.raises(OutputError, match="exists already"), staging(tmp_path / "out", False, 0) as stage:  # noqa: PT012
         earlier_output(tmp_path / "out")
         stage.publish()
     assert (tmp_path / "out" / "report.json").read_text() == "old"

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 
+_CARD = Path("README.md")
+
 _METADATA = {"format": "pt"}
 
 
@@ -80,7 +82,11 @@ def open_pickled(folder: Path, workspace: Path | None, identity: str) -> Checkpo
     if index is not None:
         new_index = {**index, "weight_map": {key: new_map[key] for key in names if key in new_map}}
         (workspace / INDEX).write_text(json.dumps(new_index, indent=2) + "\n", encoding="utf-8")
-    for path in (Path("config.json"), *side_files(root)):
+    copied = [Path("config.json"), *side_files(root)]
+    if (folder / _CARD).exists():  # no side file, but the new model card quotes it
+        check_inside(folder / _CARD, root, "the model card")
+        copied.append(_CARD)
+    for path in copied:
         (workspace / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / path, workspace / path)
     return open_folder(workspace, identity, revision_of(root))
