@@ -18,23 +18,26 @@ _PLAIN = "PreTrainedTokenizerFast"
 
 _PLAIN_NAMES = (_PLAIN, "TokenizersBackend")
 
-CLASSES = {
-    **dict.fromkeys(
-        ("mistral", "mixtral", "ministral", "olmo2", "olmo3", "granite", "stablelm", "nemotron", "glm4"), _PLAIN
-    ),
-    **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), "Qwen2Tokenizer"),
-    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), "GemmaTokenizer"),
-    **dict.fromkeys(("cohere", "cohere2"), "CohereTokenizer"),
-    **dict.fromkeys(("starcoder2", "phi", "opt"), "GPT2Tokenizer"),
+_TYPES = {
+    _PLAIN: "mistral mixtral ministral ministral3 olmo2 olmo3 flex_olmo granite granitemoe granitemoeshared stablelm "
+    "nemotron glm glm4 glm4_moe ernie4_5 ernie4_5_moe hyperclovax minimax_m2 phimoe",
+    "Qwen2Tokenizer": "qwen2 qwen2_moe qwen3 qwen3_moe",
+    "GemmaTokenizer": "gemma gemma2 gemma3_text",
+    "CohereTokenizer": "cohere cohere2",
+    "GPT2Tokenizer": "starcoder2 phi opt jais2",
+    "GPTNeoXTokenizer": "olmo olmoe",
 }
-"""The tokenizer class that transformers 5 registers for a model type. Types that are not here have none."""
+
+CLASSES = {model_type: name for name, types in _TYPES.items() for model_type in types.split()}
+"""The tokenizer class that transformers 5 registers for a model type. Types that are not here have none. A test
+compares it with transformers; asking there takes seconds, and torch."""
 
 OVERRULING = ("qwen2",)
 """Types whose registered class transformers 5 takes whatever the file declares."""
 
-_WITHOUT_JSON = dict.fromkeys(("llama", "mistral", "mixtral", "ministral"), "LlamaTokenizer") | {
-    "granite": "GPT2Tokenizer",
-    "exaone4": "GPT2Tokenizer",
+_WITHOUT_JSON = {
+    **dict.fromkeys(("llama", "mistral", "mixtral", "ministral", "arcee", "phimoe"), "LlamaTokenizer"),
+    **dict.fromkeys(("granite", "granitemoe", "granitemoeshared", "exaone4"), "GPT2Tokenizer"),
 }
 """The class of a type above that reads the vocabulary where there is no tokenizer.json."""
 
