@@ -13,6 +13,8 @@ _modules = tempfile.TemporaryDirectory(prefix="sa-convert-tests-")
 os.environ.update(
     HF_HUB_OFFLINE="1", HF_MODULES_CACHE=_modules.name, TOKENIZERS_PARALLELISM="false", TRANSFORMERS_VERBOSITY="error"
 )
+# Tiny models gain nothing from more threads, and tests run side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import sa_convert.registration  # noqa: E402
 

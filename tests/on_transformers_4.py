@@ -16,6 +16,9 @@ assert "sa_convert" not in sys.modules
 
 
 def attempt(folder, job):
+    architecture = json.loads((Path(folder) / "config.json").read_text())["architectures"][0]
+    if not hasattr(transformers, architecture.removeprefix("SharedAttention")):
+        return {"absent": architecture}
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
     )

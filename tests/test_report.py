@@ -73,6 +73,8 @@ def test_written_file_is_json_and_the_same_each_time(tmp_path):
     first = write_report(MEASURED, tmp_path).read_bytes()
     assert first == write_report(MEASURED, tmp_path).read_bytes()
     assert json.loads(first) == MEASURED.to_json()
+    assert '"28": [[22, 0], [22, 1]]' in first.decode()
+    assert '"27": [[26, 4], null],' in first.decode()
 
 
 def test_base_model_is_never_a_path(tmp_path):

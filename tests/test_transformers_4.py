@@ -17,16 +17,23 @@ from sa_convert.export.shared_attention_families import FAMILIES
 NEW_TOKENS = 10
 
 
+def kinds(family):
+    """The simplest and the most demanding kind of map."""
+    return sorted({kinds_of(family)[0], kinds_of(family)[-1]})
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """Every family in two kinds of maps, as transformers 4 ran it."""
     python = os.environ.get("SA_CONVERT_TRANSFORMERS_4", str(ROOT / ".venv-transformers-4" / "bin" / "python"))
-    assert os.path.exists(python), f"{python} is missing; run `make test`, or name a Python in SA_CONVERT_TRANSFORMERS_4"
+    assert os.path.exists(python), (
+        f"{python} is missing; run `make test`, or name a Python in SA_CONVERT_TRANSFORMERS_4"
+    )
     root = tmp_path_factory.mktemp("transformers-4")
     folders = {}
     for family in FAMILIES:
         save_tiny(family, root / family)
-        for kind in {kinds_of(family)[0], kinds_of(family)[-1]}:
+        for kind in kinds(family):
             rows = make_map(kind, geometry_of_folder(root / family), seed=3)
             recipe = write_recipe(root / f"{family}-{kind}.json", rows)
             out = root / f"{family}-{kind}"
@@ -48,11 +55,13 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [(family, kind) for family in FAMILIES for kind in sorted({kinds_of(family)[0], kinds_of(family)[-1]})],
+    [(family, kind) for family in FAMILIES for kind in kinds(family)],
 )
 def test_same_tokens(results, family, kind):
     ids, folders, found = results
     result = found[folders[family, kind]]
+    if "absent" in result:
+        pytest.skip("transformers 4.57 does not have this family")
     assert "error" not in result, result["error"]
     model = load_converted(folders[family, kind], dtype=torch.float32)
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "attention_mask": torch.ones_like(ids)}

@@ -40,6 +40,10 @@ SPECIAL = {
     "opt": {"num_key_value_heads": 8},
     "exaone4": {"sliding_window_pattern": 2},
     "gemma3_text": {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2},
+    "olmo": {"clip_qkv": 0.3},
+    "olmoe": {"clip_qkv": 0.3},
+    "glm4_moe": {"use_qk_norm": True},
+    "helium": {"head_dim": 8},
     "gpt_oss": {
         # The default stretches positions beyond this tiny model's.
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
@@ -104,9 +108,15 @@ def make_map(kind: str, geometry: ModelGeometry, seed: int = 0) -> dict[int, lis
     return rows
 
 
+# The first families stand for all: they are converted with maps of every kind; the rest, with the most demanding kind.
+THOROUGH = list(FAMILIES)[:25]
+
+
 def kinds_of(model_type: str) -> list[str]:
-    whole = ["span", "layers"]
-    return whole if FAMILIES[model_type].granularity == "layer" else [*whole, "groups", "heads"]
+    kinds = ["span", "layers"] if FAMILIES[model_type].granularity == "layer" else ["span", "layers", "groups", "heads"]
+    if model_type in THOROUGH:
+        return kinds
+    return ["span", "heads"] if FAMILIES[model_type].output_norm or FAMILIES[model_type].value_limit else kinds[-1:]
 
 
 def write_recipe(path: Path, rows: dict[int, list], **keys) -> Path:

@@ -318,12 +318,18 @@ class SharedAttention(nn.Module):
 
     def _output(self, attention, hidden_states):
         """(B, T, H, D) -> (B, T, hidden)"""
-        output = getattr(self, self.names.output)(attention.reshape(*hidden_states.shape[:-1], -1).contiguous())
+        output = attention.reshape(*hidden_states.shape[:-1], -1).contiguous()
+        if self.names.output_norm:
+            output = getattr(self, self.names.output_norm)(output)
+        output = getattr(self, self.names.output)(output)
         return nn.functional.dropout(output, p=getattr(self, "residual_dropout", 0.0), training=self.training)
 
     def _reuse(self, hidden_states, attention_mask, past_key_values, **kwargs):
         """A layer all of whose heads reuse: values and output projection only."""
         value = self._project(self.names.value, hidden_states)
+        limit = getattr(self.model_config, self.names.value_limit or "", None)
+        if limit is not None:
+            value = value.clamp(min=-limit, max=limit)
         if past_key_values is not None:
             # transformers 4 hands the positions to a static cache; 5 counts them itself.
             extra = ({"cache_position": kwargs["cache_position"]},) if "cache_position" in kwargs else ()

@@ -16,6 +16,7 @@ class Family:
     query, key, value, output: its projections; query_norm, key_norm: its norms of queries and keys, if any.
     norm: how these norms hold their weights: "shared" (one for all heads), "rows" (a row per head), "list" (a module
         per head), or "joint" (over all heads together, so only whole layers can reuse).
+    value_limit: config key of the bound that values are clamped to. output_norm: a norm before the output projection.
     sinks: name of the parameter with one attention sink per query head.
     sliding: which layers attend within a sliding window where config.json has no `layer_types` (see
         `sa_convert.read.geometry`): "none", "all", "periodic", "from_max_window_layers",
@@ -42,6 +43,8 @@ class Family:
     query_norm: str | None = None
     key_norm: str | None = None
     norm: str = "shared"
+    value_limit: str | None = None
+    output_norm: str | None = None
     sinks: str | None = None
     sliding: str = "none"
     period: int = 0
@@ -60,6 +63,7 @@ class Family:
 
 
 _QK_NORM = {"query_norm": "q_norm", "key_norm": "k_norm"}
+_QUERY_KEY_LAYERNORM = {"query_norm": "query_layernorm", "key_norm": "key_layernorm"}
 _QK_LAYERNORM = {"query_norm": "q_layernorm", "key_norm": "k_layernorm"}
 
 FAMILIES: dict[str, Family] = {
@@ -178,5 +182,32 @@ FAMILIES: dict[str, Family] = {
             dropout="dropout",
         ),
         Family("gpt_oss", "GptOssConfig", "GptOssForCausalLM", sinks="sinks", sliding="periodic", period=2, window=128),
+        # Of the same make as those above, in transformers 5.23.
+        Family("apertus", "ApertusConfig", "ApertusForCausalLM", **_QK_NORM),
+        Family("arcee", "ArceeConfig", "ArceeForCausalLM"),
+        Family("aria_text", "AriaTextConfig", "AriaTextForCausalLM"),
+        Family("bitnet", "BitNetConfig", "BitNetForCausalLM", output_norm="attn_sub_norm"),
+        Family("ernie4_5", "Ernie4_5Config", "Ernie4_5ForCausalLM"),
+        Family("ernie4_5_moe", "Ernie4_5_MoeConfig", "Ernie4_5_MoeForCausalLM"),
+        Family("flex_olmo", "FlexOlmoConfig", "FlexOlmoForCausalLM", **_QK_NORM, norm="joint"),
+        Family("glm", "GlmConfig", "GlmForCausalLM"),
+        Family("glm4_moe", "Glm4MoeConfig", "Glm4MoeForCausalLM", **_QK_NORM),
+        Family("granitemoe", "GraniteMoeConfig", "GraniteMoeForCausalLM"),
+        Family("granitemoeshared", "GraniteMoeSharedConfig", "GraniteMoeSharedForCausalLM"),
+        Family("helium", "HeliumConfig", "HeliumForCausalLM"),
+        Family("hunyuan_v1_dense", "HunYuanDenseV1Config", "HunYuanDenseV1ForCausalLM", **_QUERY_KEY_LAYERNORM),
+        Family("hunyuan_v1_moe", "HunYuanMoEV1Config", "HunYuanMoEV1ForCausalLM", **_QUERY_KEY_LAYERNORM),
+        Family("hy_v3", "HYV3Config", "HYV3ForCausalLM", **_QK_NORM),
+        Family("hyperclovax", "HyperCLOVAXConfig", "HyperCLOVAXForCausalLM"),
+        Family("jais2", "Jais2Config", "Jais2ForCausalLM"),
+        Family("minimax_m2", "MiniMaxM2Config", "MiniMaxM2ForCausalLM", **_QK_NORM, norm="joint"),
+        Family("ministral3", "Ministral3Config", "Ministral3ForCausalLM", sliding="all"),
+        Family("nanochat", "NanoChatConfig", "NanoChatForCausalLM", **_QK_NORM),
+        Family("olmo", "OlmoConfig", "OlmoForCausalLM", value_limit="clip_qkv"),
+        Family("olmoe", "OlmoeConfig", "OlmoeForCausalLM", **_QK_NORM, norm="joint", value_limit="clip_qkv"),
+        Family("phimoe", "PhimoeConfig", "PhimoeForCausalLM", sliding="all"),
+        Family("seed_oss", "SeedOssConfig", "SeedOssForCausalLM"),
+        Family("solar_open", "SolarOpenConfig", "SolarOpenForCausalLM"),
+        Family("vaultgemma", "VaultGemmaConfig", "VaultGemmaForCausalLM", sliding="periodic", period=2, window=4096),
     )
 }

@@ -1,6 +1,7 @@
 """Writes report.json, and shows the report in a terminal."""
 
 import json
+import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,8 +16,14 @@ def write_report(report: Report, folder: Path) -> Path:
     """Write report.json: no times and nothing of this machine, so that equal conversions give equal files."""
     path = folder / FILE
     text = json.dumps(report.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    path.write_text(_on_one_line(text) + "\n", encoding="utf-8", newline="\n")
     return path
+
+
+def _on_one_line(text: str) -> str:
+    """JSON with each list on one line: a sharing map has a list for every head. No string holds a line break."""
+    pairs = re.sub(r"\[\n\s+(\d+),\n\s+(\d+)\n\s+\]", r"[\1, \2]", text)
+    return re.sub(r"\[\n\s+([^{}]*?)\n\s+\]", lambda row: "[" + re.sub(r"\n\s+", " ", row[1]) + "]", pairs)
 
 
 def installed_versions() -> dict[str, str]:

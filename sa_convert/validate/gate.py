@@ -44,9 +44,8 @@ def validate(
     0.05 is 5%, or None for no limit. device, dtype, max_memory: see `placement.place`. sequences of `length` tokens,
     fewer tokens where the model has fewer positions.
 
-    Raises DataError (no tokenizer, text too short), CheckpointError (a model that cannot be loaded or is broken), and
-    GateRefused where the converted model's perplexity is not finite; every other verdict is in the result, for
-    `refuse_if_failed`.
+    Raises DataError (no tokenizer, text too short), CheckpointError (a model that cannot be loaded), and GateRefused
+    where a perplexity is not finite; every other verdict is in the result, for `refuse_if_failed`.
     """
     keep_module_cache_clean()
     held_out = text.split("validation", KINDS)
@@ -62,7 +61,7 @@ def validate(
         if not after.finite:
             raise GateRefused(
                 "The converted model's perplexity is not finite, though the base model's is: try a recipe that shares "
-                "less, or --dtype float32."
+                "less, or a wider --dtype."
             )
         check = decode_check(loaded.model, tokens[0, :DECODED], rounding)
         cache_after = cache_bytes_per_token(loaded.model, tokens[0, :CACHED], placement.stored)
@@ -111,9 +110,9 @@ def _measure_base(
             )
         before = perplexity(loaded.model, tokens, "perplexity of the base model")
         if not before.finite:
-            raise CheckpointError(
+            raise GateRefused(
                 f"{folder}: the base model's perplexity is not finite: its weights are damaged, or overflow in "
-                f"{placement.dtype_name} (try --dtype float32)."
+                f"{placement.dtype_name}: get the model anew, or give a wider --dtype."
             )
         rounding = rounding_difference(loaded.model, tokens[0, :DECODED])
         cache = cache_bytes_per_token(loaded.model, tokens[0, :CACHED], placement.stored)
