@@ -13,7 +13,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings and no finished progress bars of transformers, accelerate and torch; their settings come back."""
+    """No warnings of transformers, accelerate and torch, and no progress bars of theirs but on a terminal, where a large
+    model takes long to load. Their settings come back."""
     import transformers
 
     settings = transformers.utils.logging
@@ -21,7 +22,8 @@ def quiet() -> Iterator[None]:
     accelerate = logging.getLogger("accelerate")
     level = accelerate.level
     settings.set_verbosity_error()
-    settings.disable_progress_bar()
+    if not sys.stderr.isatty():
+        settings.disable_progress_bar()
     accelerate.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
