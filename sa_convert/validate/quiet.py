@@ -13,8 +13,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings of transformers, accelerate and torch, and no progress bars of theirs but on a terminal, where a large
-    model takes long to load. Their settings come back."""
+    """No warnings of transformers, accelerate and torch, and their progress bars only on a terminal, since large models
+    take long to load. Their settings come back."""
     import transformers
 
     settings = transformers.utils.logging
