@@ -210,6 +210,17 @@ def test_every_way_of_copying_copies_the_same(tmp_path, monkeypatch, failing, nu
     assert max(counts) <= 1_500_000
 
 
+def test_reserving_room_changes_nothing_but_fails_at_once_where_there_is_none(tmp_path):
+    with (tmp_path / "a").open("wb") as target:
+        ranges.reserve(target.fileno(), 0)
+        ranges.reserve(target.fileno(), 5000)
+        with pytest.raises(OSError, match=r"No space left|File too large"):
+            ranges.reserve(target.fileno(), 2**62)
+        target.write(b"xyz")
+    assert (tmp_path / "a").stat().st_size == 5000
+    assert (tmp_path / "a").read_bytes() == b"xyz" + bytes(4997)
+
+
 def test_real_errors_are_not_taken_for_missing_abilities(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -14,7 +14,7 @@ from sa_convert.data.checkpoint import Checkpoint, TensorEdit
 from sa_convert.errors import CheckpointError
 from sa_convert.read.folder import INDEX
 from sa_convert.rewrite.layout import ShardPlan, plan_shard
-from sa_convert.rewrite.ranges import SourceTooShortError, copy_range
+from sa_convert.rewrite.ranges import SourceTooShortError, copy_range, reserve
 
 _WORKERS = 4
 """Shards written at a time, at most. One core cannot move bytes as fast as a disk takes them."""
@@ -106,6 +106,7 @@ def _run(jobs: Iterable[tuple[ShardPlan, Path]], advance: Callable[[int], None])
 def _write_shard(plan: ShardPlan, file: Path, report: Callable[[int], None]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with plan.source.open("rb") as source, file.open("xb") as target:
+        reserve(target.fileno(), plan.bytes)
         target.write(plan.header)
         target.flush()
         report(len(plan.header))
