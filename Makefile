@@ -13,7 +13,7 @@ demo: $(VENV)/ready
 	$(RUN) docs/demo/demo.py demo
 
 test: lint $(VENV4)/ready
-	SA_CONVERT_TRANSFORMERS_4=$(CURDIR)/$(VENV4)/bin/python $(RUN) -m pytest -n 2
+	SA_CONVERT_TRANSFORMERS_4=$(CURDIR)/$(VENV4)/bin/python $(RUN) -m pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

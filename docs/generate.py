@@ -1,7 +1,7 @@
 """Writes the parts of the documentation that code knows best: the table of supported families.
 
-    python docs/generate.py           # writes docs/families.md
-    python docs/generate.py --check   # fails where the file is not what would be written
+python docs/generate.py           # writes docs/families.md
+python docs/generate.py --check   # fails where the file is not what would be written
 """
 
 import sys
@@ -12,14 +12,16 @@ from sa_convert.export.shared_attention_families import FAMILIES, Family
 PAGE = Path(__file__).parent / "families.md"
 HEAD = """# Supported families
 
-This page is generated from `sa_convert/export/shared_attention_families.py` by `python docs/generate.py`; a test fails
-where the two differ. The family is chosen by `model_type` in config.json, never by a model's name.
+This page is generated from `sa_convert/export/shared_attention_families.py` by `python docs/generate.py`; a test
+fails where the two differ. The family is chosen by `model_type` in config.json, never by a model's name.
 
-Every family below is converted through the command line by `tests/test_families.py`, from a tiny random model, with maps
-of each kind that it can run: whole layers with the same heads (the paper's spans), whole layers with other heads, whole
-KV groups, and single heads. The logits equal the base model's under forced attention weights (1e-4, float32), cached
-equals uncached decoding, and the files hold no query and key rows of reusing heads. `tests/test_transformers_4.py` runs
-the same folders on transformers 4.57. What was tested is the type of model, not every published checkpoint of it.
+Every family below is converted through the command line by `tests/test_families.py`, from a tiny random model: the
+first 25 with maps of each kind that they can run (whole layers with the same heads, as the paper's spans; whole layers
+with other heads; whole KV groups; single heads), the others with the most demanding kind. The logits equal the base
+model's under forced attention weights (1e-4, float32), cached equals uncached decoding, and the files hold no query and
+key rows of reusing heads. `tests/test_transformers_4.py` runs converted folders on transformers 4.57 as well, for every
+family that 4.57 has, except where the table says otherwise. What was tested is the type of model, not every published
+checkpoint of it.
 
 | `model_type` | class | smallest unit that reuses | attention types | norms of queries and keys | remarks |
 |---|---|---|---|---|---|
@@ -34,7 +36,12 @@ attention (MLA), state-space layers, encoders, multimodal models, code outside o
 - Keys of a KV group go when all query heads of the group reuse; queries go head by head.
 - Where one norm runs over the queries (and one over the keys) of all heads together, only whole layers reuse.
 """
-NORMS = {"shared": "one for all heads", "rows": "one row per head", "list": "one module per head", "joint": "over all heads"}
+NORMS = {
+    "shared": "one for all heads",
+    "rows": "one row per head",
+    "list": "one module per head",
+    "joint": "over all heads",
+}
 SLIDING = {
     "none": "full",
     "all": "sliding where config.json gives a window, else full",
@@ -54,6 +61,8 @@ def row(family: Family) -> str:
         remarks.append("only sliding layers rotate queries and keys")
     if family.rotary == "no_rope_layers":
         remarks.append("layers with and without rotation do not share")
+    if family.transformers_5:
+        remarks.append("on transformers 5 only")
     if family.plain_forward:
         remarks.append("runs our own attention forward")
     sliding = SLIDING[family.sliding].format(period=family.period)

@@ -1,6 +1,7 @@
 """The main job: plan, rewrite, validate, publish."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,14 +67,31 @@ def convert(
             announce("reading weights")
             conversion = plan_conversion(open_model(model, stage.workspace, options.stored_dtype), recipe)
         announce("rewriting weights")
-        checkpoint = conversion.checkpoint
-        written = rewrite_checkpoint(
-            checkpoint, conversion.family, conversion.sharing, conversion.edits, stage.folder
-        )
+        written = _rewrite(conversion, stage)
         validation = _validate(conversion, recipe, options, stage, announce) if options.validate else None
         report = _report(conversion, written, validation, recipe_name)
         _publish(report, conversion, recipe, stage)
     return report
+
+
+def _rewrite(conversion: ConversionPlan, stage: Stage) -> Written:
+    """Write the model and draw its figure: loading the libraries for figure and card takes a second, in which the
+    kernel copies weights."""
+    with ThreadPoolExecutor(max_workers=1) as meanwhile:
+        drawn = meanwhile.submit(_draw, conversion, stage.folder / "figures" / "sharing.png")
+        written = rewrite_checkpoint(
+            conversion.checkpoint, conversion.family, conversion.sharing, conversion.edits, stage.folder
+        )
+        drawn.result()
+    return written
+
+
+def _draw(conversion: ConversionPlan, path: Path) -> None:
+    import huggingface_hub.repocard  # noqa: F401 (for the card)
+
+    from sa_convert.publish.figure import sharing_figure
+
+    sharing_figure(conversion.sharing, conversion.geometry, path)
 
 
 def _validate(
@@ -100,9 +118,7 @@ def _report(
 ) -> Report:
     """Sizes are those of the files as written, and of a real cache where one was measured."""
     checkpoint = conversion.checkpoint
-    savings: Savings = replace(
-        conversion.savings, checkpoint_bytes=Change(_size(checkpoint), written.total_bytes)
-    )
+    savings: Savings = replace(conversion.savings, checkpoint_bytes=Change(_size(checkpoint), written.total_bytes))
     if validation is not None:
         savings = replace(savings, cache_bytes_per_token=validation.cache_bytes_per_token)
     return Report(
@@ -112,9 +128,9 @@ def _report(
         reused_groups=conversion.reused_groups,
         total_groups=conversion.geometry.total_groups,
         savings=savings,
-        perplexity=validation and validation.perplexity,
-        decode_check=validation and validation.decode_check,
-        gate=validation and validation.gate,
+        perplexity=validation.perplexity if validation else None,
+        decode_check=validation.decode_check if validation else None,
+        gate=validation.gate if validation else None,
         recipe=recipe_name,
         versions=installed_versions(),
     )
@@ -123,12 +139,10 @@ def _report(
 def _publish(report: Report, conversion: ConversionPlan, recipe: "Recipe", stage: Stage) -> None:
     from sa_convert.plan.recipe_file import dump_recipe
     from sa_convert.publish.card import write_card
-    from sa_convert.publish.figure import sharing_figure
 
     resolved = dump_recipe(recipe, conversion.sharing)
     (stage.folder / RECIPE_FILE).write_text(resolved, encoding="utf-8")
     write_report(report, stage.folder)
-    sharing_figure(conversion.sharing, conversion.geometry, stage.folder / "figures" / "sharing.png")
     card = conversion.checkpoint.folder / "README.md"
     write_card(report, resolved, stage.folder, card if card.exists() else None)
     stage.publish()

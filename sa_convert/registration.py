@@ -26,7 +26,7 @@ class _LazyModelClass:
     def __getattr__(self, name: str) -> Any:
         from sa_convert.export.modeling_shared_attention import model_class_of
 
-        model_class = model_class_of(self._family)
+        model_class: Any = model_class_of(self._family)
         # So that save_pretrained writes the code files beside the weights, as it does for remote code.
         model_class.register_for_auto_class("AutoModelForCausalLM")
         return getattr(model_class, name)
@@ -41,7 +41,7 @@ def register() -> None:
     for family in FAMILIES.values():
         if not hasattr(transformers, family.config_class):
             continue
-        config_class = config_class_of(family)
+        config_class: Any = config_class_of(family)
         config_class.register_for_auto_class()
         transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         lazy: Any = _LazyModelClass(family, config_class)

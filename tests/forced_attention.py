@@ -12,7 +12,7 @@ import torch
 
 @contextmanager
 def forced_attention(base, rows: dict[int, list]):
-    """While open, `base` (in eager mode) attends as the map says: {layer: [None or [source layer, source head], ...]}."""
+    """While open, `base` (in eager mode) attends by the map: {layer: [None or [source layer, source head], ...]}."""
     family = sys.modules[type(base).__module__]
     original = family.eager_attention_forward
     weights_of: dict[int, torch.Tensor] = {}

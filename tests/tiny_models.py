@@ -116,7 +116,7 @@ def kinds_of(model_type: str) -> list[str]:
     kinds = ["span", "layers"] if FAMILIES[model_type].granularity == "layer" else ["span", "layers", "groups", "heads"]
     if model_type in THOROUGH:
         return kinds
-    return ["span", "heads"] if FAMILIES[model_type].output_norm or FAMILIES[model_type].value_limit else kinds[-1:]
+    return [kinds[0], kinds[-1]] if FAMILIES[model_type].output_norm or FAMILIES[model_type].value_limit else kinds[-1:]
 
 
 def write_recipe(path: Path, rows: dict[int, list], **keys) -> Path:

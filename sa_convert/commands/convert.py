@@ -9,7 +9,9 @@ from sa_convert.commands.options import PERCENT, echo_json, json_option, model_a
 
 @click.command("convert")
 @model_argument
-@click.option("--recipe", "recipe_name", required=True, metavar="NAME-or-FILE", help="A shipped recipe, or a YAML file.")
+@click.option(
+    "--recipe", "recipe_name", required=True, metavar="NAME-or-FILE", help="A shipped recipe, or a YAML file."
+)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder to make.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and the savings; write nothing.")
 @click.option(

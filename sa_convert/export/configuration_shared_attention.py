@@ -34,11 +34,13 @@ def _rope_of_transformers_4(parameters: dict) -> dict:
     return keys
 
 
-def _init_of_transformers_4(base):
+def _init_of_transformers_4(base, known):
     def __init__(self, **kwargs):
         parameters = kwargs.pop("rope_parameters", None)
         if parameters:
             kwargs = {**_rope_of_transformers_4(parameters), **kwargs}
+        if "num_experts" in known and "num_local_experts" in kwargs:
+            kwargs.setdefault("num_experts", kwargs["num_local_experts"])
         base.__init__(self, **kwargs)
 
     return __init__
@@ -49,8 +51,9 @@ def config_class_of(family: Family) -> type:
     """The configuration class of a family: its base's, with our model type."""
     base = getattr(transformers, family.config_class)
     members = {"model_type": PREFIX + family.model_type, "__module__": __name__}
-    if "rope_theta" in signature(base.__init__).parameters:
-        members["__init__"] = _init_of_transformers_4(base)
+    known = signature(base.__init__).parameters
+    if "rope_theta" in known:
+        members["__init__"] = _init_of_transformers_4(base, known)
     return type(f"SharedAttention{family.config_class}", (base,), members)
 
 

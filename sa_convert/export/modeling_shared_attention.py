@@ -55,6 +55,11 @@ def _register_conversions(family) -> None:
 @cache
 def model_class_of(family: Family) -> type:
     """The model class of a family: its base's causal language model, sharing attention."""
+    if family.transformers_5 and transformers.__version__.startswith("4."):
+        raise ImportError(
+            f"Models of type {PREFIX}{family.model_type} need transformers 5, this is {transformers.__version__}: "
+            "run pip install -U transformers."
+        )
     _register_conversions(family)
     base = getattr(transformers, family.causal_lm)
     members = {"config_class": config_class_of(family), "__module__": __name__}

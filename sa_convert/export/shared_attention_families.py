@@ -28,6 +28,7 @@ class Family:
     exchange: how loans travel through the model's forward: as a keyword ("kwargs") or beside the rotary embeddings
         ("positions"), for families that do not pass keywords on.
     plain_forward: use our own attention forward, for families whose own one fixes the number of heads.
+    transformers_5: the family shares attention in transformers 5 only; in 4 its own code does not call the interface.
     dropout: attribute of the attention module that holds the dropout probability (needed with plain_forward).
     """
 
@@ -54,6 +55,7 @@ class Family:
     rotary: str = "all"
     exchange: str = "kwargs"
     plain_forward: bool = False
+    transformers_5: bool = False
     dropout: str = "attention_dropout"
 
     @property
@@ -192,8 +194,8 @@ FAMILIES: dict[str, Family] = {
         Family("flex_olmo", "FlexOlmoConfig", "FlexOlmoForCausalLM", **_QK_NORM, norm="joint"),
         Family("glm", "GlmConfig", "GlmForCausalLM"),
         Family("glm4_moe", "Glm4MoeConfig", "Glm4MoeForCausalLM", **_QK_NORM),
-        Family("granitemoe", "GraniteMoeConfig", "GraniteMoeForCausalLM"),
-        Family("granitemoeshared", "GraniteMoeSharedConfig", "GraniteMoeSharedForCausalLM"),
+        Family("granitemoe", "GraniteMoeConfig", "GraniteMoeForCausalLM", transformers_5=True),
+        Family("granitemoeshared", "GraniteMoeSharedConfig", "GraniteMoeSharedForCausalLM", transformers_5=True),
         Family("helium", "HeliumConfig", "HeliumForCausalLM"),
         Family("hunyuan_v1_dense", "HunYuanDenseV1Config", "HunYuanDenseV1ForCausalLM", **_QUERY_KEY_LAYERNORM),
         Family("hunyuan_v1_moe", "HunYuanMoEV1Config", "HunYuanMoEV1ForCausalLM", **_QUERY_KEY_LAYERNORM),
@@ -204,8 +206,16 @@ FAMILIES: dict[str, Family] = {
         Family("ministral3", "Ministral3Config", "Ministral3ForCausalLM", sliding="all"),
         Family("nanochat", "NanoChatConfig", "NanoChatForCausalLM", **_QK_NORM),
         Family("olmo", "OlmoConfig", "OlmoForCausalLM", value_limit="clip_qkv"),
-        Family("olmoe", "OlmoeConfig", "OlmoeForCausalLM", **_QK_NORM, norm="joint", value_limit="clip_qkv"),
-        Family("phimoe", "PhimoeConfig", "PhimoeForCausalLM", sliding="all"),
+        Family(
+            "olmoe",
+            "OlmoeConfig",
+            "OlmoeForCausalLM",
+            **_QK_NORM,
+            norm="joint",
+            transformers_5=True,
+            value_limit="clip_qkv",
+        ),
+        Family("phimoe", "PhimoeConfig", "PhimoeForCausalLM", sliding="all", transformers_5=True),
         Family("seed_oss", "SeedOssConfig", "SeedOssForCausalLM"),
         Family("solar_open", "SolarOpenConfig", "SolarOpenForCausalLM"),
         Family("vaultgemma", "VaultGemmaConfig", "VaultGemmaForCausalLM", sliding="periodic", period=2, window=4096),
