@@ -15,7 +15,7 @@ logging.disable_progress_bar()
 
 
 def main(folder: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     chat = [{"role": "user", "content": "Name three rivers of Europe."}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)

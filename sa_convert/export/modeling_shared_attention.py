@@ -10,7 +10,7 @@ from functools import cache
 import transformers
 
 from .configuration_shared_attention import PREFIX, config_class_of
-from .shared_attention import share_attention
+from .shared_attention_apply import share_attention
 from .shared_attention_families import FAMILIES, Family
 
 

@@ -21,22 +21,18 @@ Letters in shape comments: B batch, H query heads, O own query heads, G key/valu
 tokens, D head size.
 """
 
-import sys
 from dataclasses import dataclass
-from functools import cache, partial
-from inspect import signature
-from itertools import groupby
+from functools import partial
 
 import torch
 from torch import nn
-from transformers.cache_utils import StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .shared_attention_cache import PackedCache, store
+from .shared_attention_plan import LayerPlan
 
 # The keyword under which the exchange travels through the model's forward.
 EXCHANGE = "shared_attention"
-
-# transformers 4 sizes both slots of a static cache by the keys, so there a zero-width value slot is not possible.
-_STATIC_CACHE_SIZES_SLOTS_ALONE = "value_states" in signature(StaticLayer.lazy_initialization).parameters
 
 
 @dataclass(frozen=True)
@@ -73,118 +69,6 @@ class Exchange:
                 self._loans.pop(layer, None)
 
 
-@dataclass(frozen=True)
-class Run:
-    """Consecutive heads `start:stop` along the head axis of a loan of `layer`, or of the layer's own (None)."""
-
-    layer: int | None
-    start: int
-    stop: int
-
-
-def _runs(places: list[tuple[int | None, int]]) -> tuple[Run, ...]:
-    """Join consecutive places (layer, index) of one layer."""
-    keyed = groupby(enumerate(places), key=lambda item: (item[1][0], item[1][1] - item[0]))
-    runs = ([place for _, place in items] for _, items in keyed)
-    return tuple(Run(run[0][0], run[0][1], run[-1][1] + 1) for run in runs)
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What one layer owns, lends and borrows; made once from the map.
-
-    heads: per query head, None (own) or (source layer, source head). group: query heads per key/value group.
-    own: own query heads. own_groups: groups with an own head. own_group: own heads per own group where that is the same
-    for all, else None. query_runs: for every head, where its query (or weights) lies. key_runs and key_group: where the
-    keys lie, and how many consecutive heads read each. settled: source layers that are done after this one.
-    """
-
-    layer: int
-    heads: tuple
-    group: int
-    own: tuple[int, ...]
-    own_groups: tuple[int, ...]
-    own_group: int | None
-    query_runs: tuple[Run, ...]
-    key_runs: tuple[Run, ...]
-    key_group: int
-    lends: bool
-    settled: tuple[int, ...]
-
-    @property
-    def reuses(self) -> bool:
-        return len(self.own) < len(self.heads)
-
-    @property
-    def packs_cache(self) -> bool:
-        """A layer that owns every key caches as its family does."""
-        return len(self.own_groups) < len(self.heads) // self.group
-
-    @property
-    def own_key_of_head(self) -> list[int]:
-        """For every own head, the index of its key among the layer's own keys."""
-        return [self.own_groups.index(head // self.group) for head in self.own]
-
-
-def plan_layers(sharing: dict[int, tuple], heads: list[int], groups: list[int]) -> dict[int, LayerPlan]:
-    """Plan every layer that reuses or lends.
-
-    sharing: for each reusing layer, per query head, None or (source layer, source head). heads, groups: query heads of
-    each layer, and query heads per key/value group. Raises ValueError where the map does not fit the model.
-    """
-    full = {}
-    for layer in range(len(heads)):
-        row = sharing.get(layer, (None,) * heads[layer])
-        if len(row) != heads[layer]:
-            raise ValueError(f"shared_attention: layer {layer} lists {len(row)} heads, the model has {heads[layer]}.")
-        full[layer] = tuple(None if source is None else (int(source[0]), int(source[1])) for source in row)
-    if unknown := set(sharing) - set(full):
-        raise ValueError(f"shared_attention: the model has no layer {min(unknown)}.")
-    for layer, row in full.items():
-        for head, source in enumerate(row):
-            if source is None:
-                continue
-            if not 0 <= source[0] < layer or not 0 <= source[1] < heads[source[0]] or full[source[0]][source[1]]:
-                raise ValueError(
-                    f"shared_attention: layer {layer} head {head} reuses layer {source[0]} head {source[1]}, "
-                    "which is not an own head of an earlier layer."
-                )
-    own = {layer: tuple(head for head, source in enumerate(row) if source is None) for layer, row in full.items()}
-    own_groups = {layer: tuple(sorted({head // groups[layer] for head in own[layer]})) for layer in full}
-    last_use = {source[0]: layer for layer, row in full.items() for source in row if source}
-
-    def place(layer, head):
-        """Where the query and the key of this head lie: (layer or None, index among its own heads, and keys)."""
-        source = full[layer][head]
-        at, index = (layer, head) if source is None else source
-        key = own_groups[at].index(index // groups[at])
-        return (None if source is None else at), own[at].index(index), key
-
-    plans = {}
-    for layer, row in full.items():
-        if not any(row) and layer not in last_use:
-            continue
-        places = [place(layer, head) for head in range(len(row))]
-        keys = [(at, key) for at, _, key in places]
-        group = groups[layer]
-        aligned = all(len(set(keys[start : start + group])) == 1 for start in range(0, len(keys), group))
-        sizes = {sum(head // group == kept for head in own[layer]) for kept in own_groups[layer]}
-        plans[layer] = LayerPlan(
-            layer=layer,
-            heads=row,
-            group=group,
-            own=own[layer],
-            own_groups=own_groups[layer],
-            own_group=sizes.pop() if len(sizes) == 1 else None,
-            query_runs=_runs([(at, query) for at, query, _ in places]),
-            key_runs=_runs(keys[::group] if aligned else keys),
-            key_group=group if aligned else 1,
-            lends=layer in last_use,
-            settled=tuple(source for source, last in last_use.items() if last == layer),
-        )
-    return plans
-
-
 class _KernelModule:
     """The attention module as an attention function should see it: the real config, and this grouping of heads."""
 
@@ -197,7 +81,7 @@ class _KernelModule:
         return getattr(self.__dict__["_module"], name)
 
 
-class _ConfigView:
+class ConfigView:
     """The model's config, except that it names our attention function around the chosen one."""
 
     def __init__(self, config):
@@ -220,29 +104,6 @@ class _ConfigView:
 def _dispatch(implementation, module, query, key, value, attention_mask, **arguments):
     exchange = arguments.pop(EXCHANGE, None)
     return module.attend(exchange, implementation, query, key, value, attention_mask, arguments)
-
-
-class _PackedCache:
-    """A cache that stores the few own keys and all values of a layer in its key slot, heads side by side."""
-
-    def __init__(self, cache):
-        self._cache = cache
-
-    def __getattr__(self, name):
-        return getattr(self.__dict__["_cache"], name)
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        # (B, own groups, t, D) and (B, G, t, D) -> (B, own groups + G, S, D)
-        own = key_states.shape[1]
-        packed = torch.cat([key_states, value_states], dim=1)
-        packed = _store(self._cache, packed, layer_idx, *args, **kwargs)
-        return packed[:, :own], packed[:, own:]
-
-
-def _store(cache, states, layer_idx, *args, **kwargs):
-    """Add states to the key slot of a cache, and return all that it holds: (B, ?, t, D) -> (B, ?, S, D)."""
-    twice = cache.is_compileable and not _STATIC_CACHE_SIZES_SLOTS_ALONE
-    return cache.update(states, states if twice else states[..., :0], layer_idx, *args, **kwargs)[0]
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -291,7 +152,7 @@ def _weigh(weights, value):
 
 
 class SharedAttention(nn.Module):
-    """Mixed into the attention class of a family by `share_attention`: lends own heads, borrows the others'."""
+    """Mixed into the attention class of a family by `shared_attention_apply`: lends own heads, borrows the others'."""
 
     plan: LayerPlan | None
     names: object  # the Family entry: module names and how the exchange travels
@@ -302,7 +163,7 @@ class SharedAttention(nn.Module):
         if self.plan is not None and not self.plan.own:
             return self._reuse(hidden_states, attention_mask, past_key_values, **kwargs)
         if past_key_values is not None and self.plan is not None and self.plan.packs_cache:
-            past_key_values = _PackedCache(past_key_values)
+            past_key_values = PackedCache(past_key_values)
         if self.names.plain_forward:
             return self._plain(hidden_states, attention_mask, position_embeddings, past_key_values, **kwargs)
         if position_embeddings is not None:
@@ -333,7 +194,7 @@ class SharedAttention(nn.Module):
         if past_key_values is not None:
             # transformers 4 hands the positions to a static cache; 5 counts them itself.
             extra = ({"cache_position": kwargs["cache_position"]},) if "cache_position" in kwargs else ()
-            value = _store(past_key_values, value, self.layer_idx, *extra)
+            value = store(past_key_values, value, self.layer_idx, *extra)
         implementation = self.model_config._attn_implementation or "eager"
         output, weights = self.attend(kwargs.get(EXCHANGE), implementation, None, None, value, attention_mask, None)
         return self._output(output, hidden_states), weights
@@ -427,87 +288,3 @@ class SharedAttention(nn.Module):
             value = value.repeat_interleave(plan.group, dim=1)
         module = _KernelModule(self, plan.key_group)
         return kernel(module, query.to(value.device), key.to(value.device), value, mask, **arguments)
-
-
-@cache
-def _shared_class(attention: type) -> type:
-    family = sys.modules[attention.__module__]
-    members = {
-        "family_eager": staticmethod(getattr(family, "eager_attention_forward", eager_attention)),
-        "rotate": staticmethod(getattr(family, "apply_rotary_pos_emb", None)),
-        "__module__": __name__,
-    }
-    return type(f"Shared{attention.__name__}", (SharedAttention, attention), members)
-
-
-def _keep_heads(module: nn.Module, heads: tuple[int, ...], total: int) -> None:
-    """Keep these of `total` heads in every parameter of a projection or per-head norm (rows come head by head)."""
-    if isinstance(getattr(module, "norms", None), nn.ModuleList):
-        module.norms = nn.ModuleList(module.norms[head] for head in heads)
-        return
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        kept = parameter.detach().unflatten(0, (total, -1))[list(heads)].flatten(0, 1)
-        setattr(module, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
-    if isinstance(module, nn.Linear):
-        module.out_features = module.weight.shape[0]
-
-
-def _shrink(attention: nn.Module, plan: LayerPlan, names) -> None:
-    """Remove what the reusing heads of a layer do not need."""
-    total, groups = len(plan.heads), len(plan.heads) // plan.group
-    sides = (
-        (names.query, names.query_norm, plan.own, total),
-        (names.key, names.key_norm, plan.own_groups, groups),
-    )
-    for projection, norm, kept, of in sides:
-        norm = norm if norm and hasattr(attention, norm) else None
-        if not kept:
-            delattr(attention, projection)
-            if norm:
-                delattr(attention, norm)
-        elif len(kept) < of:
-            _keep_heads(getattr(attention, projection), kept, of)
-            if norm and names.norm in ("rows", "list"):
-                _keep_heads(getattr(attention, norm), kept, of)
-    if names.sinks:
-        sinks = getattr(attention, names.sinks)
-        delattr(attention, names.sinks)
-        if plan.own:
-            setattr(attention, names.sinks, nn.Parameter(sinks.detach()[list(plan.own)]))
-
-
-def _open_exchange(module, args, kwargs):
-    kwargs.setdefault(EXCHANGE, Exchange())
-    return args, kwargs
-
-
-def _append_exchange(module, args, output):
-    return (*output, Exchange())
-
-
-def share_attention(model: nn.Module, names, sharing: dict[int, tuple]) -> None:
-    """Make a freshly built model share attention, in place.
-
-    names: the model's `Family`. sharing: for each reusing layer, per query head, None or (source layer, source head).
-    Raises ValueError where the map does not fit the model.
-    """
-    layers = model.get_submodule(names.layers)
-    attentions = [getattr(layer, names.attention) for layer in layers]
-    groups = [getattr(attention, "num_key_value_groups", 1) for attention in attentions]
-    heads = [getattr(attention, names.query).weight.shape[0] // attention.head_dim for attention in attentions]
-    plans = plan_layers(sharing, heads, groups)
-    for layer, attention in enumerate(attentions):
-        plan = plans.get(layer)
-        if plan is None and names.exchange == "kwargs":
-            continue
-        attention.__class__ = _shared_class(type(attention))
-        attention.plan, attention.names, attention.groups = plan, names, groups[layer]
-        attention.model_config = attention.config
-        attention.config = _ConfigView(attention.config)
-        if plan is not None and plan.reuses:
-            _shrink(attention, plan, names)
-    stack = model.get_submodule(names.layers.rpartition(".")[0])
-    if names.exchange == "positions":
-        stack.rotary_emb.register_forward_hook(_append_exchange)
-    else:
-        stack.register_forward_pre_hook(_open_exchange, with_kwargs=True)
