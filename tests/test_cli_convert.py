@@ -300,6 +300,46 @@ def test_mixed_attention_types(tmp_path):
     refused(result, 1, "Layer 1 head 0 .*sliding_attention, the reusing layer full_attention", tmp_path / "out")
 
 
+def test_legacy_bin(base, recipe, tmp_path):
+    """A pickled checkpoint is converted and validated as its safetensors twin."""
+    import torch
+    from safetensors.torch import load_file
+
+    pickled = tmp_path / "pickled"
+    shutil.copytree(base, pickled, ignore=shutil.ignore_patterns("*.safetensors*"))
+    state = {name: value for file in base.glob("*.safetensors") for name, value in load_file(file).items()}
+    torch.save(state, pickled / "pytorch_model.bin")
+    reports = []
+    for model, out in ((base, tmp_path / "a"), (pickled, tmp_path / "b")):
+        result = run_cli("convert", model, "--recipe", recipe, "-o", out, "--json")
+        assert result.returncode == 0, result.stderr
+        reports.append(json.loads(result.stdout))
+    assert reports[0]["perplexity"] == reports[1]["perplexity"]
+    assert reports[0]["savings"]["parameters"] == reports[1]["savings"]["parameters"]
+    assert sorted(path.name for path in pickled.iterdir() if "model" in path.name) == ["pytorch_model.bin"]
+    first, second = load_converted(tmp_path / "a"), load_converted(tmp_path / "b")
+    assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
+
+
+def test_options_are_those_of_the_contract():
+    shown = run_cli("convert", "--help").stdout
+    options = (
+        "--recipe --output --dry-run --calibration --max-perplexity-increase --no-validate --overwrite --dtype --device"
+        " --json"
+    )
+    assert all(option in shown for option in options.split())
+
+
+def test_what_is_not_built_yet_is_refused(base, tmp_path):
+    for name in ("light", "balanced", "aggressive", "within-2pct"):
+        refused(
+            run_cli("convert", base, "--recipe", name, "-o", tmp_path / "out"), 1, f"{name}.*search", tmp_path / "out"
+        )
+    ridge = write_recipe(tmp_path / "ridge.json", SPAN, refit="ridge")
+    refused(run_cli("convert", base, "--recipe", ridge, "-o", tmp_path / "out"), 1, "ridge", tmp_path / "out")
+    refused(run_cli("convert", "org/name", "--recipe", "late-span", "-o", tmp_path / "out"), 1, "org/name.*Hub")
+
+
 def test_wrong_usage_is_status_2(base):
     assert run_cli("convert", base).returncode == 2
     assert (
