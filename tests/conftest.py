@@ -1,6 +1,7 @@
 """What every test may use: an environment that leaves no trace, and the command line as a process."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,9 @@ os.environ.update(
 )
 # Tiny models gain nothing from more threads, and tests run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from cli_cases import SPAN  # noqa: E402
+from tiny_models import save_tiny, save_tokenizer, write_recipe  # noqa: E402
 
 import sa_convert.registration  # noqa: E402
 
@@ -34,3 +38,24 @@ def run_cli(*arguments: object, **options) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="session")
 def cli():
     return run_cli
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    save_tiny("llama", folder)
+    save_tokenizer(folder)
+    (folder / "LICENSE").write_text("the licence")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
+
+
+@pytest.fixture
+def model(base, tmp_path):
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(base, tmp_path / "model"))
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return write_recipe(tmp_path / "span.json", SPAN, gate={"max_perplexity_increase": "60%"})
