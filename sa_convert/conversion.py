@@ -1,7 +1,6 @@
 """The main job: plan, rewrite, validate, publish."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,31 +66,13 @@ def convert(
             announce("reading weights")
             conversion = plan_conversion(open_model(model, stage.workspace, options.stored_dtype), recipe)
         announce("rewriting weights")
-        written = _rewrite(conversion, stage)
+        written = rewrite_checkpoint(
+            conversion.checkpoint, conversion.family, conversion.sharing, conversion.edits, stage.folder
+        )
         validation = _validate(conversion, recipe, options, stage, announce) if options.validate else None
         report = _report(conversion, written, validation, recipe_name)
         _publish(report, conversion, recipe, stage)
     return report
-
-
-def _rewrite(conversion: ConversionPlan, stage: Stage) -> Written:
-    """Write the model and draw its figure: loading the libraries for figure and card takes a second, in which the
-    kernel copies weights."""
-    with ThreadPoolExecutor(max_workers=1) as meanwhile:
-        drawn = meanwhile.submit(_draw, conversion, stage.folder / "figures" / "sharing.png")
-        written = rewrite_checkpoint(
-            conversion.checkpoint, conversion.family, conversion.sharing, conversion.edits, stage.folder
-        )
-        drawn.result()
-    return written
-
-
-def _draw(conversion: ConversionPlan, path: Path) -> None:
-    import huggingface_hub.repocard  # noqa: F401 (for the card)
-
-    from sa_convert.publish.figure import sharing_figure
-
-    sharing_figure(conversion.sharing, conversion.geometry, path)
 
 
 def _validate(
@@ -138,11 +119,13 @@ def _report(
 
 def _publish(report: Report, conversion: ConversionPlan, recipe: "Recipe", stage: Stage) -> None:
     from sa_convert.plan.recipe_file import dump_recipe
+    from sa_convert.publish import figure
     from sa_convert.publish.card import write_card
 
     resolved = dump_recipe(recipe, conversion.sharing)
     (stage.folder / RECIPE_FILE).write_text(resolved, encoding="utf-8")
     write_report(report, stage.folder)
+    figure.sharing_figure(conversion.sharing, conversion.geometry, stage.folder / figure.FILE)
     card = conversion.checkpoint.folder / "README.md"
     write_card(report, resolved, stage.folder, card if card.exists() else None)
     stage.publish()

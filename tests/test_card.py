@@ -1,20 +1,25 @@
 """The model card and the figure."""
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from PIL import Image, ImageColor
 from test_report import MEASURED, UNMEASURED
 
 from sa_convert.data.geometry import LayerGeometry, ModelGeometry
 from sa_convert.data.report import BaseModel
 from sa_convert.data.sharing_map import SharingMap
 from sa_convert.publish.card import write_card
+from sa_convert.publish.figure import CELL, COLOURS, _font, cells, sharing_figure
 from sa_convert.publish.figure import FILE as FIGURE
-from sa_convert.publish.figure import cells, sharing_figure
 
+WHITE = (255, 255, 255)
 RECIPE = "sharing:\n  map: {27: [[26, 4], null]}\n"
 BASE_CARD = """---
 license: other
@@ -112,11 +117,46 @@ def test_cells_tell_own_source_partial_and_reusing():
 
 
 @pytest.mark.parametrize("layers", [12, 80])
-def test_figure_is_a_png_of_equal_bytes_and_shown_by_the_card(tmp_path, layers):
+def test_figure_has_equal_bytes_and_is_shown_by_the_card(tmp_path, layers):
     sharing = SharingMap({5: ((3, 0), (3, 1), (3, 2), (3, 3))})
     path = sharing_figure(sharing, geometry(layers), tmp_path / FIGURE)
     first = path.read_bytes()
     assert first.startswith(b"\x89PNG")
-    assert b"matplotlib" not in first.lower()
     assert sharing_figure(sharing, geometry(layers), path).read_bytes() == first
     assert "(figures/sharing.png)" in write_card(MEASURED, RECIPE, tmp_path).read_text()
+
+
+@pytest.mark.parametrize(("layers", "columns"), [(12, 12), (80, 40)])
+def test_figure_has_a_cell_of_its_colour_for_every_group_in_order(tmp_path, layers, columns):
+    sharing = SharingMap({layers - 1: ((0, 0), (0, 1), (1, 2), None)})
+    with Image.open(sharing_figure(sharing, geometry(layers), tmp_path / FIGURE)) as image:
+        pixel, (width, height) = image.getpixel, image.size
+        # Corners of squares; entries of the legend are only half as high.
+        found = [
+            pixel((x, y))
+            for y in range(1, height - CELL)
+            for x in range(1, width)
+            if pixel((x, y)) != WHITE == pixel((x - 1, y)) == pixel((x, y - 1))
+            and pixel((x, y)) == pixel((x, y + CELL - 3)) == pixel((x + CELL - 3, y))
+        ]
+    drawn = {(cell.layer // columns, cell.group, cell.layer): cell.state for cell in cells(sharing, geometry(layers))}
+    assert found == [ImageColor.getrgb(COLOURS[drawn[place]][0]) for place in sorted(drawn)]
+
+
+def test_font_of_the_figure_is_scalable():
+    assert _font(40).getlength("KV group") == pytest.approx(2 * _font(20).getlength("KV group"), rel=0.05)
+
+
+def test_card_and_figure_load_neither_the_hub_client_nor_matplotlib(tmp_path):
+    """Each takes longer to load than the kernel takes to copy a gigabyte."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[2]); import test_report as t; from pathlib import Path\n"
+        "from sa_convert.publish.card import write_card; from sa_convert.publish.figure import sharing_figure\n"
+        "from sa_convert.data.geometry import LayerGeometry as L, ModelGeometry as M\n"
+        "folder = Path(sys.argv[1]); base = folder / 'base.md'; base.write_text('---\\nlicense: mit\\n---\\n')\n"
+        "write_card(t.MEASURED, '', folder, base)\n"
+        "sharing_figure(t.SharingMap({}), M((L(2, 1, 8),)), folder / 'f.png')\n"
+        "print([m for m in ('matplotlib', 'huggingface_hub.hf_api', 'numpy', 'torch') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"

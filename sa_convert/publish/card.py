@@ -19,6 +19,9 @@ FILE = "README.md"
 PAPER = "https://arxiv.org/abs/2407.12866"
 INHERITED = ("license", "license_name", "license_link", "language")
 
+METADATA = re.compile(r"\s*---\n(.*?)\n---[ \t]*(?:\n|\Z)", re.DOTALL)
+"""The YAML at the head of a card, as the Hub tells it from the text."""
+
 
 def write_card(report: Report, recipe_yaml: str, folder: Path, base_card: Path | None = None) -> Path:
     """Write the model card into a folder.
@@ -26,28 +29,28 @@ def write_card(report: Report, recipe_yaml: str, folder: Path, base_card: Path |
     recipe_yaml: the resolved recipe. base_card: README.md of the base model, whose licence and language are inherited,
     or None. A figure is shown if it lies in the folder.
     """
-    from huggingface_hub import ModelCard
-
     name = f"{report.base_model.id.rpartition('/')[2].removesuffix('.gguf')} with shared attention"
     inherited, remark = _inherited(base_card)
     data = _metadata(report, name, inherited)
     body = "\n\n".join(_sections(report, name, recipe_yaml, remark, (folder / figure.FILE).is_file()))
     path = folder / FILE
-    text = str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n", ignore_metadata_errors=False))
-    path.write_text(text, encoding="utf-8", newline="\n")
+    # As huggingface_hub.ModelCard writes it, which takes as long to load as a gigabyte to copy.
+    path.write_text(f"---\n{data.to_yaml()}\n---\n\n{body}\n", encoding="utf-8", newline="\n")
     return path
 
 
 def _inherited(base_card: Path | None) -> tuple[dict[str, Any], str | None]:
     """Licence and language of the base model, and what to say where its card does not tell them."""
     import yaml
-    from huggingface_hub import metadata_load
 
     missing = "The licence of the base model applies; see its own page."
     if base_card is None:
         return {}, missing
     try:
-        metadata = metadata_load(base_card) or {}
+        block = METADATA.match(base_card.read_text(encoding="utf-8-sig"))
+        metadata = (yaml.safe_load(block[1]) if block else None) or {}
+        if not isinstance(metadata, dict):
+            raise ValueError("the metadata of a card are keys and values")
     except (ValueError, OSError, yaml.YAMLError):
         return {}, f"The metadata of the base model's card cannot be read. {missing}"
     return {key: metadata[key] for key in INHERITED if key in metadata}, None if "license" in metadata else missing

@@ -1,7 +1,6 @@
 """Writes the safetensors files of a converted model by copying ranges of the base's files."""
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,9 +14,10 @@ from sa_convert.errors import CheckpointError
 from sa_convert.read.folder import INDEX
 from sa_convert.rewrite.layout import ShardPlan, plan_shard
 from sa_convert.rewrite.ranges import SourceTooShortError, copy_range, reserve
+from sa_convert.rewrite.signals import undisturbed
 
 _WORKERS = 4
-"""Shards written at a time, at most. One core cannot move bytes as fast as a disk takes them."""
+"""Shards written at a time. More than there are cores, since the kernel makes some of them wait."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _run(jobs: Iterable[tuple[ShardPlan, Path]], advance: Callable[[int], None])
             raise _StoppedError
         moved.put(count)
 
-    pool = ThreadPoolExecutor(max_workers=min(_WORKERS, os.cpu_count() or 1))
+    pool = ThreadPoolExecutor(max_workers=_WORKERS)
     try:
         futures = [pool.submit(_write_shard, plan, file, report) for plan, file in jobs]
         for future in futures:
@@ -100,7 +100,8 @@ def _run(jobs: Iterable[tuple[ShardPlan, Path]], advance: Callable[[int], None])
                 running -= 1
     finally:
         stop.set()
-        pool.shutdown(cancel_futures=True)
+        with undisturbed():  # a thread that still writes would write into a folder that is being removed
+            pool.shutdown(cancel_futures=True)
 
 
 def _write_shard(plan: ShardPlan, file: Path, report: Callable[[int], None]) -> None:

@@ -10,6 +10,9 @@ _TERMINATING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasat
 
 
 def _exit(number: int, frame: FrameType | None) -> None:
+    for other in _TERMINATING:  # one is enough: the next would break into the cleaning before it is undisturbed
+        if signal.getsignal(other) is _exit:
+            signal.signal(other, signal.SIG_IGN)
     raise SystemExit(128 + number)
 
 
