@@ -98,7 +98,7 @@ def _sections(report: Report, name: str, recipe: str, remark: str | None, drawn:
     yield (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("PATH_OR_REPO_ID", trust_remote_code=True)\n'
-        'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO_ID")\n```'
+        'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO_ID", trust_remote_code=True)\n```'
     )
     yield "The code in this repository imports torch and transformers only."
     yield "## What is shared"
