@@ -50,7 +50,7 @@ def test_metadata_and_licence_of_the_base(tmp_path):
 
 def test_body_holds_what_was_measured(tmp_path):
     text = write_card(MEASURED, RECIPE, tmp_path).read_text()
-    assert text.count("trust_remote_code=True") == 1
+    assert text.count("trust_remote_code=True") == 2  # model and tokenizer
     for part in (
         "14.295 before, **15.000** after (+4.93%)",
         "limit that was set, 5%",
