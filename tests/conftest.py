@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,10 @@ os.environ.update(
 )
 # Tiny models gain nothing from more threads, and tests run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Run in the background or under nohup, these signals are ignored, by the processes that tests interrupt, too.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 from cli_cases import SPAN  # noqa: E402
 from tiny_models import save_tiny, save_tokenizer, write_recipe  # noqa: E402
