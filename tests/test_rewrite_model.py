@@ -15,7 +15,7 @@ from sa_convert.export.shared_attention_families import FAMILIES
 from sa_convert.read.folder import open_folder
 from sa_convert.rewrite.config import converted_config
 from sa_convert.rewrite.rewrite import needed_bytes, rewrite_checkpoint
-from sa_convert.rewrite.tokenizer import CLASSES, OVERRULING, tokenizer_config
+from sa_convert.rewrite.tokenizer import tokenizer_config
 
 SHARING = SharingMap({2: ((1, 0), (1, 1), (0, 3), None)})
 
@@ -103,11 +103,12 @@ def test_our_table_is_that_of_transformers():
     )
 
     plain = {"TokenizersBackend": "PreTrainedTokenizerFast", "MistralCommonBackend": "PreTrainedTokenizerFast"}
-    for model_type in FAMILIES:
+    for model_type, family in FAMILIES.items():
         registered = TOKENIZER_MAPPING_NAMES.get(model_type)
-        assert CLASSES.get(model_type) == plain.get(registered, registered), model_type
+        assert family.tokenizer == plain.get(registered, registered), model_type
     overruling = MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS & set(FAMILIES)
-    assert set(OVERRULING) == {name for name in overruling if CLASSES[name] != "PreTrainedTokenizerFast"}
+    wins = {name for name in overruling if FAMILIES[name].tokenizer != "PreTrainedTokenizerFast"}
+    assert wins == {name for name, family in FAMILIES.items() if family.tokenizer_wins}
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,10 @@ class Family:
     exchange: how loans travel through the model's forward: as a keyword ("kwargs") or beside the rotary embeddings
         ("positions"), for families that do not pass keywords on.
     plain_forward: use our own attention forward, for families whose own one fixes the number of heads.
-    transformers_5: the family shares attention in transformers 5 only; in 4 its own code does not call the interface.
+    transformers_5: the family shares attention in transformers 5 only; in 4 its code does not call the interface.
+    tokenizer: the class that transformers 5 registers for the type (_PLAIN: tokenizer.json as it stands), None: none;
+        tokenizer_wins: it is taken whatever tokenizer_config.json declares; vocabulary_tokenizer: the class that reads
+        the vocabulary where there is no tokenizer.json, if it is another one. A test compares them with transformers.
     dropout: attribute of the attention module that holds the dropout probability (needed with plain_forward).
     """
 
@@ -56,6 +59,9 @@ class Family:
     exchange: str = "kwargs"
     plain_forward: bool = False
     transformers_5: bool = False
+    tokenizer: str | None = None
+    tokenizer_wins: bool = False
+    vocabulary_tokenizer: str | None = None
     dropout: str = "attention_dropout"
 
     @property
@@ -64,6 +70,7 @@ class Family:
         return "layer" if self.norm == "joint" else "head"
 
 
+_PLAIN = "PreTrainedTokenizerFast"
 _QK_NORM = {"query_norm": "q_norm", "key_norm": "k_norm"}
 _QUERY_KEY_LAYERNORM = {"query_norm": "query_layernorm", "key_norm": "key_layernorm"}
 _QK_LAYERNORM = {"query_norm": "q_layernorm", "key_norm": "k_layernorm"}
@@ -71,12 +78,42 @@ _QK_LAYERNORM = {"query_norm": "q_layernorm", "key_norm": "k_layernorm"}
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama", "LlamaConfig", "LlamaForCausalLM"),
-        Family("mistral", "MistralConfig", "MistralForCausalLM", sliding="all", window=4096),
-        Family("mixtral", "MixtralConfig", "MixtralForCausalLM", sliding="all"),
-        Family("ministral", "MinistralConfig", "MinistralForCausalLM", sliding="all", window=4096),
+        Family("llama", "LlamaConfig", "LlamaForCausalLM", vocabulary_tokenizer="LlamaTokenizer"),
         Family(
-            "qwen2", "Qwen2Config", "Qwen2ForCausalLM", sliding="from_max_window_layers", window=4096, uses_window=False
+            "mistral",
+            "MistralConfig",
+            "MistralForCausalLM",
+            sliding="all",
+            window=4096,
+            tokenizer=_PLAIN,
+            vocabulary_tokenizer="LlamaTokenizer",
+        ),
+        Family(
+            "mixtral",
+            "MixtralConfig",
+            "MixtralForCausalLM",
+            sliding="all",
+            tokenizer=_PLAIN,
+            vocabulary_tokenizer="LlamaTokenizer",
+        ),
+        Family(
+            "ministral",
+            "MinistralConfig",
+            "MinistralForCausalLM",
+            sliding="all",
+            window=4096,
+            tokenizer=_PLAIN,
+            vocabulary_tokenizer="LlamaTokenizer",
+        ),
+        Family(
+            "qwen2",
+            "Qwen2Config",
+            "Qwen2ForCausalLM",
+            sliding="from_max_window_layers",
+            window=4096,
+            uses_window=False,
+            tokenizer="Qwen2Tokenizer",
+            tokenizer_wins=True,
         ),
         Family(
             "qwen2_moe",
@@ -87,6 +124,7 @@ FAMILIES: dict[str, Family] = {
             uses_window=False,
             exchange="positions",
             plain_forward=True,
+            tokenizer="Qwen2Tokenizer",
         ),
         Family(
             "qwen3",
@@ -96,6 +134,7 @@ FAMILIES: dict[str, Family] = {
             sliding="from_max_window_layers",
             window=4096,
             uses_window=False,
+            tokenizer="Qwen2Tokenizer",
         ),
         Family(
             "qwen3_moe",
@@ -105,9 +144,18 @@ FAMILIES: dict[str, Family] = {
             sliding="all",
             window=4096,
             uses_window=False,
+            tokenizer="Qwen2Tokenizer",
         ),
-        Family("gemma", "GemmaConfig", "GemmaForCausalLM"),
-        Family("gemma2", "Gemma2Config", "Gemma2ForCausalLM", sliding="periodic", period=2, window=4096),
+        Family("gemma", "GemmaConfig", "GemmaForCausalLM", tokenizer="GemmaTokenizer"),
+        Family(
+            "gemma2",
+            "Gemma2Config",
+            "Gemma2ForCausalLM",
+            sliding="periodic",
+            period=2,
+            window=4096,
+            tokenizer="GemmaTokenizer",
+        ),
         Family(
             "gemma3_text",
             "Gemma3TextConfig",
@@ -117,8 +165,9 @@ FAMILIES: dict[str, Family] = {
             period=6,
             period_key="sliding_window_pattern",
             window=4096,
+            tokenizer="GemmaTokenizer",
         ),
-        Family("olmo2", "Olmo2Config", "Olmo2ForCausalLM", **_QK_NORM, norm="joint"),
+        Family("olmo2", "Olmo2Config", "Olmo2ForCausalLM", **_QK_NORM, norm="joint", tokenizer=_PLAIN),
         Family(
             "olmo3",
             "Olmo3Config",
@@ -128,9 +177,12 @@ FAMILIES: dict[str, Family] = {
             sliding="periodic",
             period=4,
             window=4096,
+            tokenizer=_PLAIN,
         ),
-        Family("granite", "GraniteConfig", "GraniteForCausalLM"),
-        Family("cohere", "CohereConfig", "CohereForCausalLM", **_QK_NORM, norm="rows"),
+        Family(
+            "granite", "GraniteConfig", "GraniteForCausalLM", tokenizer=_PLAIN, vocabulary_tokenizer="GPT2Tokenizer"
+        ),
+        Family("cohere", "CohereConfig", "CohereForCausalLM", **_QK_NORM, norm="rows", tokenizer="CohereTokenizer"),
         Family(
             "cohere2",
             "Cohere2Config",
@@ -140,6 +192,7 @@ FAMILIES: dict[str, Family] = {
             period_key="sliding_window_pattern",
             window=4096,
             rotary="sliding",
+            tokenizer="CohereTokenizer",
         ),
         Family(
             "smollm3",
@@ -149,7 +202,7 @@ FAMILIES: dict[str, Family] = {
             uses_window=False,
             rotary="no_rope_layers",
         ),
-        Family("starcoder2", "Starcoder2Config", "Starcoder2ForCausalLM", sliding="all"),
+        Family("starcoder2", "Starcoder2Config", "Starcoder2ForCausalLM", sliding="all", tokenizer="GPT2Tokenizer"),
         Family(
             "stablelm",
             "StableLmConfig",
@@ -158,10 +211,18 @@ FAMILIES: dict[str, Family] = {
             norm="list",
             exchange="positions",
             plain_forward=True,
+            tokenizer=_PLAIN,
         ),
-        Family("phi", "PhiConfig", "PhiForCausalLM", **_QK_LAYERNORM, output="dense"),
-        Family("nemotron", "NemotronConfig", "NemotronForCausalLM", exchange="positions", plain_forward=True),
-        Family("glm4", "Glm4Config", "Glm4ForCausalLM"),
+        Family("phi", "PhiConfig", "PhiForCausalLM", **_QK_LAYERNORM, output="dense", tokenizer="GPT2Tokenizer"),
+        Family(
+            "nemotron",
+            "NemotronConfig",
+            "NemotronForCausalLM",
+            exchange="positions",
+            plain_forward=True,
+            tokenizer=_PLAIN,
+        ),
+        Family("glm4", "Glm4Config", "Glm4ForCausalLM", tokenizer=_PLAIN),
         Family(
             "exaone4",
             "Exaone4Config",
@@ -172,6 +233,7 @@ FAMILIES: dict[str, Family] = {
             period_key="sliding_window_pattern",
             window=4096,
             rotary="sliding",
+            vocabulary_tokenizer="GPT2Tokenizer",
         ),
         Family(
             "opt",
@@ -182,30 +244,45 @@ FAMILIES: dict[str, Family] = {
             rotary="none",
             plain_forward=True,
             dropout="dropout",
+            tokenizer="GPT2Tokenizer",
         ),
         Family("gpt_oss", "GptOssConfig", "GptOssForCausalLM", sinks="sinks", sliding="periodic", period=2, window=128),
         # Of the same make as those above, in transformers 5.23.
         Family("apertus", "ApertusConfig", "ApertusForCausalLM", **_QK_NORM),
-        Family("arcee", "ArceeConfig", "ArceeForCausalLM"),
+        Family("arcee", "ArceeConfig", "ArceeForCausalLM", vocabulary_tokenizer="LlamaTokenizer"),
         Family("aria_text", "AriaTextConfig", "AriaTextForCausalLM"),
         Family("bitnet", "BitNetConfig", "BitNetForCausalLM", output_norm="attn_sub_norm"),
-        Family("ernie4_5", "Ernie4_5Config", "Ernie4_5ForCausalLM"),
-        Family("ernie4_5_moe", "Ernie4_5_MoeConfig", "Ernie4_5_MoeForCausalLM"),
-        Family("flex_olmo", "FlexOlmoConfig", "FlexOlmoForCausalLM", **_QK_NORM, norm="joint"),
-        Family("glm", "GlmConfig", "GlmForCausalLM"),
-        Family("glm4_moe", "Glm4MoeConfig", "Glm4MoeForCausalLM", **_QK_NORM),
-        Family("granitemoe", "GraniteMoeConfig", "GraniteMoeForCausalLM", transformers_5=True),
-        Family("granitemoeshared", "GraniteMoeSharedConfig", "GraniteMoeSharedForCausalLM", transformers_5=True),
+        Family("ernie4_5", "Ernie4_5Config", "Ernie4_5ForCausalLM", tokenizer=_PLAIN),
+        Family("ernie4_5_moe", "Ernie4_5_MoeConfig", "Ernie4_5_MoeForCausalLM", tokenizer=_PLAIN),
+        Family("flex_olmo", "FlexOlmoConfig", "FlexOlmoForCausalLM", **_QK_NORM, norm="joint", tokenizer=_PLAIN),
+        Family("glm", "GlmConfig", "GlmForCausalLM", tokenizer=_PLAIN),
+        Family("glm4_moe", "Glm4MoeConfig", "Glm4MoeForCausalLM", **_QK_NORM, tokenizer=_PLAIN),
+        Family(
+            "granitemoe",
+            "GraniteMoeConfig",
+            "GraniteMoeForCausalLM",
+            transformers_5=True,
+            tokenizer=_PLAIN,
+            vocabulary_tokenizer="GPT2Tokenizer",
+        ),
+        Family(
+            "granitemoeshared",
+            "GraniteMoeSharedConfig",
+            "GraniteMoeSharedForCausalLM",
+            transformers_5=True,
+            tokenizer=_PLAIN,
+            vocabulary_tokenizer="GPT2Tokenizer",
+        ),
         Family("helium", "HeliumConfig", "HeliumForCausalLM"),
         Family("hunyuan_v1_dense", "HunYuanDenseV1Config", "HunYuanDenseV1ForCausalLM", **_QUERY_KEY_LAYERNORM),
         Family("hunyuan_v1_moe", "HunYuanMoEV1Config", "HunYuanMoEV1ForCausalLM", **_QUERY_KEY_LAYERNORM),
         Family("hy_v3", "HYV3Config", "HYV3ForCausalLM", **_QK_NORM),
-        Family("hyperclovax", "HyperCLOVAXConfig", "HyperCLOVAXForCausalLM"),
-        Family("jais2", "Jais2Config", "Jais2ForCausalLM"),
-        Family("minimax_m2", "MiniMaxM2Config", "MiniMaxM2ForCausalLM", **_QK_NORM, norm="joint"),
-        Family("ministral3", "Ministral3Config", "Ministral3ForCausalLM", sliding="all"),
+        Family("hyperclovax", "HyperCLOVAXConfig", "HyperCLOVAXForCausalLM", tokenizer=_PLAIN),
+        Family("jais2", "Jais2Config", "Jais2ForCausalLM", tokenizer="GPT2Tokenizer"),
+        Family("minimax_m2", "MiniMaxM2Config", "MiniMaxM2ForCausalLM", **_QK_NORM, norm="joint", tokenizer=_PLAIN),
+        Family("ministral3", "Ministral3Config", "Ministral3ForCausalLM", sliding="all", tokenizer=_PLAIN),
         Family("nanochat", "NanoChatConfig", "NanoChatForCausalLM", **_QK_NORM),
-        Family("olmo", "OlmoConfig", "OlmoForCausalLM", value_limit="clip_qkv"),
+        Family("olmo", "OlmoConfig", "OlmoForCausalLM", value_limit="clip_qkv", tokenizer="GPTNeoXTokenizer"),
         Family(
             "olmoe",
             "OlmoeConfig",
@@ -214,8 +291,17 @@ FAMILIES: dict[str, Family] = {
             norm="joint",
             transformers_5=True,
             value_limit="clip_qkv",
+            tokenizer="GPTNeoXTokenizer",
         ),
-        Family("phimoe", "PhimoeConfig", "PhimoeForCausalLM", sliding="all", transformers_5=True),
+        Family(
+            "phimoe",
+            "PhimoeConfig",
+            "PhimoeForCausalLM",
+            sliding="all",
+            transformers_5=True,
+            tokenizer=_PLAIN,
+            vocabulary_tokenizer="LlamaTokenizer",
+        ),
         Family("seed_oss", "SeedOssConfig", "SeedOssForCausalLM"),
         Family("solar_open", "SolarOpenConfig", "SolarOpenForCausalLM"),
         Family("vaultgemma", "VaultGemmaConfig", "VaultGemmaForCausalLM", sliding="periodic", period=2, window=4096),

@@ -18,29 +18,6 @@ _PLAIN = "PreTrainedTokenizerFast"
 
 _PLAIN_NAMES = (_PLAIN, "TokenizersBackend")
 
-_TYPES = {
-    _PLAIN: "mistral mixtral ministral ministral3 olmo2 olmo3 flex_olmo granite granitemoe granitemoeshared stablelm "
-    "nemotron glm glm4 glm4_moe ernie4_5 ernie4_5_moe hyperclovax minimax_m2 phimoe",
-    "Qwen2Tokenizer": "qwen2 qwen2_moe qwen3 qwen3_moe",
-    "GemmaTokenizer": "gemma gemma2 gemma3_text",
-    "CohereTokenizer": "cohere cohere2",
-    "GPT2Tokenizer": "starcoder2 phi opt jais2",
-    "GPTNeoXTokenizer": "olmo olmoe",
-}
-
-CLASSES = {model_type: name for name, types in _TYPES.items() for model_type in types.split()}
-"""The tokenizer class that transformers 5 registers for a model type. Types that are not here have none. A test
-compares it with transformers; asking there takes seconds, and torch."""
-
-OVERRULING = ("qwen2",)
-"""Types whose registered class transformers 5 takes whatever the file declares."""
-
-_WITHOUT_JSON = {
-    **dict.fromkeys(("llama", "mistral", "mixtral", "ministral", "arcee", "phimoe"), "LlamaTokenizer"),
-    **dict.fromkeys(("granite", "granitemoe", "granitemoeshared", "exaone4"), "GPT2Tokenizer"),
-}
-"""The class of a type above that reads the vocabulary where there is no tokenizer.json."""
-
 
 def tokenizer_config(checkpoint: Checkpoint, family: Family) -> dict[str, Any] | None:
     """The new content of tokenizer_config.json, or None where the base's, or its absence, serves as it is."""
@@ -50,7 +27,7 @@ def tokenizer_config(checkpoint: Checkpoint, family: Family) -> dict[str, Any] |
     if not (has_json or names & {"tokenizer.model", "vocab.json", "vocab.txt"}) or "auto_map" in base:
         return None
     declared = base.get("tokenizer_class") or checkpoint.config.get("tokenizer_class")
-    chosen = _class_of(family.model_type, declared, has_json)
+    chosen = _class_of(family, declared, has_json)
     if chosen == declared or chosen is None:
         return None
     content = {**base, "tokenizer_class": chosen}
@@ -60,12 +37,12 @@ def tokenizer_config(checkpoint: Checkpoint, family: Family) -> dict[str, Any] |
     return content
 
 
-def _class_of(model_type: str, declared: Any, has_json: bool) -> str | None:
-    registered = CLASSES.get(model_type)
-    if model_type in OVERRULING and declared and str(declared).removesuffix("Fast") != registered:
+def _class_of(family: Family, declared: Any, has_json: bool) -> str | None:
+    registered = family.tokenizer
+    if family.tokenizer_wins and declared and str(declared).removesuffix("Fast") != registered:
         return registered
     if not has_json:
-        return declared or _WITHOUT_JSON.get(model_type, registered)
+        return declared or family.vocabulary_tokenizer or registered
     if declared is None:
         return registered or _PLAIN
     # Where it registers the plain class, transformers 5 does not trust another one that the file declares.
