@@ -11,6 +11,7 @@ from make_checkpoint import tiny_llama
 import sa_convert.export
 from sa_convert.data.checkpoint import TensorEdit
 from sa_convert.data.sharing_map import SharingMap
+from sa_convert.errors import UnsupportedModelError
 from sa_convert.export.shared_attention_families import FAMILIES
 from sa_convert.read.folder import open_folder
 from sa_convert.rewrite.config import converted_config
@@ -160,8 +161,11 @@ def test_a_tokenizer_that_is_fine_or_absent_is_left_alone(tmp_path):
     (folder / "tokenizer.json").write_text("{}")
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizerFast"}')
     assert tokenizer_config(open_folder(folder), FAMILIES["llama"]) is None
-    (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["a.B", null]}}')
+    (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["org/name--a.B", null]}}')
     assert tokenizer_config(open_folder(folder), FAMILIES["llama"]) is None
+    (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["a.B", null]}}')
+    with pytest.raises(UnsupportedModelError, match=r"tokenizer_config\.json names code of its own \('a\.B'"):
+        tokenizer_config(open_folder(folder), FAMILIES["llama"])
     (folder / "tokenizer_config.json").unlink()
     (folder / "tokenizer.json").rename(folder / "tokenizer.model")
     assert tokenizer_config(open_folder(folder), FAMILIES["llama"]) == {"tokenizer_class": "LlamaTokenizer"}
