@@ -114,7 +114,6 @@ class Report:
     decode_check: DecodeCheck | None = None
     gate: GateResult | None = None
     recipe: str | None = None
-    calibration_text: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -129,7 +128,6 @@ class Report:
                 "total_groups": self.total_groups,
             },
             "savings": {**asdict(self.savings), "key_cache_removed": round(self.savings.key_cache_removed, 6)},
-            "calibration_text": self.calibration_text,
             "perplexity": self.perplexity and _perplexity_json(self.perplexity),
             "decode_check": self.decode_check and _decode_json(self.decode_check),
             "gate": self.gate and asdict(self.gate),

@@ -15,9 +15,7 @@ from inspect import signature
 
 import transformers
 
-from .shared_attention_families import FAMILIES, Family
-
-PREFIX = "shared_attention_"
+from .shared_attention_families import FAMILIES, PREFIX, Family
 
 
 def _rope_of_transformers_4(parameters: dict) -> dict:

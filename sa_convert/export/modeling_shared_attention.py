@@ -9,13 +9,13 @@ from functools import cache
 
 import transformers
 
-from .configuration_shared_attention import PREFIX, config_class_of
+from .configuration_shared_attention import config_class_of
 
 # transformers 4 copies only those files of a local folder that this one names, so it names them all.
 from .shared_attention import SharedAttention  # noqa: F401
 from .shared_attention_apply import share_attention
 from .shared_attention_cache import PackedCache  # noqa: F401
-from .shared_attention_families import FAMILIES, Family
+from .shared_attention_families import FAMILIES, PREFIX, Family
 from .shared_attention_plan import LayerPlan  # noqa: F401
 
 

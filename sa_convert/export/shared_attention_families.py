@@ -6,6 +6,9 @@ modules. This file imports neither torch nor transformers.
 
 from dataclasses import dataclass
 
+PREFIX = "shared_attention_"
+"""Before the base's model type in that of a converted model."""
+
 
 @dataclass(frozen=True)
 class Family:

@@ -6,9 +6,8 @@ from sa_convert.data.checkpoint import DTYPE_BITS, Checkpoint, TensorEntry
 from sa_convert.data.geometry import LayerGeometry, ModelGeometry
 from sa_convert.data.sharing_map import SharingMap
 from sa_convert.errors import CheckpointError, UnsupportedModelError
-from sa_convert.export.shared_attention_families import FAMILIES, Family
+from sa_convert.export.shared_attention_families import FAMILIES, PREFIX, Family
 from sa_convert.plan.rules import check_map
-from sa_convert.read.family import PREFIX
 from sa_convert.read.geometry import attention_kinds, attention_prefix, number
 
 

@@ -8,10 +8,11 @@ from sa_convert.data.checkpoint import Checkpoint
 from sa_convert.data.geometry import ModelGeometry
 from sa_convert.data.sharing_map import SharingMap
 from sa_convert.errors import UnsupportedModelError
+from sa_convert.export.shared_attention_families import PREFIX
 from sa_convert.plan.converted import converted_cache_bytes, converted_parts
 from sa_convert.plan.rules import layer_difference
 from sa_convert.plan.savings import cache_bytes
-from sa_convert.read.family import PREFIX, family_of
+from sa_convert.read.family import family_of
 from sa_convert.read.geometry import geometry_of
 
 FIRST_OF_ITS_KIND = "no earlier layer of its kind"

@@ -4,9 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sa_convert.errors import CheckpointError, UnsupportedModelError
-from sa_convert.export.shared_attention_families import FAMILIES, Family
-
-PREFIX = "shared_attention_"
+from sa_convert.export.shared_attention_families import FAMILIES, PREFIX, Family
 
 # What the tensors of a model outside of our families say about the reason, by a part of their names.
 _REASONS = (

@@ -4,8 +4,7 @@ from typing import Any
 
 from sa_convert.data.checkpoint import Checkpoint
 from sa_convert.data.sharing_map import SharingMap
-from sa_convert.export.shared_attention_families import Family
-from sa_convert.read.family import PREFIX
+from sa_convert.export.shared_attention_families import PREFIX, Family
 
 
 def converted_config(checkpoint: Checkpoint, family: Family, sharing: SharingMap) -> dict[str, Any]:

@@ -26,7 +26,6 @@ class Stage:
     def __init__(self, destination: Path, overwrite: bool) -> None:
         self.destination = destination
         self.overwrite = overwrite
-        self.published = False
         self.root = destination.parent / stage_name(destination)
         # Transformers keeps the code of local models by the name of their folder, so the name must be unique.
         self.folder = self.root / f"staged_{secrets.token_hex(4)}"
@@ -59,7 +58,6 @@ class Stage:
                 raise OutputError(
                     f"{self.destination}: the finished folder cannot be moved there: {error.strerror}; use another -o."
                 ) from error
-            self.published = True
 
 
 @contextmanager
