@@ -112,6 +112,7 @@ def _report(
         perplexity=validation.perplexity if validation else None,
         decode_check=validation.decode_check if validation else None,
         gate=validation.gate if validation else None,
+        copying=validation.copying if validation else None,
         recipe=recipe_name,
         versions=installed_versions(),
     )

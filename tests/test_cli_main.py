@@ -19,7 +19,14 @@ ROOT = Path(__file__).parents[1]
 RERUN = "(run again with SA_CONVERT_DEBUG=1 for a traceback to report).\n"
 
 # Scripts rely on these. `convert`'s are those of its own tests.
-SURFACE = {"inspect": ["MODEL", "--json"], "recipes": ["[NAME]"]}
+SURFACE = {
+    "inspect": ["MODEL", "--json"],
+    "evaluate": [
+        "MODEL", "--against", "--text", "--sequences", "--length", "--seed", "--dtype", "--device",
+        "--trust-remote-code", "--json",
+    ],
+    "recipes": ["[NAME]"],
+}  # fmt: skip
 
 
 def run_program(program: str, **environment: str) -> subprocess.CompletedProcess:
@@ -43,7 +50,7 @@ def run_program(program: str, **environment: str) -> subprocess.CompletedProcess
 
 def test_surface_is_frozen():
     context = click.Context(cli)
-    assert cli.list_commands(context) == ["inspect", "convert", "recipes"]
+    assert cli.list_commands(context) == ["inspect", "convert", "evaluate", "recipes"]
     for name, expected in SURFACE.items():
         command = cli.get_command(context, name)
         names = [p.opts[0] if isinstance(p, click.Option) else p.make_metavar(context) for p in command.params]

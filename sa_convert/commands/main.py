@@ -19,6 +19,7 @@ from sa_convert.errors import SaConvertError
 COMMANDS = {
     "inspect": "sa_convert.commands.inspect",
     "convert": "sa_convert.commands.convert",
+    "evaluate": "sa_convert.commands.evaluate",
     "recipes": "sa_convert.commands.recipes",
 }
 """Name of each subcommand and the module whose `command` it is, in the order of the help."""

@@ -1,5 +1,6 @@
 """What a conversion did, saved and cost: the contents of report.json."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -83,6 +84,24 @@ class DecodeCheck:
 
 
 @dataclass(frozen=True)
+class CopyingReport:
+    """Loss of both models on tokens that occur again after `period` random ones, in nats per token.
+
+    tokens: how many. See `sa_convert.validate.copying`.
+    """
+
+    period: int
+    tokens: int
+    before: float
+    after: float
+
+    @property
+    def increase(self) -> float:
+        """In nats."""
+        return self.after - self.before
+
+
+@dataclass(frozen=True)
 class GateResult:
     """The perplexity limit, and whether the converted model stays within it."""
 
@@ -98,6 +117,7 @@ class Validation:
     decode_check: DecodeCheck
     gate: GateResult | None
     cache_bytes_per_token: Change
+    copying: CopyingReport
 
 
 @dataclass(frozen=True)
@@ -113,6 +133,7 @@ class Report:
     perplexity: PerplexityReport | None = None
     decode_check: DecodeCheck | None = None
     gate: GateResult | None = None
+    copying: CopyingReport | None = None
     recipe: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -131,6 +152,7 @@ class Report:
             "perplexity": self.perplexity and _perplexity_json(self.perplexity),
             "decode_check": self.decode_check and _decode_json(self.decode_check),
             "gate": self.gate and asdict(self.gate),
+            "copying": self.copying and _copying_json(self.copying),
             "versions": dict(sorted(self.versions.items())),
         }
 
@@ -143,6 +165,15 @@ def _perplexity_json(perplexity: PerplexityReport) -> dict[str, Any]:
         "after": round(perplexity.after, 4),
         "increase": round(perplexity.increase, 6),
         "dtype": perplexity.dtype,
+    }
+
+
+def _copying_json(copying: CopyingReport) -> dict[str, Any]:
+    loss = {"before": copying.before, "after": copying.after}
+    return {
+        "loss": {key: round(value, 4) if math.isfinite(value) else None for key, value in loss.items()},
+        "period": copying.period,
+        "tokens": copying.tokens,
     }
 
 

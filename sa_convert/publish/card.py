@@ -174,6 +174,11 @@ def _costs(report: Report) -> Iterator[str]:
     if report.gate is not None:
         verdict = "stays within" if report.gate.passed else "exceeds"
         yield f"It {verdict} the limit that was set, {format_percent(report.gate.max_perplexity_increase)}."
+    if (copying := report.copying) is not None:
+        yield (
+            f"Copying from the context ({copying.period} random tokens repeated; {copying.tokens:,} repeated tokens): "
+            f"loss {copying.before:.2f} nats per token before, **{copying.after:.2f}** after ({copying.increase:+.2f})."
+        )
     tokens = "the same" if check.same_greedy_tokens else "other"
     yield (
         f"Decoding with a cache against one pass without: logits differ by at most "
@@ -186,7 +191,7 @@ def _limits(report: Report, remark: str | None) -> Iterator[str]:
     if report.perplexity is not None:
         yield (
             "Perplexity was measured on that one text only. It says little of other domains and languages, and of "
-            "skills such as copying from the context: evaluate the model on your own task."
+            "skills beyond the few that were measured: evaluate the model on your own task."
         )
     yield "Limits, biases and intended use of the base model apply to this one."
     if remark is not None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from sa_convert.data.report import Change, Report
+from sa_convert.data.report import Change, CopyingReport, Report
 from sa_convert.units import format_percent, human_bytes, human_count
 
 FILE = "report.json"
@@ -66,6 +66,8 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
     change = f"{perplexity.before:.3f} -> {perplexity.after:.3f} ({perplexity.increase:+.2%})"
     yield "Perplexity", f"{change}, {perplexity.tokens:,} tokens in {perplexity.dtype}"
     yield "Text", perplexity.text
+    if report.copying:
+        yield "Copying", copying_summary(report.copying)
     same = "same greedy tokens" if check.same_greedy_tokens else "OTHER GREEDY TOKENS"
     difference = f"{check.max_abs_logit_difference:.2g} (tolerance {check.tolerance:.2g})"
     yield "Decode check", f"{'passed' if check.passed else 'FAILED'}: logits differ by at most {difference}, {same}"
@@ -79,6 +81,12 @@ def sharing_summary(report: Report) -> str:
     layers = len(report.sharing.layers)
     plural = "layer" if layers == 1 else "layers"
     return f"{report.reused_groups} of {report.total_groups} KV groups reuse, in {layers} {plural}"
+
+
+def copying_summary(copying: CopyingReport) -> str:
+    """Such as "loss 1.66 -> 1.85 nats (+0.19), 3,072 tokens at distance 128"."""
+    change = f"{copying.before:.2f} -> {copying.after:.2f} nats ({copying.increase:+.2f})"
+    return f"loss {change}, {copying.tokens:,} tokens at distance {copying.period}"
 
 
 def _values(change: Change) -> tuple[int, int]:

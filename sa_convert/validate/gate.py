@@ -1,20 +1,29 @@
-"""Validation: both models on the same held-out text, the decode check, and the verdict of the gate."""
+"""Validation: both models on the same held-out text and copying probes, decode check, and verdict of the gate."""
 
-import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.calibrate.text import Text
 from sa_convert.calibrate.tokens import token_sequences
-from sa_convert.data.report import Change, GateResult, PerplexityReport, Validation
+from sa_convert.data.evaluation import CopyingLoss
+from sa_convert.data.report import Change, CopyingReport, GateResult, PerplexityReport, Validation
 from sa_convert.errors import CheckpointError, GateRefused
 from sa_convert.validate.cache import cache_bytes_per_token
+from sa_convert.validate.copying import Probes, copying_loss
 from sa_convert.validate.decode import decode_check, rounding_difference
-from sa_convert.validate.load import load_base, load_converted, load_tokenizer
+from sa_convert.validate.load import (
+    embedded_tokens,
+    load_base,
+    load_converted,
+    load_tokenizer,
+    refuse_foreign_tokens,
+    release_memory,
+)
 from sa_convert.validate.perplexity import Perplexity, perplexity
-from sa_convert.validate.placement import Placement, place
+from sa_convert.validate.placement import Placement, place, positions
 from sa_convert.validate.quiet import keep_module_cache_clean
 
 if TYPE_CHECKING:
@@ -49,29 +58,39 @@ def validate(
     """
     keep_module_cache_clean()
     held_out = text.split("validation", KINDS)
-    length = min(length, _positions(base))
-    tokens = token_sequences(load_tokenizer(base), held_out, sequences, length)
-    if not tokens.equal(token_sequences(load_tokenizer(converted, True), held_out, sequences, length)):
+    limit = positions(base)
+    tokenizer = load_tokenizer(base)
+    tokens = token_sequences(tokenizer, held_out, sequences, min(length, limit or length))
+    if not tokens.equal(token_sequences(load_tokenizer(converted, True), held_out, *tokens.shape)):
         raise CheckpointError("The tokenizer in the converted folder makes other tokens than the base model's.")
     placement = place(base, device, dtype, max_memory)
-    before, rounding, cache_before, unexpected = _measure_base(base, placement, tokens)
-    _release()
-    with load_converted(converted, placement, unexpected) as loaded:
+    measured = _measure_base(base, placement, tokens, tokenizer, min(LENGTH, limit or LENGTH))
+    release_memory()
+    with load_converted(converted, placement, measured.unexpected) as loaded:
         after = perplexity(loaded.model, tokens, "perplexity of the converted model")
         if not after.finite:
             raise GateRefused(
                 "The converted model's perplexity is not finite, though the base model's is: try a recipe that shares "
                 "less, or a wider --dtype."
             )
-        check = decode_check(loaded.model, tokens[0, :DECODED], rounding)
+        check = decode_check(loaded.model, tokens[0, :DECODED], measured.rounding)
         cache_after = cache_bytes_per_token(loaded.model, tokens[0, :CACHED], placement.stored)
+        copied = copying_loss(loaded.model, measured.probes, measured.copying.distance, "copying, converted model")
         del loaded
-    _release()
-    report = PerplexityReport(held_out.name, after.tokens, before.perplexity, after.perplexity, placement.dtype_name)
+    release_memory()
+    report = PerplexityReport(
+        held_out.name, after.tokens, measured.perplexity.perplexity, after.perplexity, placement.dtype_name
+    )
     gate = None
     if max_perplexity_increase is not None:
         gate = GateResult(max_perplexity_increase, report.increase <= max_perplexity_increase and check.passed)
-    return Validation(report, check, gate, Change(cache_before, cache_after))
+    return Validation(
+        report,
+        check,
+        gate,
+        Change(measured.cache, cache_after),
+        CopyingReport(copied.distance, copied.tokens, measured.copying.loss, copied.loss),
+    )
 
 
 def refuse_if_failed(validation: Validation) -> None:
@@ -97,40 +116,40 @@ def refuse_if_failed(validation: Validation) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Base:
+    """What was measured of the base model. rounding: difference of logits in decoding. cache: bytes per token.
+
+    unexpected: tensors in its files that it does not know. probes: those of `copying`, for the other model, too.
+    """
+
+    perplexity: Perplexity
+    rounding: float
+    cache: int
+    unexpected: frozenset[str]
+    copying: CopyingLoss
+    probes: "torch.Tensor"
+
+
 def _measure_base(
-    folder: Path, placement: Placement, tokens: "torch.Tensor"
-) -> tuple[Perplexity, float, int, frozenset[str]]:
-    """Perplexity, rounding difference of decoding, cache bytes per token, and tensors that the model does not know."""
+    folder: Path, placement: Placement, tokens: "torch.Tensor", tokenizer: Any, probe_length: int
+) -> _Base:
     with load_base(folder, placement) as loaded:
-        vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
-        if (largest := int(tokens.max())) >= vocabulary:
-            raise CheckpointError(
-                f"{folder}: the tokenizer makes token {largest}, but the model has embeddings of {vocabulary} tokens "
-                "only: the tokenizer is another model's."
-            )
-        before = perplexity(loaded.model, tokens, "perplexity of the base model")
+        model = loaded.model
+        refuse_foreign_tokens(folder, embedded_tokens(model), tokens)
+        before = perplexity(model, tokens, "perplexity of the base model")
         if not before.finite:
             raise GateRefused(
                 f"{folder}: the base model's perplexity is not finite: its weights are damaged, or overflow in "
                 f"{placement.dtype_name}: get the model anew, or give a wider --dtype."
             )
-        rounding = rounding_difference(loaded.model, tokens[0, :DECODED])
-        cache = cache_bytes_per_token(loaded.model, tokens[0, :CACHED], placement.stored)
-        return before, rounding, cache, loaded.unexpected
-
-
-def _positions(folder: Path) -> int:
-    """Positions that the model has, as far as its config limits them."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return int(config.get("max_position_embeddings") or LENGTH)
-
-
-def _release() -> None:
-    """Give the memory of a model back before the next is loaded."""
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        probes = Probes.of(tokenizer, embedded_tokens(model), probe_length)
+        probe = probes.tokens(probes.period)
+        return _Base(
+            perplexity=before,
+            rounding=rounding_difference(model, tokens[0, :DECODED]),
+            cache=cache_bytes_per_token(model, tokens[0, :CACHED], placement.stored),
+            unexpected=loaded.unexpected,
+            copying=copying_loss(model, probe, probes.period, "copying, base model"),
+            probes=probe,
+        )

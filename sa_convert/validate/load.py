@@ -5,11 +5,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sa_convert.errors import CheckpointError, DataError
 from sa_convert.validate.placement import Placement
 from sa_convert.validate.quiet import keep_module_cache_clean, quiet
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -21,28 +24,35 @@ class Loaded:
 
 
 @contextmanager
-def load_base(folder: Path, placement: Placement) -> Iterator[Loaded]:
-    """The base model, for as long as the context lasts. Code in its folder is not run.
+def load_base(folder: Path, placement: Placement, trust_remote_code: bool = False) -> Iterator[Loaded]:
+    """The base model, for as long as the context lasts. Code in its folder is not run, unless it is trusted.
 
     Raises CheckpointError where transformers cannot load it, or finds that tensors are missing or of another shape.
     """
     keep_module_cache_clean()
     from transformers import AutoModelForCausalLM
 
-    with _loaded(AutoModelForCausalLM, folder, placement, f"The model in {folder}", {}) as (loaded, info):
-        _refuse_incomplete(f"The model in {folder}", info, ("missing_keys", "mismatched_keys", "error_msgs"))
+    who = f"The model in {folder}"
+    options = {"trust_remote_code": trust_remote_code}
+    with _loaded(AutoModelForCausalLM, folder, placement, who, options) as (loaded, info):
+        _refuse_incomplete(who, info, ("missing_keys", "mismatched_keys", "error_msgs"))
         yield loaded
 
 
 @contextmanager
-def load_converted(folder: Path, placement: Placement, unexpected: frozenset[str] = frozenset()) -> Iterator[Loaded]:
+def load_converted(
+    folder: Path,
+    placement: Placement,
+    unexpected: frozenset[str] | None = frozenset(),
+    who: str = "The converted model",
+) -> Iterator[Loaded]:
     """The converted model, by the code in its own folder, for as long as the context lasts.
 
-    unexpected: names of tensors that the base model does not know either. Raises CheckpointError where it cannot be
-    loaded, or a tensor is missing, superfluous or of another shape.
+    unexpected: names of tensors that the base model does not know either; None: superfluous tensors are no fault, since
+    the base model is not known. who: what messages call it. Raises CheckpointError where it cannot be loaded, or a
+    tensor is missing, superfluous or of another shape.
     """
     keep_module_cache_clean()
-    who = "The converted model"
     with quiet():
         config = _remote_config(folder, who)
     options = {"config": config, "trust_remote_code": True}
@@ -50,15 +60,16 @@ def load_converted(folder: Path, placement: Placement, unexpected: frozenset[str
         if not type(loaded.model).__module__.startswith("transformers_modules."):
             ran = type(loaded.model).__module__
             raise CheckpointError(f"{who}: transformers ran {ran} instead of the code in its folder.")
-        info["unexpected_keys"] = loaded.unexpected - unexpected
+        info["unexpected_keys"] = loaded.unexpected - unexpected if unexpected is not None else ()
         _refuse_incomplete(who, info, ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
         yield loaded
 
 
-def load_tokenizer(folder: Path, converted: bool = False) -> Any:
+def load_tokenizer(folder: Path, converted: bool = False, otherwise: str = ", or use --no-validate") -> Any:
     """The tokenizer in a folder. Raises DataError where there is none.
 
     converted: the folder's own code is trusted, as for its model; transformers would ask for that on the terminal.
+    otherwise: what else the message says that the user can do.
     """
     keep_module_cache_clean()
     from transformers import AutoTokenizer
@@ -69,7 +80,7 @@ def load_tokenizer(folder: Path, converted: bool = False) -> Any:
         except Exception as error:  # OSError, ValueError, KeyError, ... by family and by what is missing
             raise DataError(
                 f"{folder}: no tokenizer that can be loaded, so perplexity cannot be measured: add the "
-                f"model's tokenizer files (tokenizer.json, tokenizer_config.json), or use --no-validate. "
+                f"model's tokenizer files (tokenizer.json, tokenizer_config.json){otherwise}. "
                 f"({first_line(error)})"
             ) from error
 
@@ -78,6 +89,31 @@ def first_line(error: Exception) -> str:
     """The first line of a library's message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def refuse_foreign_tokens(folder: Path, embeddings: int, tokens: "torch.Tensor") -> None:
+    """Raises CheckpointError for tokens that a model with so many embeddings does not have."""
+    if (largest := int(tokens.max())) >= embeddings:
+        raise CheckpointError(
+            f"{folder}: the tokenizer makes token {largest}, but the model has embeddings of {embeddings} tokens "
+            "only: the tokenizer is another model's."
+        )
+
+
+def embedded_tokens(model: Any) -> int:
+    """How many tokens a model has embeddings of."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def release_memory() -> None:
+    """Give the memory of a model that nothing refers to any more back before the next is loaded."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager

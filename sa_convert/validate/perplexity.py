@@ -1,6 +1,7 @@
 """Perplexity: how well a model predicts text that it was not calibrated on."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +27,18 @@ class Perplexity:
         return math.isfinite(self.perplexity)
 
 
-def perplexity(model: Any, sequences: "torch.Tensor", description: str = "perplexity", batch: int = 1) -> Perplexity:
+def perplexity(
+    model: Any,
+    sequences: "torch.Tensor",
+    description: str = "perplexity",
+    batch: int = 1,
+    observe: "Callable[[torch.Tensor], None]" = lambda logits: None,
+) -> Perplexity:
     """Perplexity over sequences (N, L) of tokens, `batch` at a time, without a cache.
 
     Every token but the first of a sequence is predicted from those before it in the sequence. The log-probabilities are
-    computed in float32 and added up in float64. Stops at the first loss that is not finite.
+    computed in float32 and added up in float64. Stops at the first loss that is not finite. observe: called with the
+    logits (L, vocabulary) of each sequence, in order, in the dtype and on the device of the model.
     """
     import torch
     from torch.nn import functional
@@ -43,6 +51,7 @@ def perplexity(model: Any, sequences: "torch.Tensor", description: str = "perple
                 losses = functional.cross_entropy(row[:-1].float(), targets[1:].to(row.device), reduction="none")
                 total += losses.cpu().double().sum().item()
                 tokens += losses.numel()
+                observe(row)
             bar.update(len(chunk))
             if not math.isfinite(total):
                 break

@@ -85,6 +85,13 @@ def stored_dtype(folder: Path) -> "torch.dtype":
     return torch.float32
 
 
+def positions(folder: Path) -> int | None:
+    """Positions that the model has, as far as its config limits them."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    limit = config.get("max_position_embeddings")
+    return int(limit) if limit else None
+
+
 def _device(name: str) -> str:
     import torch
 

@@ -1,0 +1,65 @@
+"""`sa-convert evaluate`: how good a model is, alone or against another."""
+
+import click
+
+from sa_convert.commands.options import echo_json, json_option, model_argument
+
+
+@click.command()
+@model_argument
+@click.option("--against", metavar="MODEL", help="Another model, measured on the same tokens, and compared with.")
+@click.option(
+    "--text",
+    "source",
+    default="builtin",
+    show_default=True,
+    metavar="TEXT",
+    help="builtin, a .txt, .md or .jsonl file, or hub:DATASET[:CONFIG[:SPLIT]]; its validation part is used.",
+)
+@click.option("--sequences", type=click.IntRange(min=1), default=16, show_default=True, help="Sequences of text.")
+@click.option(
+    "--length", type=click.IntRange(min=2), help="Tokens of a sequence; default: 512, or the positions of the model."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens of the copying probe.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Precision in which the models are run (auto: as stored), and of weights read from a .gguf file.",
+)
+@click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="Such as cpu, cuda or cuda:1.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code in the folders of models that is not sa-convert's.")
+@json_option
+def command(
+    model: str,
+    against: str | None,
+    source: str,
+    sequences: int,
+    length: int | None,
+    seed: int,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Measure the quality of MODEL: perplexity, cached decoding, and copying from the context.
+
+    With --against also KL divergence and top-1 agreement, and the other model's numbers. A converted model runs by the
+    code in its folder, once that is found to be what sa-convert writes. The two models are never both in memory.
+
+    \b
+    Examples:
+      sa-convert evaluate ./Llama-3-8B-shared --against ./Llama-3-8B
+      sa-convert evaluate ./model --text my.txt --sequences 32 --json
+    """
+    from sa_convert.calibrate.text import load_text
+    from sa_convert.commands.rendering_evaluation import render_evaluation
+    from sa_convert.validate.evaluate import Options, evaluate
+
+    options = Options(sequences, length, seed, device, dtype, trust_remote_code)
+    evaluation = evaluate(model, against, load_text(source), options)
+    if as_json:
+        echo_json(evaluation.to_json())
+    else:
+        click.echo(render_evaluation(evaluation))

@@ -1,0 +1,116 @@
+"""What `evaluate` measures: one model, or two on the same tokens."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sa_convert.data.report import DecodeCheck
+
+
+@dataclass(frozen=True)
+class CopyingLoss:
+    """Loss on tokens that a model can copy from `distance` tokens before, in nats per token.
+
+    loss: the mean from the second occurrence on. tokens: how many. by_occurrence: the means of the second occurrence,
+    the third, and so on; the last may be cut off by the end of the probe.
+    """
+
+    distance: int
+    tokens: int
+    loss: float
+    by_occurrence: tuple[float, ...]
+
+    @property
+    def second(self) -> float:
+        return self.by_occurrence[0]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "distance": self.distance,
+            "loss": digits(self.loss),
+            "tokens": self.tokens,
+            "second_occurrence": digits(self.second),
+            "by_occurrence": [digits(loss) for loss in self.by_occurrence],
+        }
+
+
+@dataclass(frozen=True)
+class ModelQuality:
+    """One model. name: `org/name` or the name of a folder or file. dtype: in which it was computed. loss: of the text,
+    in nats per token. copying: by distance; period: the distance whose loss stands for all."""
+
+    name: str
+    dtype: str
+    loss: float
+    perplexity: float
+    decode_check: DecodeCheck
+    copying: tuple[CopyingLoss, ...]
+    period: int
+
+    @property
+    def headline(self) -> CopyingLoss:
+        return next(copying for copying in self.copying if copying.distance == self.period)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "id": self.name,
+            "dtype": self.dtype,
+            "loss": digits(self.loss),
+            "perplexity": digits(self.perplexity),
+            "decode_check": {**asdict(self.decode_check), "passed": self.decode_check.passed},
+            "copying": {
+                "period": self.period,
+                "loss": digits(self.headline.loss),
+                "tokens": self.headline.tokens,
+                "by_distance": [copying.to_json() for copying in self.copying],
+            },
+        }
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a model says the same as a reference. kl: mean of KL(reference || model), in nats per token.
+
+    top1: the part of the positions, 0 to 1, where both hold the same token most likely. tokens: positions compared.
+    """
+
+    kl: float
+    top1: float
+    tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kl": digits(self.kl), "top1_agreement": digits(self.top1), "tokens": self.tokens}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model, and with `against` another on the same tokens. text: its name. tokens: how many were predicted.
+
+    probes: how many of `probe_length` tokens were made for each distance, by `seed`.
+    """
+
+    text: str
+    tokens: int
+    sequences: int
+    length: int
+    seed: int
+    probes: int
+    probe_length: int
+    model: ModelQuality
+    against: ModelQuality | None = None
+    agreement: Agreement | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """For --json. A number that is not finite is null."""
+        return {
+            "text": {"name": self.text, "tokens": self.tokens, "sequences": self.sequences, "length": self.length},
+            "probes": {"number": self.probes, "length": self.probe_length, "seed": self.seed},
+            "model": self.model.to_json(),
+            "against": self.against and self.against.to_json(),
+            "agreement": self.agreement and self.agreement.to_json(),
+        }
+
+
+def digits(value: float) -> float | None:
+    """The digits that mean something; None for what JSON has no number for."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -1,0 +1,96 @@
+"""A model to evaluate, whatever the user calls it, and whether code in its folder may run.
+
+An ordinary model runs by the code of transformers. A converted one runs by the code in its folder, as its users will
+run it; that is done without asking only where this code is, byte for byte, what this version of sa-convert writes.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sa_convert.export
+from sa_convert.data.checkpoint import Checkpoint
+from sa_convert.data.report import BaseModel
+from sa_convert.errors import CheckpointError
+from sa_convert.export.shared_attention_families import PREFIX
+from sa_convert.read.folder import read_json
+from sa_convert.read.model import open_model
+from sa_convert.validate.agreement import require_space
+from sa_convert.validate.load import Loaded, load_base, load_converted, load_tokenizer
+from sa_convert.validate.placement import Placement
+
+_HOME = Path(sa_convert.export.__file__).parent
+
+
+@dataclass(frozen=True)
+class Subject:
+    """folder: with safetensors. name: what results call the model. trusted: the user lets any code in it run."""
+
+    name: str
+    folder: Path
+    converted: bool
+    trusted: bool
+
+    def load(self, placement: Placement) -> AbstractContextManager[Loaded]:
+        """Raises CheckpointError."""
+        if self.converted:
+            return load_converted(self.folder, placement, None, f"The converted model {self.name}")
+        return load_base(self.folder, placement, self.trusted)
+
+    def tokenizer(self) -> Any:
+        """Raises DataError."""
+        return load_tokenizer(self.folder, self.converted or self.trusted, "")
+
+
+def open_subject(reference: str, workspace: Path, stored_dtype: str, trust_remote_code: bool) -> Subject:
+    """The model that the user calls `reference`: a folder, ordinary or converted, or a .gguf file.
+
+    workspace: where a model that is not in safetensors is written as such, in `stored_dtype` if it is quantised.
+    Raises CheckpointError, UnsupportedModelError, OutputError; CheckpointError, too, for a converted folder with code
+    that is not ours, unless trust_remote_code.
+    """
+    checkpoint = open_model(reference, None, stored_dtype)
+    converted = str(checkpoint.config.get("model_type")).startswith(PREFIX)
+    if any(shard.file.suffix != ".safetensors" for shard in checkpoint.shards):
+        if converted:
+            raise CheckpointError(f"{reference}: a converted model has safetensors; convert its base model again.")
+        needed = sum(tensor.bytes for tensor in checkpoint.tensors.values())
+        require_space(workspace.parent, needed, f"The weights of {reference} as safetensors", "a folder with those")
+        checkpoint = open_model(reference, workspace, stored_dtype)
+    if converted and not trust_remote_code and (fault := foreign_code(checkpoint)):
+        raise CheckpointError(
+            f"{reference}: {fault}, not what this version of sa-convert writes, and evaluating the model would run "
+            "it: look at the code, then use --trust-remote-code, or convert the model again."
+        )
+    return Subject(BaseModel.of(reference).id, checkpoint.folder, converted, trust_remote_code)
+
+
+def foreign_code(checkpoint: Checkpoint) -> str | None:
+    """What of the code that loading a converted folder runs is not byte for byte ours, or None.
+
+    transformers runs the files that `auto_map` of config.json and tokenizer_config.json name, those that they import,
+    and `custom_generate/generate.py`. So no other code may be in the folder at all, and nothing else be named.
+    """
+    folder = checkpoint.folder
+    for path in sorted({*folder.rglob("*.py"), *folder.glob("*/*.py")}):  # rglob does not follow links to folders
+        ours = _HOME / path.relative_to(folder)
+        if path.name == "__init__.py" or not ours.is_file() or path.read_bytes() != ours.read_bytes():
+            return f"its code {path.relative_to(folder)} is not that of sa_convert"
+    for name, config in _configs(checkpoint):
+        references = config.get("auto_map")
+        values = references.values() if isinstance(references, dict) else [references] if references else []
+        for value in values:
+            module, _, _ = str(value).partition(".")
+            shipped = module.isidentifier() and module != "__init__" and (_HOME / f"{module}.py").is_file()
+            if name != "config.json" or not shipped:
+                return f"{name} names code of its own ('{value}' under auto_map)"
+    return None
+
+
+def _configs(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
+    yield "config.json", checkpoint.config
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        if (checkpoint.folder / name).exists():
+            yield name, read_json(checkpoint.folder / name)
