@@ -1,0 +1,132 @@
+"""What it costs a head to use another head's attention weights, for all pairs, from one pass over each sequence.
+
+Let u[h, t] be the gradient of a loss at the output of head h (before the output projection) at token t. Giving head h the
+weights of head j changes the loss by e[h, j, t] = (P_j V - P_h V)[t] . u[h, t] to first order. With labels that the model
+itself samples, the loss is -log p(label), and half the expected square of the change is the KL divergence to the
+unchanged model (the Fisher information): cost of a unit = 1/2 sum_t (sum_h e[h, j_h, t])^2, in nats a token. Where a map
+is in use already, the divergence from the base has a gradient as well, which gives a signed term of first order.
+
+Where gradients do not fit, u is W_O[h]' z / r with random z ~ N(0, 1): the same sum is then the squared error of the
+attention's output, r being the size of the residual stream at that layer, so that layers can be compared.
+
+P_j V is never formed: with M[h] = u[h] V', e[h, j, t] is the product of the rows P_j[t] and M[h][t], and one batched
+product over tokens gives all pairs.
+
+Letters in shape comments: T tokens, H heads of a layer, J heads of all layers up to it, K shortlisted sources.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from sa_convert.data.sharing_map import Source
+from sa_convert.data.units import Unit, Units
+
+if TYPE_CHECKING:
+    import torch
+
+Measure = Literal["fisher", "output error"]
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a unit would cost with these sources, one for each of its heads. cost: nats a token (or relative error)."""
+
+    cost: float
+    sources: tuple[Source, ...]
+
+
+@dataclass
+class Costs:
+    """Sums over calibration tokens, weighted and divided so that costs are per token.
+
+    shortlist: (H, K) for each layer, the numbers of the best sources of each head, its own among them. second: for each
+    unit (heads * K, heads * K), second moments of e over the pairs of its heads and their shortlists, halved. first:
+    (heads * K,), the first-order term, 0 without a map. pairs: (H, J) for each layer, the cost of each pair alone.
+    """
+
+    units: Units
+    measure: Measure
+    shortlist: "dict[int, torch.Tensor]" = field(default_factory=dict)
+    second: "dict[Unit, torch.Tensor]" = field(default_factory=dict)
+    first: "dict[Unit, torch.Tensor]" = field(default_factory=dict)
+    pairs: "dict[int, torch.Tensor]" = field(default_factory=dict)
+
+    def best(self, unit: Unit, removed: "set[Unit] | frozenset[Unit]") -> Offer | None:
+        """The cheapest sources of a unit outside of `removed`, or None where it has none.
+
+        Each head starts from its own best source; heads are then improved in turn on the unit's common cost.
+        """
+        second = self.second[unit]
+        count = second.shape[0] // len(unit.heads)
+        open_ = [list(self._open(unit, head, removed)) for head in unit.heads]
+        if not all(open_):
+            return None
+        alone = second.diagonal() + self.first[unit]
+        chosen = [min(choices, key=lambda k, at=at * count: float(alone[at + k])) for at, choices in enumerate(open_)]
+        cost = self._cost(unit, chosen)
+        improved = True
+        while improved:
+            improved = False
+            for at, choices in enumerate(open_):
+                for candidate in self._better(unit, chosen, at, choices):
+                    trial = [*chosen[:at], candidate, *chosen[at + 1 :]]
+                    if (value := self._cost(unit, trial)) < cost - 1e-12:
+                        chosen, cost, improved = trial, value, True
+        return Offer(cost, tuple(self._place(unit, at, k) for at, k in enumerate(chosen)))
+
+    def value(self, unit: Unit, sources: tuple[Source, ...]) -> float:
+        """The cost of a unit with given sources (its own heads: to keep or to get back its attention)."""
+        chosen = []
+        for head, source in zip(unit.heads, sources, strict=True):
+            row = self.shortlist[unit.layer][head].tolist()
+            number = self.units.number(source)
+            if number not in row:
+                return float("inf")
+            chosen.append(row.index(number))
+        return self._cost(unit, chosen)
+
+    def _open(self, unit: Unit, head: int, removed: "set[Unit] | frozenset[Unit]") -> Iterator[int]:
+        for k, number in enumerate(self.shortlist[unit.layer][head].tolist()):
+            place = self.units.place(number)
+            if place[0] < unit.layer and self.units.unit_of(place) not in removed:
+                yield k
+
+    def _better(self, unit: Unit, chosen: list[int], at: int, choices: list[int]) -> list[int]:
+        """The choice for head `at` that is best beside the others' present ones."""
+        second, count = self.second[unit], self.second[unit].shape[0] // len(unit.heads)
+        rows = slice(at * count, (at + 1) * count)
+        others = [other * count + k for other, k in enumerate(chosen) if other != at]
+        cost = second.diagonal()[rows] + self.first[unit][rows] + 2 * second[rows][:, others].sum(1)
+        return [min(choices, key=lambda k: float(cost[k]))]
+
+    def _cost(self, unit: Unit, chosen: list[int]) -> float:
+        count = self.second[unit].shape[0] // len(unit.heads)
+        at = [head * count + k for head, k in enumerate(chosen)]
+        return float(self.second[unit][at][:, at].sum() + self.first[unit][at].sum())
+
+    def _place(self, unit: Unit, at: int, k: int) -> Source:
+        return self.units.place(int(self.shortlist[unit.layer][unit.heads[at]][k]))
+
+
+def shortlists(
+    pairs: "Mapping[int, torch.Tensor]", units: Units, allowed: "Mapping[int, torch.Tensor]", present: Mapping[int, tuple],
+    count: int,
+) -> "dict[int, torch.Tensor]":  # fmt: skip
+    """(H, K) numbers of sources for each layer: the head's own, the one it has at present, and the cheapest allowed.
+
+    pairs: (H, J) costs. allowed: (J,) whether a head may be a source for the layer. present: rows of the map in use.
+    """
+    import torch
+
+    found = {}
+    for layer, costs in pairs.items():
+        costs = costs.masked_fill(~allowed[layer], float("inf"))
+        own = torch.arange(len(costs)) + units.offsets[layer]
+        for head, source in enumerate(present.get(layer, ())):
+            if source is not None:
+                costs[head, units.number(source)] = -float("inf")
+        # In the last column of its own, so that a head never takes the place of a source.
+        best = costs.argsort(dim=1, stable=True)[:, : min(count, int(allowed[layer].sum()))]
+        found[layer] = torch.cat([best, own[:, None]], dim=1)
+    return found

@@ -1,0 +1,249 @@
+"""The pass that fills `Costs`: attention of every layer, gradients, and sums over tokens."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sa_convert.calibrate.costs import Costs, Measure, shortlists
+from sa_convert.calibrate.probe import Probe, Rows, Seen
+from sa_convert.calibrate.sequences import Sample
+from sa_convert.data.sharing_map import SharingMap
+from sa_convert.data.units import Unit, Units
+from sa_convert.errors import CheckpointError
+from sa_convert.plan.rules import layer_difference
+from sa_convert.progress import progress
+from sa_convert.validate.perplexity import input_device
+
+if TYPE_CHECKING:
+    import torch
+
+SHORTLIST = 24
+"""Sources that are kept for each head. More changed no choice on SmolLM2-135M."""
+
+_SCREENED = 4
+"""Sequences (of text, and one of repetition) whose costs of all pairs choose the shortlists."""
+
+
+def collect(
+    probe: Probe,
+    units: Units,
+    samples: Sequence[Sample],
+    sharing: SharingMap,
+    measure: Measure = "fisher",
+    seed: int = 0,
+    description: str = "costs of sharing",
+) -> Costs:
+    """Costs of every unit under a map, of which `Costs` explains the terms.
+
+    A unit that the map shares already is costed too: with other sources, and with its own attention again. Sequences
+    count by their `weight`. Raises CheckpointError where a loss or an activation is not finite.
+    """
+    import torch
+
+    rows: Rows = sharing.layers
+    costs = Costs(units, measure)
+    screen = _screen(samples)
+    allowed = {layer: _allowed(units, layer) for layer in range(len(units.geometry.layers))}
+    allowed = {layer: mask for layer, mask in allowed.items() if bool(mask.any())}
+    generator = torch.Generator().manual_seed(seed)
+    with progress(len(screen) + len(samples), description, unit="seq") as bar:
+        total = sum(sample.weight for sample in screen)
+        for sample in screen:
+            for layer, e_TJH, first_JH in _pass(probe, units, sample, rows, measure, generator, allowed):
+                scale = sample.weight / total / sample.tokens_scored
+                pairs = e_TJH.square().sum(0).mul_(0.5).add_(first_JH).T.mul(scale)
+                costs.pairs[layer] = costs.pairs[layer] + pairs if layer in costs.pairs else pairs
+            bar.update()
+        costs.shortlist = shortlists(costs.pairs, units, allowed, rows, SHORTLIST)
+        candidates = [unit for unit in units.all if unit.layer in allowed]
+        total = sum(sample.weight for sample in samples)
+        for sample in samples:
+            for layer, e_TJH, first_JH in _pass(probe, units, sample, rows, measure, generator, allowed):
+                scale = sample.weight / total / sample.tokens_scored
+                for unit in (unit for unit in candidates if unit.layer == layer):
+                    _add(costs, unit, e_TJH, first_JH, scale)
+            bar.update()
+    return costs
+
+
+def _add(costs: Costs, unit: Unit, e_TJH: "torch.Tensor", first_JH: "torch.Tensor", scale: float) -> None:
+    import torch
+
+    short = costs.shortlist[unit.layer]
+    e = torch.cat([e_TJH[:, short[head], head] for head in unit.heads], dim=1)  # (T, heads * K)
+    second = (e.T @ e).mul_(0.5 * scale)
+    first = torch.cat([first_JH[short[head], head] for head in unit.heads]).mul_(scale)
+    costs.second[unit] = costs.second[unit] + second if unit in costs.second else second
+    costs.first[unit] = costs.first[unit] + first if unit in costs.first else first
+
+
+def _screen(samples: Sequence[Sample]) -> list[Sample]:
+    text = [sample for sample in samples if not sample.repetition]
+    return text[:: max(1, len(text) // _SCREENED)][:_SCREENED] + [s for s in samples if s.repetition][:1]
+
+
+def _allowed(units: Units, layer: int) -> "torch.Tensor":
+    """(J,) bool: whether a head of this or an earlier layer may be a source for the layer."""
+    import torch
+
+    layers = units.geometry.layers
+    allowed = torch.zeros(units.offsets[layer + 1], dtype=torch.bool)
+    for source in range(layer):
+        if layer_difference(layers[source], layers[layer]) is None:
+            allowed[units.offsets[source] : units.offsets[source + 1]] = True
+    return allowed
+
+
+def _pass(
+    probe: Probe,
+    units: Units,
+    sample: Sample,
+    rows: Rows,
+    measure: Measure,
+    generator: "torch.Generator",
+    allowed: "dict[int, torch.Tensor]",
+) -> Iterator[tuple[int, "torch.Tensor", "torch.Tensor"]]:
+    """For each layer, e (T, J, H) at the scored tokens, and the summed first-order term (J, H)."""
+    import torch
+
+    stack = torch.empty(len(sample.tokens), units.offsets[-1], len(sample.tokens))  # (T, J, T) weights of all heads
+    seen: dict[int, Seen] = {}
+
+    def observe(layer: Seen) -> None:
+        start, stop = units.offsets[layer.layer : layer.layer + 2]
+        stack[:, start:stop] = layer.weights.detach()[0].transpose(0, 1).float()
+        layer.output.retain_grad()
+        seen[layer.layer] = layer
+
+    if measure == "fisher":
+        losses = _fisher(probe, sample, rows, observe, generator)
+    else:
+        losses = _output_error(probe, sample, rows, observe, generator, seen)
+    first: dict[int, torch.Tensor] = {}
+    for order, gradients in losses:
+        for layer in sorted(allowed):
+            e = _changes(stack[:, : units.offsets[layer + 1]], seen[layer], gradients[layer])
+            if order == "first":
+                first[layer] = e[:-1][sample.scored[1:]].sum(0)
+                continue
+            yield layer, e, first.get(layer, torch.zeros(e.shape[1:]))
+
+
+def _changes(stack: "torch.Tensor", seen: Seen, gradient: "torch.Tensor") -> "torch.Tensor":
+    """e (T, J, H) of one layer. stack (T, J, T); gradient (T, H, D) at the layer's head outputs."""
+    import torch
+
+    value = seen.value.detach()[0].float()  # (G, T, D)
+    value = value.repeat_interleave(gradient.shape[1] // value.shape[0], dim=0)
+    u = gradient.float().transpose(0, 1)  # (H, T, D)
+    weights = torch.matmul(u, value.transpose(1, 2))  # (H, T, T)
+    e: torch.Tensor = torch.bmm(stack, weights.permute(1, 2, 0).contiguous())
+    return e.sub_((seen.output.detach()[0].float() * gradient.float()).sum(-1)[:, None])
+
+
+Gradients = dict[int, "torch.Tensor"]
+
+
+def _fisher(
+    probe: Probe, sample: Sample, rows: Rows, observe: Callable[[Seen], None], generator: "torch.Generator"
+) -> Iterator[tuple[str, Gradients]]:
+    """Gradients (T, H, D) for each layer: of the divergence from the base under a map, then of sampled labels."""
+    import torch
+    from torch.nn import functional
+
+    model, seen = probe.model, {}
+    tokens = sample.tokens[None].to(input_device(model))
+
+    def note(layer: Seen) -> None:
+        observe(layer)
+        seen[layer.layer] = layer.output
+
+    base = None
+    if rows:
+        with torch.no_grad():
+            base = functional.log_softmax(model(input_ids=tokens, use_cache=False).logits[0].float(), dim=-1)
+    embedded = model.get_input_embeddings()(tokens).detach().requires_grad_(True)
+    with torch.enable_grad(), probe.sharing(rows), probe.observing(note):
+        logits = model(inputs_embeds=embedded, use_cache=False).logits[0]
+        chances = functional.log_softmax(logits.float(), dim=-1)  # (T, vocabulary)
+        if not bool(torch.isfinite(chances.sum())):
+            raise CheckpointError(
+                "The model's activations are not finite on the calibration text: its weights are damaged, or overflow "
+                f"in {str(model.dtype).removeprefix('torch.')}: get the model anew, or give a wider --dtype."
+            )
+        scored = sample.scored[1:].to(chances.device)
+        drawn = torch.multinomial(chances.detach().exp().cpu(), 1, generator=generator).to(chances.device)
+        losses = [("second", -chances.gather(1, drawn)[:-1, 0][scored].sum())]
+        if base is not None:
+            divergence = functional.kl_div(chances, base, log_target=True, reduction="none").sum(-1)
+            losses.insert(0, ("first", divergence[:-1][scored].sum()))
+        for at, (order, loss) in enumerate(losses):
+            outputs = list(seen.values())
+            found = torch.autograd.grad(loss, outputs, retain_graph=at + 1 < len(losses))
+            yield order, {layer: gradient[0].cpu() for layer, gradient in zip(seen, found, strict=True)}
+
+
+def _output_error(
+    probe: Probe,
+    sample: Sample,
+    rows: Rows,
+    observe: Callable[[Seen], None],
+    generator: "torch.Generator",
+    seen: dict[int, Seen],
+) -> Iterator[tuple[str, Gradients]]:
+    """Random directions (T, H, D) for each layer, so that the mean square of e is the relative squared output error."""
+    import torch
+
+    gradients: Gradients = {}
+    sizes: dict[int, float] = {}
+
+    def cut(index: int) -> Callable[..., Any]:
+        """Before a layer: forget the graph of earlier ones, and note the size of the residual stream."""
+
+        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            sizes[index] = float(hidden.detach().float().square().sum(-1).mean().sqrt())
+            if args:
+                return (hidden.detach(), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": hidden.detach()}
+
+        return hook
+
+    def direct(index: int) -> Callable[..., None]:
+        """After the output projection: what a random direction of its output is at the head outputs."""
+
+        def hook(_: Any, args: Any, output: "torch.Tensor") -> None:
+            if not bool(torch.isfinite(output.sum())):
+                raise CheckpointError(
+                    f"The model's activations in layer {index} are not finite on the calibration text: its weights are "
+                    "damaged, or overflow: get the model anew, or give a wider --dtype."
+                )
+            z = torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
+            (found,) = torch.autograd.grad(output, seen[index].output, z)
+            gradients[index] = found[0].float().cpu() / max(sizes[index], 1e-12)
+            # The output projection is the last to need the graph.
+            seen[index] = Seen(*(_detached(part) for part in vars(seen[index]).values()))
+
+        return hook
+
+    hooks = []
+    for index, (layer, output) in enumerate(zip(probe.layers, probe.output_projections, strict=True)):
+        hooks.append(layer.register_forward_pre_hook(cut(index), with_kwargs=True))
+        hooks.append(output.register_forward_hook(direct(index)))
+
+    def note(layer: Seen) -> None:
+        layer.output.requires_grad_(True)
+        observe(layer)
+
+    try:
+        with torch.enable_grad(), probe.sharing(rows), probe.observing(note):
+            probe.model.get_submodule(probe.family.layers.rpartition(".")[0])(
+                input_ids=sample.tokens[None].to(input_device(probe.model)), use_cache=False
+            )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    yield "second", gradients
+
+
+def _detached(part: Any) -> Any:
+    return part.detach() if hasattr(part, "detach") else part
