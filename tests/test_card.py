@@ -54,6 +54,7 @@ def test_body_holds_what_was_measured(tmp_path):
     for part in (
         "14.295 before, **15.000** after (+4.93%)",
         "limit that was set, 5%",
+        "128 random tokens repeated; 3,072 repeated tokens): loss 1.78 nats per token before, **1.98** after (+0.20)",
         "at most 8.9e-05 (tolerance 0.0013)",
         "| 27 | 1 of 2 | 26 |",
         "| 28 | all 2 | 22 (same heads) |",

@@ -8,6 +8,7 @@ import pytest
 from sa_convert.data.report import (
     BaseModel,
     Change,
+    CopyingReport,
     DecodeCheck,
     GateResult,
     PerplexityReport,
@@ -27,10 +28,11 @@ MEASURED = Report(
     perplexity=PerplexityReport("builtin, validation part", 8176, 14.2948181, 15.0, "float32"),
     decode_check=DecodeCheck(8.869171142578125e-05, True, 0.00127717),
     gate=GateResult(0.05, True),
+    copying=CopyingReport(128, 3072, 1.78379, 1.98214),
     recipe="late-span",
     versions={"transformers": "5.23.0", "sa_convert": "0.1.0"},
 )
-UNMEASURED = replace(MEASURED, perplexity=None, decode_check=None, gate=None)
+UNMEASURED = replace(MEASURED, perplexity=None, decode_check=None, gate=None, copying=None)
 
 
 def test_keys_of_the_contract():
@@ -62,11 +64,17 @@ def test_keys_of_the_contract():
         "tolerance": 0.0013,
     }
     assert report["gate"] == {"max_perplexity_increase": 0.05, "passed": True}
+    assert report["copying"] == {"loss": {"before": 1.7838, "after": 1.9821}, "period": 128, "tokens": 3072}
 
 
 def test_without_validation_what_it_measures_is_null():
     report = UNMEASURED.to_json()
-    assert [report[key] for key in ("perplexity", "decode_check", "gate")] == [None, None, None]
+    assert [report[key] for key in ("perplexity", "decode_check", "gate", "copying")] == [None] * 4
+
+
+def test_copying_loss_that_is_not_finite_is_null():
+    report = replace(MEASURED, copying=CopyingReport(128, 3072, 1.5, float("inf"))).to_json()
+    assert report["copying"]["loss"] == {"before": 1.5, "after": None}
 
 
 def test_written_file_is_json_and_the_same_each_time(tmp_path):
@@ -102,6 +110,7 @@ def test_terminal_shows_every_number_in_aligned_rows():
         "46,080 bytes -> 43,008 bytes (-6.7%), measured",
         "13.3% removed",
         "14.295 -> 15.000 (+4.93%), 8,176 tokens in float32",
+        "loss 1.78 -> 1.98 nats (+0.20), 3,072 tokens at distance 128",
         "passed: logits differ by at most 8.9e-05 (tolerance 0.0013), same greedy tokens",
         "passed: perplexity may rise by 5%",
     ):

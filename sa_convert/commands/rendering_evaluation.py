@@ -52,9 +52,9 @@ def _notes(evaluation: Evaluation) -> Iterator[str]:
     tolerance = model.decode_check.tolerance
     yield f"Cached decoding: largest difference of a logit from a pass without a cache (tolerance {tolerance:.2g})"
     yield (
-        f"Copying: {evaluation.probes} probes of {evaluation.probe_length} tokens, of which {model.period} are random "
-        f"(seed {evaluation.seed}) and repeat; loss from the second occurrence on. At other distances, as many are "
-        "random, and the loss is that of the second occurrence alone"
+        f"Copying: {model.period} random tokens repeated to {evaluation.probe_length}, loss from the second occurrence "
+        f"on, {evaluation.probes} probes (seed {evaluation.seed}); at a distance: so many random tokens, loss on their "
+        "second occurrence"
     )
 
 

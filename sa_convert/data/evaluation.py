@@ -1,7 +1,7 @@
 """What `evaluate` measures: one model, or two on the same tokens."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from sa_convert.data.report import DecodeCheck
@@ -24,20 +24,11 @@ class CopyingLoss:
     def second(self) -> float:
         return self.by_occurrence[0]
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "distance": self.distance,
-            "loss": digits(self.loss),
-            "tokens": self.tokens,
-            "second_occurrence": digits(self.second),
-            "by_occurrence": [digits(loss) for loss in self.by_occurrence],
-        }
-
 
 @dataclass(frozen=True)
 class ModelQuality:
     """One model. name: `org/name` or the name of a folder or file. dtype: in which it was computed. loss: of the text,
-    in nats per token. copying: by distance; period: the distance whose loss stands for all."""
+    in nats per token. copying: at every distance; the one at `period` goes beyond the second occurrence."""
 
     name: str
     dtype: str
@@ -57,12 +48,18 @@ class ModelQuality:
             "dtype": self.dtype,
             "loss": digits(self.loss),
             "perplexity": digits(self.perplexity),
-            "decode_check": {**asdict(self.decode_check), "passed": self.decode_check.passed},
+            "decode_check": {
+                "max_abs_logit_difference": digits(self.decode_check.max_abs_logit_difference),
+                "same_greedy_tokens": self.decode_check.same_greedy_tokens,
+                "tolerance": digits(self.decode_check.tolerance),
+                "passed": self.decode_check.passed,
+            },
             "copying": {
                 "period": self.period,
                 "loss": digits(self.headline.loss),
                 "tokens": self.headline.tokens,
-                "by_distance": [copying.to_json() for copying in self.copying],
+                "by_occurrence": [digits(loss) for loss in self.headline.by_occurrence],
+                "by_distance": [{"distance": one.distance, "loss": digits(one.second)} for one in self.copying],
             },
         }
 

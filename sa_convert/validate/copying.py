@@ -64,6 +64,15 @@ class Probes:
         """Probes (PROBES, length) of this period."""
         return copying_probes(self.vocabulary, period, self.length, PROBES, self.seed, self.start)
 
+    def losses(self, model: Any) -> tuple[CopyingLoss, ...]:
+        """Of all distances; only that of `period` goes beyond the second occurrence."""
+        found = []
+        for distance in self.distances:
+            stop = self.length if distance == self.period else len(self.start) + 2 * distance
+            probes = self.tokens(distance)[:, :stop]
+            found.append(copying_loss(model, probes, distance, f"copying over {distance} tokens"))
+        return tuple(found)
+
 
 def copying_probes(
     vocabulary: Sequence[int],
@@ -77,8 +86,7 @@ def copying_probes(
     in part.
 
     No token occurs twice in a period, unless the vocabulary is smaller than the period: then each occurs about equally
-    often. start: tokens that the tokenizer puts before a text. The same arguments give the same
-    probes.
+    often. start: tokens that the tokenizer puts before a text. The same arguments give the same probes.
     """
     import torch
 

@@ -126,10 +126,7 @@ class _Measure:
             start = self.tokens[0, :DECODED]
             check = decode_check(model, start, rounding_without_cache(model, start))
             probes = copying.Probes.of(self.tokenizer, embedded_tokens(model), self.probe_length, self.options.seed)
-            losses = tuple(
-                copying.copying_loss(model, probes.tokens(distance), distance, f"copying over {distance} tokens")
-                for distance in probes.distances
-            )
+            losses = probes.losses(model)
         return ModelQuality(
             name=subject.name,
             dtype=placement.dtype_name,

@@ -20,6 +20,7 @@ from sa_convert.read.model import open_model
 from sa_convert.validate.agreement import require_space
 from sa_convert.validate.load import Loaded, load_base, load_converted, load_tokenizer
 from sa_convert.validate.placement import Placement
+from sa_convert.validate.quiet import keep_module_cache_clean
 
 _HOME = Path(sa_convert.export.__file__).parent
 
@@ -48,9 +49,12 @@ def open_subject(reference: str, workspace: Path, stored_dtype: str, trust_remot
     """The model that the user calls `reference`: a folder, ordinary or converted, or a .gguf file.
 
     workspace: where a model that is not in safetensors is written as such, in `stored_dtype` if it is quantised.
-    Raises CheckpointError, UnsupportedModelError, OutputError; CheckpointError, too, for a converted folder with code
-    that is not ours, unless trust_remote_code.
+    Raises CheckpointError, UnsupportedModelError, OutputError; CheckpointError, too, for code in the folder that is not
+    ours and would have to run, unless trust_remote_code.
     """
+    keep_module_cache_clean()
+    from transformers import CONFIG_MAPPING
+
     checkpoint = open_model(reference, None, stored_dtype)
     converted = str(checkpoint.config.get("model_type")).startswith(PREFIX)
     if any(shard.file.suffix != ".safetensors" for shard in checkpoint.shards):
@@ -64,6 +68,16 @@ def open_subject(reference: str, workspace: Path, stored_dtype: str, trust_remot
             f"{reference}: {fault}, not what this version of sa-convert writes, and evaluating the model would run "
             "it: look at the code, then use --trust-remote-code, or convert the model again."
         )
+    own = (
+        not converted
+        and checkpoint.config.get("auto_map")
+        and checkpoint.config.get("model_type") not in CONFIG_MAPPING
+    )
+    if own and not trust_remote_code:
+        raise CheckpointError(
+            f"{reference}: transformers does not know this type of model, but the folder names code that does: look at "
+            "the code, then use --trust-remote-code to run it."
+        )
     return Subject(BaseModel.of(reference).id, checkpoint.folder, converted, trust_remote_code)
 
 
@@ -74,7 +88,7 @@ def foreign_code(checkpoint: Checkpoint) -> str | None:
     and `custom_generate/generate.py`. So no other code may be in the folder at all, and nothing else be named.
     """
     folder = checkpoint.folder
-    for path in sorted({*folder.rglob("*.py"), *folder.glob("*/*.py")}):  # rglob does not follow links to folders
+    for path in sorted(folder.rglob("*.py")):  # open_model refuses links to folders
         ours = _HOME / path.relative_to(folder)
         if path.name == "__init__.py" or not ours.is_file() or path.read_bytes() != ours.read_bytes():
             return f"its code {path.relative_to(folder)} is not that of sa_convert"
