@@ -1,10 +1,10 @@
 """What it costs a head to use another head's attention weights, for all pairs, from one pass over each sequence.
 
-Let u[h, t] be the gradient of a loss at the output of head h (before the output projection) at token t. Giving head h the
-weights of head j changes the loss by e[h, j, t] = (P_j V - P_h V)[t] . u[h, t] to first order. With labels that the model
-itself samples, the loss is -log p(label), and half the expected square of the change is the KL divergence to the
-unchanged model (the Fisher information): cost of a unit = 1/2 sum_t (sum_h e[h, j_h, t])^2, in nats a token. Where a map
-is in use already, the divergence from the base has a gradient as well, which gives a signed term of first order.
+Let u[h, t] be the gradient of a loss at the output of head h (before the output projection) at token t. Giving head h
+the weights of head j changes the loss by e[h, j, t] = (P_j V - P_h V)[t] . u[h, t] to first order. With labels that the
+model itself samples, the loss is -log p(label), and half the expected square of the change is the KL divergence to the
+unchanged model (the Fisher information): cost of a unit = 1/2 sum_t (sum_h e[h, j_h, t])^2, in nats a token. Where a
+map is in use already, the divergence from the base has a gradient as well, which gives a signed term of first order.
 
 Where gradients do not fit, u is W_O[h]' z / r with random z ~ N(0, 1): the same sum is then the squared error of the
 attention's output, r being the size of the residual stream at that layer, so that layers can be compared.
@@ -59,20 +59,19 @@ class Costs:
         """
         second = self.second[unit]
         count = second.shape[0] // len(unit.heads)
-        open_ = [list(self._open(unit, head, removed)) for head in unit.heads]
-        if not all(open_):
+        choices_of = [list(self._open(unit, head, removed)) for head in unit.heads]
+        if not all(choices_of):
             return None
-        alone = second.diagonal() + self.first[unit]
-        chosen = [min(choices, key=lambda k, at=at * count: float(alone[at + k])) for at, choices in enumerate(open_)]
+        alone = (second.diagonal() + self.first[unit]).tolist()
+        chosen = [min((alone[at * count + k], k) for k in choices)[1] for at, choices in enumerate(choices_of)]
         cost = self._cost(unit, chosen)
         improved = True
         while improved:
             improved = False
-            for at, choices in enumerate(open_):
-                for candidate in self._better(unit, chosen, at, choices):
-                    trial = [*chosen[:at], candidate, *chosen[at + 1 :]]
-                    if (value := self._cost(unit, trial)) < cost - 1e-12:
-                        chosen, cost, improved = trial, value, True
+            for at, choices in enumerate(choices_of):
+                trial = [*chosen[:at], self._better(unit, chosen, at, choices), *chosen[at + 1 :]]
+                if (value := self._cost(unit, trial)) < cost - 1e-12:
+                    chosen, cost, improved = trial, value, True
         return Offer(cost, tuple(self._place(unit, at, k) for at, k in enumerate(chosen)))
 
     def value(self, unit: Unit, sources: tuple[Source, ...]) -> float:
@@ -92,13 +91,13 @@ class Costs:
             if place[0] < unit.layer and self.units.unit_of(place) not in removed:
                 yield k
 
-    def _better(self, unit: Unit, chosen: list[int], at: int, choices: list[int]) -> list[int]:
+    def _better(self, unit: Unit, chosen: list[int], at: int, choices: list[int]) -> int:
         """The choice for head `at` that is best beside the others' present ones."""
         second, count = self.second[unit], self.second[unit].shape[0] // len(unit.heads)
         rows = slice(at * count, (at + 1) * count)
         others = [other * count + k for other, k in enumerate(chosen) if other != at]
         cost = second.diagonal()[rows] + self.first[unit][rows] + 2 * second[rows][:, others].sum(1)
-        return [min(choices, key=lambda k: float(cost[k]))]
+        return min(choices, key=cost.tolist().__getitem__)
 
     def _cost(self, unit: Unit, chosen: list[int]) -> float:
         count = self.second[unit].shape[0] // len(unit.heads)
@@ -110,9 +109,12 @@ class Costs:
 
 
 def shortlists(
-    pairs: "Mapping[int, torch.Tensor]", units: Units, allowed: "Mapping[int, torch.Tensor]", present: Mapping[int, tuple],
+    pairs: "Mapping[int, torch.Tensor]",
+    units: Units,
+    allowed: "Mapping[int, torch.Tensor]",
+    present: Mapping[int, tuple[Source | None, ...]],
     count: int,
-) -> "dict[int, torch.Tensor]":  # fmt: skip
+) -> "dict[int, torch.Tensor]":
     """(H, K) numbers of sources for each layer: the head's own, the one it has at present, and the cheapest allowed.
 
     pairs: (H, J) costs. allowed: (J,) whether a head may be a source for the layer. present: rows of the map in use.

@@ -23,6 +23,47 @@ Rows = Mapping[int, tuple[Source | None, ...]]
 
 
 @dataclass(frozen=True)
+class Kept:
+    """A loan of attention weights (B, H, T, T)."""
+
+    kept: "torch.Tensor"
+
+    def weights(self) -> "torch.Tensor":
+        return self.kept
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """A loan from which the weights are computed again: query (B, H, T, D), key (B, G, T, D), and the module as it was.
+
+    own: its own parameters (sinks), which may since have left the memory.
+    """
+
+    module: Any
+    own: Mapping[str, "torch.Tensor"]
+    query: "torch.Tensor"
+    key: "torch.Tensor"
+    mask: "torch.Tensor | None"
+    arguments: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, module: Any, query: Any, key: Any, mask: Any, arguments: Mapping[str, Any]) -> "Recomputed":
+        own = {name: parameter.detach().clone() for name, parameter in module.named_parameters(recurse=False)}
+        return cls(module, own, query, key, mask, arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        own = self.__dict__["own"]
+        return own[name] if name in own else getattr(self.__dict__["module"], name)
+
+    def weights(self) -> "torch.Tensor":
+        return _weights(self, self.query, self.key, self.mask, self.arguments)
+
+
+Loans = dict[int, Kept | Recomputed]
+"""What source layers have lent, by layer."""
+
+
+@dataclass(frozen=True)
 class Seen:
     """One layer's attention in one forward pass.
 
@@ -54,15 +95,18 @@ class Probe:
         self._rows: Rows = {}
         self._sources: frozenset[int] = frozenset()
         self._observer: Callable[[Seen], None] | None = None
-        self._weights: dict[int, torch.Tensor] = {}
+        self._loans: Loans = {}
+        self._keep_weights = True
+        model.requires_grad_(False)
         AttentionInterface.register(NAME, _attend)
         AttentionMaskInterface.register(NAME, eager_mask)
         model.set_attn_implementation(NAME)
         for attention in self.attentions:
             attention.sa_convert_probe = self
         stack = model.get_submodule(family.layers.rpartition(".")[0])
-        stack.register_forward_pre_hook(lambda *_: self._weights.clear())
-        stack.register_forward_hook(lambda *_: self._weights.clear())
+        # What was lent in one pass is never seen in the next, and is not kept after it.
+        stack.register_forward_pre_hook(lambda *_: self._loans.clear())
+        stack.register_forward_hook(lambda *_: self._loans.clear())
 
     @property
     def output_projections(self) -> list[Any]:
@@ -88,32 +132,30 @@ class Probe:
         finally:
             self._observer = before
 
-    def weights_of(self, layer: int) -> "torch.Tensor":
-        """(B, H, T, T) that a source layer had in this pass."""
-        return self._weights[layer]
-
     @contextmanager
-    def lending(self, weights: "dict[int, torch.Tensor]") -> Iterator[None]:
-        """While open, layers that run one by one find and leave the weights of sources here."""
-        before, self._weights = self._weights, weights
+    def lending(self, loans: "Loans") -> Iterator[None]:
+        """While open, layers that run one by one find and leave the attention of source layers in `loans`, as queries
+        and keys, which take less memory than weights."""
+        before, self._loans, self._keep_weights = self._loans, loans, False
         try:
             yield
         finally:
-            self._weights = before
+            self._loans, self._keep_weights = before, True
 
     def attend(self, module: Any, query: Any, key: Any, value: Any, mask: Any, arguments: dict[str, Any]) -> Any:
         import torch
 
         layer = module.layer_idx
         row = self._rows.get(layer)
-        # Zero-width values: only the weights are wanted here.
-        weights = _eager(module)(module, query, key, value[..., :0], mask, **arguments)[1]
+        weights = _weights(module, query, key, mask, arguments)
         if layer in self._sources:
-            self._weights[layer] = weights
+            keep = self._keep_weights
+            self._loans[layer] = Kept(weights) if keep else Recomputed.of(module, query, key, mask, arguments)
         used = weights
         if row is not None:
+            lent = {source[0]: self._loans[source[0]].weights() for source in row if source is not None}
             heads = [
-                weights[:, head] if source is None else self._weights[source[0]][:, source[1]].to(weights.device)
+                weights[:, head] if source is None else lent[source[0]][:, source[1]].to(weights.device)
                 for head, source in enumerate(row)
             ]
             used = torch.stack(heads, dim=1)
@@ -129,10 +171,18 @@ def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, 
     return module.sa_convert_probe.attend(module, query, key, value, attention_mask, arguments)
 
 
+def _weights(module: Any, query: Any, key: Any, mask: Any, arguments: Mapping[str, Any]) -> "torch.Tensor":
+    """Attention weights (B, H, T, T) by the family's own eager function, which applies its softcap and sinks."""
+    # Zero-width values: only the weights are wanted here.
+    nothing = key[..., :0]
+    weights: torch.Tensor = _eager(module)(module, query, key, nothing, mask, **arguments)[1]
+    return weights
+
+
 def _eager(module: Any) -> Callable[..., Any]:
-    """The eager attention of the module's family, which applies its softcap and sinks."""
-    for kind in type(module).__mro__:
+    for kind in type(module.module if isinstance(module, Recomputed) else module).__mro__:
         function = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
         if function is not None:
-            return function
+            found: Callable[..., Any] = function
+            return found
     raise LookupError(f"{type(module).__name__} has no eager attention function")

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 class Sums:
     """What least squares needs of inputs X (tokens, n) and remaining errors E (tokens, m).
 
-    gram: X'X (n, n); moment: X'E (n, m); energy: the sum of E squared. All float64 where they are added up in chunks.
+    gram: X'X (n, n); moment: X'E (n, m); energy: the sum of E squared.
     """
 
     gram: "torch.Tensor | float" = 0.0
@@ -27,8 +27,9 @@ class Sums:
         self.tokens += len(inputs)
 
     def remaining(self, change: "torch.Tensor") -> float:
-        """The squared error left, as a part of the energy, where X times `change` (n, m) is added: |E - X C|^2 / |E|^2."""
-        assert not isinstance(self.gram, float) and not isinstance(self.moment, float)
+        """The squared error left where X times `change` C (n, m) is added, as a part of it: |E - X C|^2 / |E|^2."""
+        assert not isinstance(self.gram, float)
+        assert not isinstance(self.moment, float)
         change = change.double()
         left = self.energy - 2 * (change * self.moment.double()).sum() + (change * (self.gram.double() @ change)).sum()
         return float(left) / self.energy if self.energy else 0.0
@@ -52,7 +53,8 @@ def solve(sums: Sums, strength: float) -> "torch.Tensor":
     """
     import torch
 
-    assert not isinstance(sums.gram, float) and not isinstance(sums.moment, float)
+    assert not isinstance(sums.gram, float)
+    assert not isinstance(sums.moment, float)
     gram = sums.gram.double().clone()
     gram.diagonal().add_(strength * gram.diagonal().mean())
     factor, failed = torch.linalg.cholesky_ex(gram)

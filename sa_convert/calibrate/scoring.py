@@ -48,30 +48,31 @@ def collect(
     with progress(len(screen) + len(samples), description, unit="seq") as bar:
         total = sum(sample.weight for sample in screen)
         for sample in screen:
-            for layer, e_TJH, first_JH in _pass(probe, units, sample, rows, measure, generator, allowed):
+            for layer, changes, first in _pass(probe, units, sample, rows, measure, generator, allowed):
                 scale = sample.weight / total / sample.tokens_scored
-                pairs = e_TJH.square().sum(0).mul_(0.5).add_(first_JH).T.mul(scale)
+                pairs = changes.square().sum(0).mul_(0.5).add_(first).T.mul(scale)
                 costs.pairs[layer] = costs.pairs[layer] + pairs if layer in costs.pairs else pairs
             bar.update()
         costs.shortlist = shortlists(costs.pairs, units, allowed, rows, SHORTLIST)
         candidates = [unit for unit in units.all if unit.layer in allowed]
         total = sum(sample.weight for sample in samples)
         for sample in samples:
-            for layer, e_TJH, first_JH in _pass(probe, units, sample, rows, measure, generator, allowed):
+            for layer, changes, first in _pass(probe, units, sample, rows, measure, generator, allowed):
                 scale = sample.weight / total / sample.tokens_scored
                 for unit in (unit for unit in candidates if unit.layer == layer):
-                    _add(costs, unit, e_TJH, first_JH, scale)
+                    _add(costs, unit, changes, first, scale)
             bar.update()
     return costs
 
 
-def _add(costs: Costs, unit: Unit, e_TJH: "torch.Tensor", first_JH: "torch.Tensor", scale: float) -> None:
+def _add(costs: Costs, unit: Unit, changes: "torch.Tensor", order_one: "torch.Tensor", scale: float) -> None:
+    """changes: e (T, J, H); order_one: (J, H)."""
     import torch
 
     short = costs.shortlist[unit.layer]
-    e = torch.cat([e_TJH[:, short[head], head] for head in unit.heads], dim=1)  # (T, heads * K)
+    e = torch.cat([changes[:, short[head], head] for head in unit.heads], dim=1)  # (T, heads * K)
     second = (e.T @ e).mul_(0.5 * scale)
-    first = torch.cat([first_JH[short[head], head] for head in unit.heads]).mul_(scale)
+    first = torch.cat([order_one[short[head], head] for head in unit.heads]).mul_(scale)
     costs.second[unit] = costs.second[unit] + second if unit in costs.second else second
     costs.first[unit] = costs.first[unit] + first if unit in costs.first else first
 

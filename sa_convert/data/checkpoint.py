@@ -70,11 +70,13 @@ class TensorEdit:
     """What happens to one tensor. A tensor without an edit is copied as it is.
 
     rows: ranges (start, stop) of axis 0 that stay, in order; empty: the tensor is dropped; None: all of it stays.
-    name: its new name, or None to keep it.
+    name: its new name, or None to keep it. replacement: a tensor of the same dtype and shape whose bytes take the place
+    of its own; rows do not apply to it.
     """
 
     rows: tuple[tuple[int, int], ...] | None = None
     name: str | None = None
+    replacement: TensorEntry | None = None
 
     @property
     def drops(self) -> bool:

@@ -1,4 +1,4 @@
-"""The plan of one rewritten safetensors file: its header, and which bytes of the base follow it."""
+"""The plan of one rewritten safetensors file: its header, and which bytes of the base (and of refits) follow it."""
 
 import json
 from collections.abc import Mapping
@@ -9,14 +9,15 @@ from pathlib import Path
 from sa_convert.data.checkpoint import DTYPE_BITS, Shard, TensorEdit, TensorEntry
 from sa_convert.errors import CheckpointError
 
-Range = tuple[int, int]
+Range = tuple[Path, int, int]
+"""Bytes start to stop of a file."""
 
 _PAGE = 4096
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of the new file; ranges: its bytes (start, stop) in the base's file, in order."""
+    """One tensor of the new file; ranges: where its bytes are, in order."""
 
     name: str
     dtype: str
@@ -25,7 +26,7 @@ class Piece:
 
     @property
     def bytes(self) -> int:
-        return sum(stop - start for start, stop in self.ranges)
+        return sum(stop - start for _, start, stop in self.ranges)
 
     @property
     def elements(self) -> int:
@@ -34,20 +35,19 @@ class Piece:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """header: the first bytes of the new file. ranges: bytes of `source` that follow it, joined where they touch."""
+    """header: the first bytes of the new file. ranges: the bytes that follow it, joined where they touch."""
 
-    source: Path
     header: bytes
     pieces: tuple[Piece, ...]
 
     @property
     def ranges(self) -> tuple[Range, ...]:
         joined: list[Range] = []
-        for start, stop in (piece for tensor in self.pieces for piece in tensor.ranges if piece[0] < piece[1]):
-            if joined and joined[-1][1] == start:
-                joined[-1] = (joined[-1][0], stop)
+        for file, start, stop in (piece for tensor in self.pieces for piece in tensor.ranges if piece[1] < piece[2]):
+            if joined and joined[-1][0] == file and joined[-1][2] == start:
+                joined[-1] = (file, joined[-1][1], stop)
             else:
-                joined.append((start, stop))
+                joined.append((file, start, stop))
         return tuple(joined)
 
     @property
@@ -67,13 +67,18 @@ def plan_shard(shard: Shard, edits: Mapping[str, TensorEdit]) -> ShardPlan:
     ):
         # What was dropped had padded what follows. Widest elements first, as safetensors itself writes, mends it.
         pieces = tuple(sorted(pieces, key=lambda piece: -_alignment(piece.dtype)))
-    return ShardPlan(shard.file, _header(pieces, shard.metadata, _data_start(shard)), pieces)
+    return ShardPlan(_header(pieces, shard.metadata, _data_start(shard)), pieces)
 
 
 def _piece(tensor: TensorEntry, edit: TensorEdit) -> Piece:
     name = edit.name or tensor.name
+    if edit.replacement is not None:
+        new = edit.replacement
+        if (new.dtype, new.shape) != (tensor.dtype, tensor.shape):
+            raise ValueError(f"'{tensor.name}' is {tensor.dtype} {tensor.shape}, its new data {new.dtype} {new.shape}")
+        return Piece(name, new.dtype, new.shape, ((new.file, new.start, new.stop),))
     if edit.rows is None:
-        return Piece(name, tensor.dtype, tensor.shape, ((tensor.start, tensor.stop),))
+        return Piece(name, tensor.dtype, tensor.shape, ((tensor.file, tensor.start, tensor.stop),))
     total = tensor.shape[0] if tensor.shape else 0
     flat = [0, *(border for rows in edit.rows for border in rows), total]
     if flat != sorted(flat):
@@ -86,7 +91,7 @@ def _piece(tensor: TensorEntry, edit: TensorEdit) -> Piece:
                 f"{tensor.file}: rows {start} to {stop} of tensor '{tensor.name}' ({tensor.dtype}) do not begin and "
                 "end at whole bytes, so they cannot be taken apart; convert the unquantised model."
             )
-        ranges.append((tensor.start + start * row_bits // 8, tensor.start + stop * row_bits // 8))
+        ranges.append((tensor.file, tensor.start + start * row_bits // 8, tensor.start + stop * row_bits // 8))
     return Piece(name, tensor.dtype, edit.shape(tensor), tuple(ranges))
 
 

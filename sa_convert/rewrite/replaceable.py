@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from sa_convert.errors import OutputError
 from sa_convert.units import human_bytes
@@ -35,12 +36,19 @@ def check_destination(destination: Path, overwrite: bool) -> None:
 
 
 def _is_output(folder: Path) -> bool:
-    """Whether sa-convert wrote this folder."""
+    """Whether sa-convert wrote this folder: a converted model or an analysis."""
+    if "shared_attention" in _json(folder / "config.json"):
+        return (folder / "report.json").is_file()
+    return "sa_convert" in _json(folder / "analysis.json").get("versions", ()) and (folder / "recipe.yaml").is_file()
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(config, dict) and "shared_attention" in config and (folder / "report.json").is_file()
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def check_source(destination: Path, source: Path | None) -> None:

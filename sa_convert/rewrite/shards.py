@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -106,18 +107,19 @@ def _run(jobs: Iterable[tuple[ShardPlan, Path]], advance: Callable[[int], None])
 
 def _write_shard(plan: ShardPlan, file: Path, report: Callable[[int], None]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    with plan.source.open("rb") as source, file.open("xb") as target:
+    with ExitStack() as opened, file.open("xb") as target:
         reserve(target.fileno(), plan.bytes)
         target.write(plan.header)
         target.flush()
         report(len(plan.header))
         position = len(plan.header)
-        for start, stop in plan.ranges:
+        sources = {path: opened.enter_context(path.open("rb")) for path in {path for path, _, _ in plan.ranges}}
+        for path, start, stop in plan.ranges:
             try:
-                copy_range(source.fileno(), start, stop, target.fileno(), position, report)
+                copy_range(sources[path].fileno(), start, stop, target.fileno(), position, report)
             except SourceTooShortError:
                 raise CheckpointError(
-                    f"{plan.source}: became shorter while it was copied; leave the model alone and run again."
+                    f"{path}: became shorter while it was copied; leave the model alone and run again."
                 ) from None
             position += stop - start
 

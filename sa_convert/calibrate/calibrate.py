@@ -1,0 +1,61 @@
+"""Calibration as a whole: what a recipe leaves to be found on text, its map and its refitted matrices."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sa_convert.calibrate.choose import Step, check_budget, search_map
+from sa_convert.calibrate.measure import Reference
+from sa_convert.calibrate.refit import Refit, refit
+from sa_convert.calibrate.session import open_session
+from sa_convert.data.checkpoint import Checkpoint
+from sa_convert.data.geometry import ModelGeometry
+from sa_convert.data.sharing_map import SharingMap
+from sa_convert.data.units import Units
+from sa_convert.export.shared_attention_families import Family
+
+if TYPE_CHECKING:
+    from sa_convert.data.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """sharing: the recipe's map, or the one that was found. step, refit: None where the recipe asks for none."""
+
+    sharing: SharingMap
+    step: Step | None
+    refit: Refit | None
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    family: Family,
+    geometry: ModelGeometry,
+    recipe: "Recipe",
+    sharing: SharingMap | None,
+    device: str = "auto",
+    dtype: str = "auto",
+    layer_by_layer: bool = False,
+    refits: bool = True,
+) -> Calibrated:
+    """Search and refit as the recipe says.
+
+    checkpoint: with its weights in `folder`. sharing: the recipe's map; None: to be searched. refits: False leaves the
+    refit out. layer_by_layer: see `open_session`. Raises RecipeError (a budget that cannot be met), DataError (text,
+    tokenizer) and CheckpointError (a model that cannot be loaded, or overflows).
+    """
+    refits = refits and recipe.refit == "ridge"
+    search = recipe.sharing.search
+    if sharing is None:
+        assert search is not None
+        check_budget(Units(geometry), search, recipe.origin)
+    with open_session(
+        checkpoint, family, geometry, recipe.calibration, device, dtype, layer_by_layer=layer_by_layer
+    ) as session:
+        reference = Reference(session.probe, session.samples.held_out)
+        step = None
+        if sharing is None:
+            assert search is not None
+            step = search_map(session, search, reference, recipe.origin, recipe.refit == "ridge")
+            sharing = step.sharing
+        found = refit(session, sharing.layers, reference) if refits else None
+    return Calibrated(sharing, step, found)

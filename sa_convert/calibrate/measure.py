@@ -1,0 +1,72 @@
+"""How far a base model with a map, or with other weights, is from itself as it was: loss and divergence."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from sa_convert.calibrate.probe import Probe, Rows
+from sa_convert.calibrate.sequences import Sample
+from sa_convert.data.calibrated import Distance
+from sa_convert.progress import progress
+from sa_convert.validate.perplexity import input_device
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Reference:
+    """The base model's predictions of some samples, to measure others against.
+
+    They are kept as log-probabilities in half precision: 2 bytes for each scored token and each token of the
+    vocabulary. `probe` must run the unchanged base model when this is made.
+    """
+
+    def __init__(self, probe: Probe, samples: Sequence[Sample], description: str = "base model") -> None:
+        self.probe, self.samples = probe, samples
+        self._base: list[torch.Tensor] = []
+        with progress(len(samples), description, unit="seq") as bar:
+            for sample in samples:
+                self._base.append(self._chances(sample, {}).half())
+                bar.update()
+        self.base = self._distance(iter(self._base))
+
+    def measure(self, rows: Rows, description: str = "measuring") -> Distance:
+        """The model as it is now, under a map."""
+        with progress(len(self.samples), description, unit="seq") as bar:
+
+            def chances() -> "Iterable[torch.Tensor]":
+                for sample in self.samples:
+                    yield self._chances(sample, rows)
+                    bar.update()
+
+            return self._distance(chances())
+
+    def _chances(self, sample: Sample, rows: Rows) -> "torch.Tensor":
+        """Log-probabilities (scored tokens, vocabulary) of the next token, float32 on the CPU."""
+        import torch
+
+        tokens = sample.tokens[None].to(input_device(self.probe.model))
+        with torch.inference_mode(), self.probe.sharing(rows):
+            logits = self.probe.model(input_ids=tokens, use_cache=False).logits[0, :-1]
+            return torch.log_softmax(logits[sample.scored[1:].to(logits.device)].float(), dim=-1).cpu()
+
+    def _distance(self, found: "Iterable[torch.Tensor]") -> Distance:
+        losses: list[float] = []
+        sums = {False: [0.0, 0.0, 0.0], True: [0.0, 0.0, 0.0]}  # loss, divergence, tokens; True: of repetition
+        for sample, base, chances in zip(self.samples, self._base, found, strict=True):
+            labels = sample.tokens[1:][sample.scored[1:]]
+            chances = chances.float()
+            loss = -chances.gather(1, labels[:, None]).double().mean().item()
+            certain = base.float()
+            divergence = (certain.exp() * (certain - chances)).sum(-1).double().mean().item()
+            if not sample.repetition:
+                losses.append(loss)
+            kind = sums[sample.repetition]
+            for at, value in enumerate((loss * len(labels), divergence * len(labels), float(len(labels)))):
+                kind[at] += value
+        text, repetition = sums[False], sums[True]
+        return Distance(
+            text[0] / max(text[2], 1),
+            text[1] / max(text[2], 1),
+            repetition[1] / repetition[2] if repetition[2] else None,
+            tuple(losses),
+        )

@@ -1,0 +1,161 @@
+"""Which units give up their attention, and what their heads reuse: greedy by cost, and measured again as units go.
+
+A *treatment* is what may be done to a unit: today it keeps its keys or shares. Each treatment offers itself for a unit
+with its cost and what it saves, and the search takes the offer that saves the most for its cost; another treatment
+(such as keys of low rank) is one more `Treatment`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from sa_convert.calibrate.costs import Costs, Offer
+from sa_convert.data.sharing_map import SharingMap, Source
+from sa_convert.data.units import Unit, Units
+from sa_convert.plan.rules import layer_difference
+
+
+@dataclass(frozen=True)
+class Move:
+    """A change of the plan. offers: new sources of units, the moved one and those that lose a source by it. cost: by
+    how much the expected loss rises. saved: elements of one token's cached keys that it saves."""
+
+    offers: "dict[Unit, Offer]"
+    cost: float
+    saved: int
+
+
+class Treatment(Protocol):
+    """Something that can be done to a unit to save keys."""
+
+    def moves(self, state: "State") -> Iterator[Move]:
+        """All that it can do next."""
+        ...
+
+
+class Sharing:
+    """A unit's heads reuse the attention of other heads, and all of its keys go."""
+
+    def moves(self, state: "State") -> Iterator[Move]:
+        removed = frozenset(state.chosen)
+        for unit in state.costs.second:
+            if unit in removed:
+                continue
+            after = removed | {unit}
+            offers = {}
+            for moved in (unit, *state.units.users_of(unit, state.sources)):
+                offer = state.best(moved, after)
+                if offer is None:
+                    break
+                offers[moved] = offer
+            else:
+                rise = sum(offer.cost - state.cost_of(moved) for moved, offer in offers.items())
+                yield Move(offers, rise, state.units.keys_of(unit))
+
+
+class State:
+    """Units that share so far, under costs that were measured at some map."""
+
+    def __init__(self, costs: Costs, sharing: SharingMap, treatments: tuple[Treatment, ...] = (Sharing(),)) -> None:
+        self.costs, self.units, self.treatments = costs, costs.units, treatments
+        # What is shared already costs nothing more: costs count from the map at which they were measured.
+        self.chosen = {unit: Offer(0.0, sources) for unit, sources in self.units.from_map(sharing).items()}
+        self._best: dict[Unit, Offer] = {}
+
+    @property
+    def sources(self) -> dict[Unit, tuple[Source, ...]]:
+        return {unit: offer.sources for unit, offer in self.chosen.items()}
+
+    @property
+    def sharing(self) -> SharingMap:
+        return self.units.to_map(self.sources)
+
+    @property
+    def removed(self) -> float:
+        """The part of the key cache that is saved."""
+        return self.units.removed_keys(self.chosen)
+
+    @property
+    def estimate(self) -> float:
+        """By how much the expected loss rises from the map at which costs were measured."""
+        return sum(offer.cost for offer in self.chosen.values())
+
+    def cost_of(self, unit: Unit) -> float:
+        return self.chosen[unit].cost if unit in self.chosen else 0.0
+
+    def best(self, unit: Unit, removed: frozenset[Unit]) -> Offer | None:
+        """`Costs.best`. The best offer of before is still the best while its sources are there."""
+        known = self._best.get(unit)
+        if known is not None and not any(self.units.unit_of(source) in removed for source in known.sources):
+            return known
+        offer = self.costs.best(unit, removed)
+        if offer is not None:
+            self._best[unit] = offer
+        return offer
+
+    def advance(self) -> bool:
+        """Take the move that costs least for what it saves. False: there is none."""
+        moves = [move for treatment in self.treatments for move in treatment.moves(self)]
+        if not moves:
+            return False
+        # For equal costs the first in the order of units, so that a search can be repeated.
+        best = min(moves, key=lambda move: (move.cost / move.saved, min(move.offers)))
+        self.chosen.update(best.offers)
+        return True
+
+    def extend(self, part: float) -> bool:
+        """Take moves until `part` of the key cache is saved. False: there are no more."""
+        while self.removed < part - 1e-9:
+            if not self.advance():
+                return False
+        return True
+
+    def rematch(self, least: float = 1e-5) -> int:
+        """Give units other sources where that is cheaper under these costs, by more than `least`; return how many."""
+        removed, changed = frozenset(self.chosen), 0
+        for unit in sorted(self.chosen):
+            offer = self.costs.best(unit, removed)
+            if offer is not None and offer.cost < self.chosen[unit].cost - least:
+                self.chosen[unit] = offer
+                changed += 1
+        return changed
+
+    def give_back(self, unit: Unit) -> float:
+        """By how much the expected loss changes where a unit gets its own attention again."""
+        own = tuple((unit.layer, head) for head in unit.heads)
+        return self.costs.value(unit, own) - self.chosen[unit].cost
+
+    def swap(self, least: float = 1e-4) -> bool:
+        """Give one unit back and take another for it, where the expected loss falls by more than `least`."""
+        lent = {self.units.unit_of(source) for offer in self.chosen.values() for source in offer.sources}
+        removed = frozenset(self.chosen)
+        taken = [
+            (offer.cost, unit, offer)
+            for unit in self.costs.second
+            # A source's users would change as well, which these costs do not cover.
+            if unit not in removed and unit not in lent and (offer := self.costs.best(unit, removed | {unit}))
+        ]
+        if not taken or not self.chosen:
+            return False
+        gain, back = min((self.give_back(unit), unit) for unit in self.chosen)
+        fitting = [found for found in taken if self.units.keys_of(found[1]) == self.units.keys_of(back)]
+        if not fitting:
+            return False
+        cost, unit, offer = min(fitting, key=lambda found: found[:2])
+        if gain + cost > -least:
+            return False
+        del self.chosen[back]
+        self._best.clear()  # the unit given back may be a better source than those remembered
+        self.chosen[unit] = self.costs.best(unit, frozenset(self.chosen) | {unit}) or offer
+        return True
+
+
+def most_removable(units: Units) -> float:
+    """The part of the key cache that sharing can save at the most: all but the first layer of every kind, in which no
+    head has a source."""
+    layers = units.geometry.layers
+    return units.removed_keys(
+        unit
+        for unit in units.all
+        if any(layer_difference(layers[source], layers[unit.layer]) is None for source in range(unit.layer))
+    )

@@ -1,0 +1,92 @@
+"""A base model, opened to be calibrated: run, observed, and changed in memory for a while."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sa_convert.calibrate.costs import Measure
+from sa_convert.calibrate.probe import Probe
+from sa_convert.calibrate.sequences import CalibrationSet, calibration_set
+from sa_convert.calibrate.text import load_text
+from sa_convert.data.checkpoint import Checkpoint
+from sa_convert.data.geometry import ModelGeometry
+from sa_convert.data.units import Units
+from sa_convert.export.shared_attention_families import Family
+from sa_convert.validate.load import load_base, load_tokenizer
+from sa_convert.validate.placement import Placement, place
+
+if TYPE_CHECKING:
+    from sa_convert.data.recipe import Calibration
+
+GRADIENT_BYTES_PER_WEIGHT = 2.0
+"""Free memory that gradients of activations need at most, as a multiple of the weights, for the sequences used here."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """probe: around the base model. samples: what is learned from and judged on. measure: how costs are measured.
+
+    streamed: the model does not fit in memory, so its weights come from the disk layer by layer.
+    """
+
+    checkpoint: Checkpoint
+    family: Family
+    units: Units
+    probe: Probe
+    tokenizer: Any
+    samples: CalibrationSet
+    measure: Measure
+    placement: Placement
+    seed: int
+
+    @property
+    def streamed(self) -> bool:
+        return self.placement.max_memory is not None
+
+
+@contextmanager
+def open_session(
+    checkpoint: Checkpoint,
+    family: Family,
+    geometry: ModelGeometry,
+    calibration: "Calibration",
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    layer_by_layer: bool = False,
+) -> Iterator[Session]:
+    """Load the base model in `checkpoint.folder` (safetensors or .bin) and make the calibration set.
+
+    device, dtype: see `sa_convert.validate.placement.place`. layer_by_layer: keep one layer's weights in memory at a
+    time even if all would fit. Raises DataError (text, tokenizer) and CheckpointError (model).
+    """
+    tokenizer = load_tokenizer(checkpoint.folder)
+    text = load_text(calibration.text)
+    placement = place(checkpoint.folder, device, dtype)
+    if layer_by_layer and placement.max_memory is None:
+        placement = streaming(placement)
+    length = min(calibration.length, _positions(checkpoint.folder))
+    with load_base(checkpoint.folder, placement) as loaded:
+        embeddings = loaded.model.get_input_embeddings().weight.shape[0]
+        written = None
+        if calibration.text == "builtin" and placement.max_memory is None:
+            from sa_convert.calibrate.written import written_by
+
+            written = written_by(loaded.model, tokenizer, calibration.sequences // 3, length, seed)
+        samples = calibration_set(tokenizer, embeddings, text, calibration.sequences, length, seed, written)
+        probe = Probe(loaded.model, family)
+        measure: Measure = "fisher" if placement.max_memory is None else "output error"
+        yield Session(checkpoint, family, Units(geometry), probe, tokenizer, samples, measure, placement, seed)
+
+
+def streaming(placement: Placement) -> Placement:
+    """The same placement with next to no memory for weights: they stay on the disk until their layer runs."""
+    return Placement(placement.device, placement.dtype, placement.stored, {"cpu": 1})
+
+
+def _positions(folder: Path) -> int:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return int(config.get("max_position_embeddings") or 1 << 30)
