@@ -14,7 +14,7 @@ sys.path.append(str(ROOT / "docs" / "benchmarks"))
 import quality_page
 import quality_tables
 from quality_baselines import cheapest_layers, fit_linear, replaced, span_candidates, span_rows
-from quality_counts import cache_bytes, counts_by_budget, layer_counts, named
+from quality_counts import cache_bytes, layers_around, named, whole_layers
 from quality_text import articles
 
 from sa_convert.calibrate.sequences import CalibrationSet, Sample
@@ -87,13 +87,9 @@ def test_a_deleted_layer_saves_the_bytes_of_two_shared_ones(tiny, tmp_path):
 
 
 def test_layers_nearest_to_a_budget():
-    shared = [layer_counts(Fraction(percent, 100), 30, 1) for percent in (10, 25, 40)]
-    assert shared == [[3], [7, 8], [12]]
-    deleted = [layer_counts(Fraction(percent, 100), 30, 2) for percent in (10, 25, 40)]
-    assert deleted == [[1, 2], [3, 4], [6]]
-    assert layer_counts(Fraction(1, 100), 30, 2) == [1]
-    budgets = [Fraction(10, 100), Fraction("40/3") / 100]
-    assert counts_by_budget(budgets, 30, 1) == dict(zip((3, 4), budgets, strict=True))
+    assert [whole_layers(Fraction(percent, 100), 30) for percent in (1, 10, 25, 40)] == [1, 3, 7, 12]
+    assert whole_layers(Fraction("40/3") / 100, 30) == 4
+    assert [layers_around(Fraction(percent, 100), 30) for percent in (1, 10, 25, 40)] == [[1], [1, 2], [3, 4], [6]]
 
 
 @pytest.mark.parametrize("layers", [1, 3, 7, 12])

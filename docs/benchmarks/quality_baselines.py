@@ -27,7 +27,7 @@ STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
 SCORED_TOKENS = 256
 """Of each sample, in choosing layers and spans."""
 
-SHORTLIST = 8
+SHORTLIST = 5
 """Layers that are measured again in every round after the first: the cheapest of those left."""
 
 
@@ -165,10 +165,10 @@ Spans = tuple[tuple[int, int], ...]
 
 
 def span_candidates(depth: int, layers: int) -> list[Spans]:
-    """Ways to let `layers` late layers reuse: spans of 1, 2, 3, 4 or 6 layers or one of all, one after the other, the
-    last of them ending at one of the last three layers."""
+    """Ways to let `layers` late layers reuse: spans of 1, 2 or 4 layers or one of all, one after the other, the last
+    of them ending at one of the last three layers."""
     found: list[Spans] = []
-    for size in (1, 2, 3, 4, 6, layers):
+    for size in (1, 2, 4, layers):
         count = -(-layers // size)
         sizes = [layers // count + (at < layers % count) for at in range(count)]
         for end in (depth - 1, depth - 2, depth - 3):

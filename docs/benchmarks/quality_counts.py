@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any
 
@@ -20,19 +19,16 @@ def cache_bytes(geometry: ModelGeometry, itemsize: int, without: tuple[int, ...]
     return sum(2 * layer.groups * layer.head_dim * itemsize for layer in kept)
 
 
-def layer_counts(budget: Fraction, depth: int, cached: int) -> list[int]:
-    """Whole layers that save the nearest less and the nearest more than a part `budget` of the key cache.
+def whole_layers(budget: Fraction, depth: int) -> int:
+    """The most layers, but at least one, whose keys are no more than a part `budget` of the key cache."""
+    return max(1, math.floor(budget * depth))
 
-    cached: what goes with a layer, 1 for its keys alone, 2 for keys and values.
-    """
-    exact = budget * depth / cached
+
+def layers_around(budget: Fraction, depth: int) -> list[int]:
+    """As many layers, without keys and values, as save the nearest less and the nearest more bytes than `budget` of the
+    key cache, but at least one."""
+    exact = budget * depth / 2
     return sorted({max(1, math.floor(exact)), math.ceil(exact)})
-
-
-def counts_by_budget(budgets: Iterable[Fraction], depth: int, cached: int) -> dict[int, Fraction]:
-    """For every count that a budget asks for, the budget that it is nearest to."""
-    counts = sorted({count for budget in budgets for count in layer_counts(budget, depth, cached)})
-    return {count: min(budgets, key=lambda b, count=count: abs(b * depth / cached - count)) for count in counts}
 
 
 def sequence_losses(model: Any, tokens: torch.Tensor, description: str) -> list[float]:

@@ -74,10 +74,10 @@ once, checked by its SHA-256 and never installed. Rows can be run and repeated o
 calibration and choice, not the measurement, on the number of threads that the JSON names; they depend on what else
 the machine was doing.
 
-- **The paper's spans**: `sa-convert convert` with spans, same head index, no refit. Beside the span that the paper
-  recommends (four layers before the last), the best of up to 18 ways to lay spans over that many late layers: of 1,
-  2, 3, 4, 6 or all layers, ending at each of the last three layers, chosen by the loss on held-out calibration
-  samples.
+- **The paper's spans**: `sa-convert convert` with spans, same head index, no refit; as many whole layers as fit the
+  budget. Beside the span that the paper recommends (four layers before the last), the best of 9 to 12 ways to lay spans
+  over that many late layers: of 1, 2, 4 or all layers, ending at each of the last three layers, chosen by the loss on
+  held-out calibration samples.
 - **Ours**: `sa-convert convert` with `search: {key_cache: P%}`, without and with `refit: ridge`, other settings
   default.
 - **Attention deleted**: keys and values go, so half as many layers save as much; the budget lies between two whole

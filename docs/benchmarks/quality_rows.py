@@ -24,7 +24,7 @@ from quality_baselines import (
     span_candidates,
     span_rows,
 )
-from quality_counts import cache_bytes, counts_by_budget, fingerprint, named, percent, sequence_losses
+from quality_counts import cache_bytes, fingerprint, layers_around, named, percent, sequence_losses, whole_layers
 from quality_text import domains
 
 from sa_convert.calibrate.session import Session, open_session
@@ -131,7 +131,7 @@ class Benchmark:
 
     def paper(self, budgets: list[Fraction]) -> Iterator[Row]:
         depth, heads = len(self.geometry.layers), self.geometry.layers[0].heads
-        wanted = counts_by_budget(budgets, depth, 1)
+        wanted = {whole_layers(budget, depth): budget for budget in budgets}
         wanted.setdefault(RECOMMENDED, Fraction(RECOMMENDED, depth))
         chosen: dict[int, tuple[Spans, float]] = {}
         with self.session() as session:
@@ -162,7 +162,10 @@ class Benchmark:
     def _layers(self, method: str, budgets: list[Fraction]) -> Iterator[Row]:
         """Layers replaced one by one, the cheapest first; a row for every count that a budget asks for."""
         depth = len(self.geometry.layers)
-        wanted = counts_by_budget(budgets, depth, 2)
+        wanted: dict[int, Fraction] = {}
+        for budget in budgets:
+            for count in layers_around(budget, depth):
+                wanted.setdefault(count, budget)
         start = time.perf_counter()
         seconds: dict[int, float] = {}
         order: tuple[int, ...] = ()

@@ -33,7 +33,7 @@ NEWS_SKIPPED = 150
 PASSAGE = 2500
 """Characters of an encyclopaedia article, about one sequence, so that sequences are of different articles."""
 
-SEQUENCES = {"news": 24, "encyclopaedia": 24, "built-in": 16}
+SEQUENCES = {"news": 24, "encyclopaedia": 24, "built-in": 8}
 LENGTH = 512
 OUT_OF_DOMAIN = ("news", "encyclopaedia")
 IN_DOMAIN = "built-in"
