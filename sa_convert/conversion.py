@@ -3,18 +3,24 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from sa_convert.data.checkpoint import Checkpoint
 from sa_convert.data.report import BaseModel, Change, Report, Savings, Validation
-from sa_convert.plan.plan import ConversionPlan, plan_conversion
+from sa_convert.data.sharing_map import SharingMap
+from sa_convert.data.units import Units
+from sa_convert.plan.plan import ConversionPlan, Subject, plan_conversion
+from sa_convert.progress import peak_memory
 from sa_convert.publish.report import installed_versions, write_report
 from sa_convert.read.model import open_model
+from sa_convert.rewrite.refitted import check_refittable, refit_edits
 from sa_convert.rewrite.rewrite import needed_bytes, rewrite_checkpoint
 from sa_convert.rewrite.shards import Written
 from sa_convert.rewrite.staging import Stage, staging
 
 if TYPE_CHECKING:
+    from sa_convert.calibrate.calibrate import Calibrated
     from sa_convert.data.recipe import Recipe
 
 RECIPE_FILE = "recipe.yaml"
@@ -25,7 +31,8 @@ class Options:
     """How to convert. calibration: text (see `sa_convert.calibrate.text.load_text`), or None for the recipe's.
 
     dtype, device: where and in which precision models are run ("auto": as stored, on the best device); dtype is also
-    that of the weights that a .gguf file is dequantised to.
+    that of the weights that a .gguf file is dequantised to. layer_by_layer: keep one layer's weights in memory at a
+    time wherever models are run, even if all of them would fit.
     """
 
     calibration: str | None = None
@@ -33,15 +40,31 @@ class Options:
     overwrite: bool = False
     dtype: str = "auto"
     device: str = "auto"
+    layer_by_layer: bool = False
 
     @property
     def stored_dtype(self) -> str:
         return "float32" if self.dtype == "auto" else self.dtype
 
 
-def plan(model: str, recipe: "Recipe", options: Options) -> ConversionPlan:
-    """What `convert` would do, from headers alone."""
-    return plan_conversion(open_model(model, None, options.stored_dtype), recipe)
+Announce = Callable[[str], None]
+"""Told each step of a conversion in a few words."""
+
+
+def plan(model: str, recipe: "Recipe", options: Options, announce: Announce = lambda step: None) -> ConversionPlan:
+    """What `convert` would do. From headers alone, unless the recipe asks for a search, which then runs."""
+    subject = Subject.of(open_model(model, None, options.stored_dtype))
+    recipe = _with_text(recipe, options)
+    if recipe.sharing.search is None:
+        return plan_conversion(subject, recipe)
+    _check_calibration(subject, recipe)
+    with TemporaryDirectory(prefix="sa-convert-") as workspace:
+        loaded = subject
+        if not _is_safetensors(subject.checkpoint):
+            announce("reading weights")
+            loaded = Subject.of(open_model(model, Path(workspace), options.stored_dtype))
+        found = _calibrate(loaded, recipe, None, options, announce, refits=False)
+    return plan_conversion(subject, recipe, found.sharing)
 
 
 def convert(
@@ -50,29 +73,77 @@ def convert(
     output: Path,
     options: Options,
     recipe_name: str | None = None,
-    announce: Callable[[str], None] = lambda step: None,
+    announce: Announce = lambda step: None,
 ) -> Report:
     """Convert `model` by `recipe` into the folder `output`, which appears complete or not at all.
 
-    announce: told each step in a few words. Raises a SaConvertError: GateRefused where the result is not good enough,
-    the others where the model, the recipe or the output does not allow it.
+    Raises a SaConvertError: GateRefused where the result is not good enough, the others where the model, the recipe or
+    the output does not allow it.
     """
-    conversion = plan(model, recipe, options)
-    described = conversion.checkpoint
-    space = needed_bytes(described, conversion.edits) + (0 if _is_safetensors(described) else _size(described))
+    recipe = _with_text(recipe, options)
+    subject = Subject.of(open_model(model, None, options.stored_dtype))
+    described = subject.checkpoint
+    conversion = None if recipe.sharing.search else plan_conversion(subject, recipe)
+    _check_calibration(subject, recipe)
+    space = needed_bytes(described, conversion.edits if conversion else {})
+    space += 0 if _is_safetensors(described) else _size(described)
     source = Path(model).expanduser()
     with staging(output, options.overwrite, space, source if source.exists() else None) as stage:
         if not _is_safetensors(described):
             announce("reading weights")
-            conversion = plan_conversion(open_model(model, stage.workspace, options.stored_dtype), recipe)
+            subject = Subject.of(open_model(model, stage.workspace, options.stored_dtype))
+        found = None
+        if recipe.needs:
+            sharing = conversion.sharing if conversion else None
+            found = _calibrate(subject, recipe, sharing, options, announce)
+        conversion = plan_conversion(subject, recipe, found.sharing if found else None)
+        if found and found.refit:
+            file = stage.workspace / "refitted.safetensors"
+            refitted = refit_edits(subject.checkpoint, subject.family, found.refit.changes, file)
+            conversion = replace(conversion, edits={**conversion.edits, **refitted})
         announce("rewriting weights")
         written = rewrite_checkpoint(
             conversion.checkpoint, conversion.family, conversion.sharing, conversion.edits, stage.folder
         )
         validation = _validate(conversion, recipe, options, stage, announce) if options.validate else None
         report = _report(conversion, written, validation, recipe_name)
+        report = replace(report, refit=found.refit.report if found and found.refit else None)
         _publish(report, conversion, recipe, stage)
     return report
+
+
+def _with_text(recipe: "Recipe", options: Options) -> "Recipe":
+    return recipe.with_text(options.calibration) if options.calibration else recipe
+
+
+def _check_calibration(subject: Subject, recipe: "Recipe") -> None:
+    """What can be refused before weights are read. Raises RecipeError, CheckpointError."""
+    if recipe.sharing.search is not None:
+        from sa_convert.calibrate.budget import check_budget
+
+        check_budget(Units(subject.geometry), recipe.sharing.search, recipe.origin)
+    if recipe.refit == "ridge":
+        check_refittable(subject.checkpoint, subject.family, len(subject.geometry.layers))
+
+
+def _calibrate(
+    subject: Subject,
+    recipe: "Recipe",
+    sharing: SharingMap | None,
+    options: Options,
+    announce: Announce,
+    refits: bool = True,
+) -> "Calibrated":
+    from sa_convert.calibrate.calibrate import calibrate
+    from sa_convert.units import human_bytes
+
+    announce("calibrating")
+    found = calibrate(
+        subject.checkpoint, subject.family, subject.geometry, recipe, sharing, options.device, options.dtype,
+        options.layer_by_layer, refits,
+    )  # fmt: skip
+    announce(f"calibrated; peak memory {human_bytes(peak_memory())}")
+    return found
 
 
 def _validate(
@@ -80,15 +151,17 @@ def _validate(
 ) -> Validation:
     from sa_convert.calibrate.text import load_text
     from sa_convert.validate.gate import refuse_if_failed, validate
+    from sa_convert.validate.placement import NO_MEMORY
 
     announce("validating")
     validation = validate(
         conversion.checkpoint.folder,
         stage.folder,
-        load_text(options.calibration or recipe.calibration.text),
+        load_text(recipe.calibration.text),
         recipe.gate.max_perplexity_increase,
         options.device,
         options.dtype,
+        max_memory=NO_MEMORY if options.layer_by_layer else None,
     )
     refuse_if_failed(validation)
     return validation

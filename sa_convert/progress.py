@@ -14,3 +14,11 @@ def progress(total: int | None, description: str, unit: str = "it", **options: A
 def progress_bytes(total: int, description: str) -> Any:
     """A bar that counts bytes."""
     return progress(total, description, unit="B", unit_scale=True, unit_divisor=1024)
+
+
+def peak_memory() -> int:
+    """The most bytes of memory that this process has had so far."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sa_convert.calibrate.choose import Step, check_budget, search_map
+from sa_convert.calibrate.budget import check_budget
+from sa_convert.calibrate.choose import Step, search_map
 from sa_convert.calibrate.measure import Reference
 from sa_convert.calibrate.refit import Refit, refit
 from sa_convert.calibrate.session import open_session

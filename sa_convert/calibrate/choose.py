@@ -5,14 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sa_convert.calibrate.budget import too_much
 from sa_convert.calibrate.measure import Reference
 from sa_convert.calibrate.scoring import collect
-from sa_convert.calibrate.search import State, most_removable
+from sa_convert.calibrate.search import State
 from sa_convert.calibrate.sequences import Sample
 from sa_convert.data.calibrated import Distance
 from sa_convert.data.sharing_map import SharingMap
-from sa_convert.data.units import Units
-from sa_convert.errors import RecipeError
 
 if TYPE_CHECKING:
     from sa_convert.calibrate.session import Session
@@ -77,15 +76,6 @@ def rounds(part: float) -> list[float]:
     return [part * (number + 1) / count for number in range(count)]
 
 
-def check_budget(units: Units, search: "Search", origin: "Origin") -> None:
-    """Raises RecipeError, before anything is run, where the model cannot save so much."""
-    most = most_removable(units)
-    if most == 0:
-        raise RecipeError("No layer of this model can reuse the attention of an earlier one, so nothing can be shared.")
-    if search.key_cache is not None and search.key_cache > most + 1e-9:
-        raise _too_much(search.key_cache, most, origin)
-
-
 def search_map(session: "Session", search: "Search", reference: Reference, origin: "Origin", refits: bool) -> Step:
     """The map for a recipe's search. refits: a refit follows, so a limit on perplexity holds for the model after it.
 
@@ -104,12 +94,5 @@ def _for_key_cache(session: "Session", part: float, reference: Reference, origin
     for step in path(session, rounds(part), reference):
         last = step
     if last is None or last.removed < part - 1e-9:
-        raise _too_much(part, last.removed if last else 0.0, origin)
+        raise too_much(part, last.removed if last else 0.0, origin)
     return last
-
-
-def _too_much(asked: float, most: float, origin: "Origin") -> RecipeError:
-    return RecipeError(
-        f"{origin.at('sharing', 'search', 'key_cache')}: {asked * 100:.4g}% of the key cache is more than sharing can "
-        f"save of this model, which is {most:.1%} at the most: write {math.floor(most * 100)}% or less."
-    )

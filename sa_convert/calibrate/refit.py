@@ -32,21 +32,10 @@ SHARES = (1.0, 0.5)
 
 
 @dataclass(frozen=True)
-class Matrices:
-    """(output, input) of a projection, float32: of the base, and fitted."""
-
-    base: "torch.Tensor"
-    fitted: "torch.Tensor"
-
-    def between(self, share: float) -> "torch.Tensor":
-        return self.fitted if share == 1.0 else self.base + share * (self.fitted - self.base)
-
-
-@dataclass(frozen=True)
 class Refit:
-    """weights: (output, input) of each refitted projection by layer, float32."""
+    """changes: (output, input) by layer, float32: what to add to the weight of its output projection."""
 
-    weights: "Mapping[int, torch.Tensor]"
+    changes: "Mapping[int, torch.Tensor]"
     report: RefitReport
 
 
@@ -60,18 +49,18 @@ def refit(session: "Session", rows: Rows, reference: Reference) -> Refit:
     before = reference.measure(rows, "without refit")
     about = (samples.text, len(samples.fit), len(samples.fit[0].tokens))
     for share in SHARES if fitted else ():
-        weights = {layer: matrices.between(share) for layer, matrices in fitted.items()}
-        with replaced(probe, weights):
+        changes = {layer: share * change for layer, change in fitted.items()}
+        with changed(probe, changes):
             after = reference.measure(rows, "with refit")
         if after.no_worse(before):
-            return Refit(weights, RefitReport(share, layers, before, after, *about))
+            return Refit(changes, RefitReport(share, layers, before, after, *about))
     return Refit({}, RefitReport(0.0, layers, before, before, *about))
 
 
 def fit_layers(
     probe: Probe, rows: Rows, fit: tuple[Sample, ...], held_out: tuple[Sample, ...]
-) -> "tuple[dict[int, Matrices], dict[int, LayerRefit]]":
-    """The matrices that help on held-out samples, by layer, and what was found for every layer."""
+) -> "tuple[dict[int, torch.Tensor], dict[int, LayerRefit]]":
+    """The changes (output, input) that help on held-out samples, by layer, and what was found for every layer."""
     import torch
 
     samples = (*fit, *held_out)
@@ -81,7 +70,7 @@ def fit_layers(
     loans: list[Loans] = [{} for _ in chunks]
     first, last = min(rows, default=0), max(rows, default=-1)
     found: dict[int, LayerRefit] = {}
-    matrices: dict[int, Matrices] = {}
+    changes: dict[int, torch.Tensor] = {}
     with progress(last + 1, "refit", unit="layer") as bar, torch.no_grad():
         for layer in range(last + 1):
             if layer == first:
@@ -90,19 +79,19 @@ def fit_layers(
                 work = _LayerFit(probe, replay, rows, layer, samples, len(fit))
                 for chunk, loan in zip(chunks, loans, strict=True):
                     base[chunk] = work.add(base[chunk], shared[chunk], dict(loan), chunk)
-                matrix, found[layer] = work.solve()
-                if matrix is not None:
-                    matrices[layer] = matrix
+                change, found[layer] = work.solve()
+                if change is not None:
+                    changes[layer] = change
             elif layer > first:
                 for chunk in chunks:
                     base[chunk] = replay.run(layer, base[chunk])
-            refitted = {layer: matrices[layer].fitted} if layer in matrices else {}
-            with replaced(probe, refitted), probe.sharing(rows):
+            here = {layer: changes[layer]} if layer in changes else {}
+            with changed(probe, here), probe.sharing(rows):
                 for chunk, loan in zip(chunks, loans, strict=True):
                     with probe.lending(loan):
                         shared[chunk] = replay.run(layer, shared[chunk])
             bar.update()
-    return matrices, found
+    return changes, found
 
 
 @dataclass
@@ -116,7 +105,6 @@ class _LayerFit:
     samples: tuple[Sample, ...]
     fitted: int
     sums: dict[tuple[bool, bool], Sums] = field(default_factory=dict)
-    base_weight: "torch.Tensor | None" = None
 
     def add(self, base: "torch.Tensor", shared: "torch.Tensor", loan: Loans, chunk: slice) -> "torch.Tensor":
         """Add a chunk's states (B, T, hidden) before the layer; return the base's after it."""
@@ -127,8 +115,6 @@ class _LayerFit:
 
         def take(inputs: "torch.Tensor", output: "torch.Tensor") -> None:
             seen.append((inputs.reshape(*output.shape[:-1], -1).float().cpu(), output.float().cpu()))
-            if self.base_weight is None:
-                self.base_weight = projection.weight.detach().float().cpu().clone()
 
         with captured(projection, take):
             after = self.replay.run(self.layer, base)
@@ -141,8 +127,8 @@ class _LayerFit:
             self.sums.setdefault(key, Sums()).add(x, error)
         return after
 
-    def solve(self) -> tuple[Matrices | None, LayerRefit]:
-        """The matrices, or None where no strength helps on all held-out samples."""
+    def solve(self) -> "tuple[torch.Tensor | None, LayerRefit]":
+        """The change (output, input), or None where no strength helps on all held-out samples."""
         fit = combine([(1.0, sums) for (fitted, _), sums in self.sums.items() if fitted])
         held = {repetition: sums for (fitted, repetition), sums in self.sums.items() if not fitted}
         best: tuple[float, float, Any, dict[bool, float]] | None = None
@@ -154,26 +140,26 @@ class _LayerFit:
                 best = mean, strength, change, left
         if best is None:
             return None, LayerRefit(None, 1.0, 1.0 if True in held else None)
-        assert self.base_weight is not None
         _, strength, change, left = best
         # The projection holds (output, input); least squares finds (input, output).
-        matrices = Matrices(self.base_weight, self.base_weight + change.T)
-        return matrices, LayerRefit(strength, left.get(False, 1.0), left.get(True))
+        return change.T.contiguous(), LayerRefit(strength, left.get(False, 1.0), left.get(True))
 
 
 @contextmanager
-def replaced(probe: Probe, weights: "Mapping[int, torch.Tensor]") -> Iterator[None]:
-    """While open, these layers' output projections use these matrices (output, input)."""
-    import torch
+def changed(probe: Probe, changes: "Mapping[int, torch.Tensor]") -> Iterator[None]:
+    """While open, these layers' output projections have these changes (output, input) added to their weights.
+
+    The weights themselves stay, and may be anywhere: they are only in memory while their module runs.
+    """
     from torch.nn import functional
 
-    def hook(matrix: "torch.Tensor") -> Any:
-        def apply(module: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-            return functional.linear(args[0], matrix.to(output.device, output.dtype), module.bias)
+    def hook(change: "torch.Tensor") -> Any:
+        def apply(_: Any, args: Any, output: "torch.Tensor") -> "torch.Tensor":
+            return output + functional.linear(args[0], change.to(output.device, output.dtype))
 
         return apply
 
-    handles = [probe.output_projections[layer].register_forward_hook(hook(matrix)) for layer, matrix in weights.items()]
+    handles = [probe.output_projections[layer].register_forward_hook(hook(change)) for layer, change in changes.items()]
     try:
         yield
     finally:

@@ -11,8 +11,7 @@ from typing import Protocol
 
 from sa_convert.calibrate.costs import Costs, Offer
 from sa_convert.data.sharing_map import SharingMap, Source
-from sa_convert.data.units import Unit, Units
-from sa_convert.plan.rules import layer_difference
+from sa_convert.data.units import Unit
 
 
 @dataclass(frozen=True)
@@ -148,14 +147,3 @@ class State:
         self._best.clear()  # the unit given back may be a better source than those remembered
         self.chosen[unit] = self.costs.best(unit, frozenset(self.chosen) | {unit}) or offer
         return True
-
-
-def most_removable(units: Units) -> float:
-    """The part of the key cache that sharing can save at the most: all but the first layer of every kind, in which no
-    head has a source."""
-    layers = units.geometry.layers
-    return units.removed_keys(
-        unit
-        for unit in units.all
-        if any(layer_difference(layers[source], layers[unit.layer]) is None for source in range(unit.layer))
-    )

@@ -16,13 +16,10 @@ from sa_convert.data.geometry import ModelGeometry
 from sa_convert.data.units import Units
 from sa_convert.export.shared_attention_families import Family
 from sa_convert.validate.load import load_base, load_tokenizer
-from sa_convert.validate.placement import Placement, place
+from sa_convert.validate.placement import NO_MEMORY, Placement, place
 
 if TYPE_CHECKING:
     from sa_convert.data.recipe import Calibration
-
-GRADIENT_BYTES_PER_WEIGHT = 2.0
-"""Free memory that gradients of activations need at most, as a multiple of the weights, for the sequences used here."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +62,7 @@ def open_session(
     """
     tokenizer = load_tokenizer(checkpoint.folder)
     text = load_text(calibration.text)
-    placement = place(checkpoint.folder, device, dtype)
-    if layer_by_layer and placement.max_memory is None:
-        placement = streaming(placement)
+    placement = place(checkpoint.folder, device, dtype, NO_MEMORY if layer_by_layer else None)
     length = min(calibration.length, _positions(checkpoint.folder))
     with load_base(checkpoint.folder, placement) as loaded:
         embeddings = loaded.model.get_input_embeddings().weight.shape[0]
@@ -80,11 +75,6 @@ def open_session(
         probe = Probe(loaded.model, family)
         measure: Measure = "fisher" if placement.max_memory is None else "output error"
         yield Session(checkpoint, family, Units(geometry), probe, tokenizer, samples, measure, placement, seed)
-
-
-def streaming(placement: Placement) -> Placement:
-    """The same placement with next to no memory for weights: they stay on the disk until their layer runs."""
-    return Placement(placement.device, placement.dtype, placement.stored, {"cpu": 1})
 
 
 def _positions(folder: Path) -> int:

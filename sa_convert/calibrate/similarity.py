@@ -57,8 +57,8 @@ def attention_statistics(
             bar.update()
     if not bool(torch.isfinite(cosines.sum() + variance.sum())):
         raise CheckpointError(
-            "The model's attention weights are not finite on the calibration text: its weights are damaged, or overflow "
-            f"in {str(probe.model.dtype).removeprefix('torch.')}: get the model anew, or give a wider --dtype."
+            "Attention weights are not finite on the calibration text: the model's weights are damaged, or overflow in "
+            f"{str(probe.model.dtype).removeprefix('torch.')}: get the model anew, or give a wider --dtype."
         )
     similarity, matched = _by_layer(cosines / len(text), units)
     return AttentionStatistics(

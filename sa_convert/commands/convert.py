@@ -13,11 +13,16 @@ from sa_convert.commands.options import PERCENT, echo_json, json_option, model_a
     "--recipe", "recipe_name", required=True, metavar="NAME-or-FILE", help="A shipped recipe, or a YAML file."
 )
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder to make.")
-@click.option("--dry-run", is_flag=True, help="Show the plan and the savings; write nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Show the plan and the savings (after a search, if the recipe asks for one); write nothing.",
+)
 @click.option(
     "--calibration",
     metavar="TEXT",
-    help="builtin, a .txt, .md or .jsonl file, or hub:DATASET[:CONFIG[:SPLIT]]; default: the recipe's.",
+    help="Text to calibrate on, and other parts of it to validate on: builtin, a .txt, .md or .jsonl file, or "
+    "hub:DATASET[:CONFIG[:SPLIT]]; default: the recipe's.",
 )
 @click.option(
     "--max-perplexity-increase", type=PERCENT, metavar="PERCENT", help="The gate, such as 5%; default: the recipe's."
@@ -32,6 +37,11 @@ from sa_convert.commands.options import PERCENT, echo_json, json_option, model_a
     help="Precision in which the models are run (auto: as stored), and of weights read from a .gguf file.",
 )
 @click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="Such as cpu, cuda or cuda:1.")
+@click.option(
+    "--layer-by-layer",
+    is_flag=True,
+    help="Keep one layer's weights in memory at a time, as is done anyway where the model does not fit.",
+)
 @json_option
 def command(
     model: str,
@@ -44,6 +54,7 @@ def command(
     overwrite: bool,
     dtype: str,
     device: str,
+    layer_by_layer: bool,
     as_json: bool,
 ) -> None:
     """Convert MODEL by a recipe into the folder DIR.
@@ -53,7 +64,7 @@ def command(
 
     \b
     Examples:
-      sa-convert convert ./Llama-3-8B --recipe late-span -o ./Llama-3-8B-shared
+      sa-convert convert ./Llama-3-8B --recipe balanced -o ./Llama-3-8B-shared
       sa-convert convert model.gguf --recipe my.yaml -o out --max-perplexity-increase 3%
       sa-convert convert ./model --recipe late-span -o out --dry-run
     """
@@ -64,9 +75,13 @@ def command(
     recipe = load_recipe(recipe_name)
     if max_perplexity_increase is not None:
         recipe = recipe.with_gate(max_perplexity_increase)
-    options = Options(calibration, not no_validate, overwrite, dtype, device)
+    options = Options(calibration, not no_validate, overwrite, dtype, device, layer_by_layer)
+
+    def announce(step: str) -> None:
+        click.echo(f"{step} ...", err=True)
+
     if dry_run:
-        conversion = plan(model, recipe, options)
+        conversion = plan(model, recipe, options, announce)
         if as_json:
             echo_json(plan_json(conversion))
         else:
@@ -74,7 +89,7 @@ def command(
         return
     # The name of a file, not its path: the report holds nothing of this machine.
     shown = Path(recipe_name).name
-    report = convert(model, recipe, output, options, shown, lambda step: click.echo(f"{step} ...", err=True))
+    report = convert(model, recipe, output, options, shown, announce)
     if as_json:
         echo_json(report.to_json())
     else:

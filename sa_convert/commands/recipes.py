@@ -10,7 +10,7 @@ def command(name: str | None) -> None:
 
     NAME is a shipped recipe or a recipe file; it is checked and printed as it is written.
     """
-    from sa_convert.plan.recipe_file import load_recipe, missing_features, recipe_text, shipped_recipes
+    from sa_convert.plan.recipe_file import load_recipe, recipe_text, shipped_recipes
 
     if name is not None:
         click.echo(recipe_text(name), nl=False)
@@ -18,6 +18,4 @@ def command(name: str | None) -> None:
     recipes = {name: load_recipe(name) for name in shipped_recipes()}
     width = max(map(len, recipes))
     for shipped, recipe in recipes.items():
-        missing = missing_features(recipe)
-        note = f" (needs {' and '.join(missing)}: not in this version)" if missing else ""
-        click.echo(f"{shipped:<{width}}  {recipe.description}{note}")
+        click.echo(f"{shipped:<{width}}  {recipe.description}")

@@ -175,6 +175,11 @@ class Recipe(_Frozen):
         gate = Gate.model_construct(max_perplexity_increase=max_perplexity_increase)
         return self.model_copy(update={"gate": gate})
 
+    def with_text(self, text: str) -> "Recipe":
+        """The same recipe with other text to calibrate on."""
+        calibration = self.calibration.model_copy(update={"text": text})
+        return self.model_copy(update={"calibration": calibration})
+
     def resolved(self, sharing: SharingMap) -> "Recipe":
         """The same recipe with the sharing that came of it, as an explicit map."""
         rows = cast("dict[int | str, Any]", dict(sharing.layers))

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sa_convert.data.calibrated import RefitReport
 from sa_convert.data.sharing_map import SharingMap
 
 
@@ -134,6 +135,7 @@ class Report:
     decode_check: DecodeCheck | None = None
     gate: GateResult | None = None
     copying: CopyingReport | None = None
+    refit: RefitReport | None = None
     recipe: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -153,6 +155,7 @@ class Report:
             "decode_check": self.decode_check and _decode_json(self.decode_check),
             "gate": self.gate and asdict(self.gate),
             "copying": self.copying and _copying_json(self.copying),
+            "refit": self.refit and self.refit.to_json(),
             "versions": dict(sorted(self.versions.items())),
         }
 

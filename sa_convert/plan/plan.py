@@ -36,26 +36,36 @@ class ConversionPlan:
         return self.sharing.reused_groups(self.geometry)
 
 
-def plan_conversion(checkpoint: Checkpoint, recipe: "Recipe") -> ConversionPlan:
-    """Resolve a recipe for a checkpoint.
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint of which is known what it is."""
 
-    Raises UnsupportedModelError or CheckpointError for the model, RecipeError for what the recipe asks, SharingError
-    where the resulting map breaks a rule.
+    checkpoint: Checkpoint
+    family: Family
+    geometry: ModelGeometry
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "Subject":
+        """Raises UnsupportedModelError or CheckpointError."""
+        family = family_of(checkpoint.config, checkpoint.tensors)
+        return cls(checkpoint, family, geometry_of(checkpoint, family))
+
+
+def plan_conversion(subject: Subject, recipe: "Recipe", sharing: SharingMap | None = None) -> ConversionPlan:
+    """Resolve a recipe for a checkpoint. sharing: the map that a search has found, or None for the recipe's own.
+
+    Raises RecipeError for what the recipe asks, SharingError where the resulting map breaks a rule.
     """
-    from sa_convert.plan.recipe_file import refuse_unbuilt
     from sa_convert.plan.spans import sharing_of
 
-    refuse_unbuilt(recipe)
-    family = family_of(checkpoint.config, checkpoint.tensors)
-    geometry = geometry_of(checkpoint, family)
-    sharing = sharing_of(recipe, geometry)
-    check_map(sharing, geometry)
+    sharing = sharing or sharing_of(recipe, subject.geometry)
+    check_map(sharing, subject.geometry)
     if not sharing.layers:
         raise RecipeError(
             f"{recipe.origin.at('sharing')}: no head reuses another, so there is nothing to convert; "
             "name at least one source."
         )
-    return plan_sharing(checkpoint, family, geometry, sharing)
+    return plan_sharing(subject.checkpoint, subject.family, subject.geometry, sharing)
 
 
 def plan_sharing(

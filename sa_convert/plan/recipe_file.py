@@ -16,9 +16,6 @@ from sa_convert.plan.yaml_lines import parse_yaml
 if TYPE_CHECKING:
     from sa_convert.data.recipe import Recipe
 
-UNBUILT = frozenset({"search", "ridge refit"})
-"""What recipes may ask for (`Recipe.needs`) but this version cannot do."""
-
 _SUFFIXES = (".yaml", ".yml", ".json")
 _LARGEST = 16 * 1024 * 1024
 
@@ -124,27 +121,6 @@ def dump_recipe(recipe: "Recipe", sharing: SharingMap | None = None) -> str:
     else:
         del content["calibration"]
     return yaml.dump(content, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1_000_000)
-
-
-def missing_features(recipe: "Recipe") -> list[str]:
-    """What the recipe needs and this version cannot do, in words."""
-    return sorted(recipe.needs & UNBUILT, reverse=True)
-
-
-def refuse_unbuilt(recipe: "Recipe") -> None:
-    """Raise RecipeError, naming the line, where the recipe asks for what this version cannot do."""
-    paths: dict[str, tuple[str, ...]] = {"search": ("sharing", "search"), "ridge refit": ("refit",)}
-    for feature in missing_features(recipe):
-        raise RecipeError(
-            f"{recipe.origin.at(*paths[feature])}: this version has no {feature}; "
-            "it converts recipes with spans or map, and with refit: none"
-        )
-    for layer in recipe.sharing.map or {}:
-        if isinstance(layer, str):
-            raise RecipeError(
-                f"{recipe.origin.at('sharing', 'map', layer)}: layer '{layer}' belongs to an encoder-decoder model; "
-                "this version converts decoder-only models, whose layers are plain numbers"
-            )
 
 
 def _read(path: Path, name: str) -> str:

@@ -22,8 +22,19 @@ def sharing_of(recipe: "Recipe", geometry: ModelGeometry) -> SharingMap:
     if recipe.sharing.spans is not None:
         return resolve_spans(recipe.sharing.spans, geometry, recipe.origin)
     if recipe.sharing.map is not None:
+        refuse_stacks(recipe)
         return SharingMap.from_json(recipe.sharing.map)
     raise RecipeError(f"{recipe.origin.at('sharing', 'search')}: a search has no map before it has run")
+
+
+def refuse_stacks(recipe: "Recipe") -> None:
+    """Raise RecipeError, naming the line, where a map names layers of an encoder-decoder model."""
+    for layer in recipe.sharing.map or {}:
+        if isinstance(layer, str):
+            raise RecipeError(
+                f"{recipe.origin.at('sharing', 'map', layer)}: layer '{layer}' belongs to an encoder-decoder model; "
+                "this version converts decoder-only models, whose layers are plain numbers"
+            )
 
 
 def resolve_spans(spans: "Sequence[Span]", geometry: ModelGeometry, origin: "Origin | None" = None) -> SharingMap:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sa_convert.data.report import Change, PerplexityReport, Report
 from sa_convert.data.sharing_map import Source
 from sa_convert.publish import figure
-from sa_convert.publish.report import sharing_summary
+from sa_convert.publish.report import refit_summary, sharing_summary
 from sa_convert.units import format_percent, human_bytes
 
 if TYPE_CHECKING:
@@ -179,6 +179,8 @@ def _costs(report: Report) -> Iterator[str]:
             f"Copying from the context ({copying.period} random tokens repeated; {copying.tokens:,} repeated tokens): "
             f"loss {copying.before:.2f} nats per token before, **{copying.after:.2f}** after ({copying.increase:+.2f})."
         )
+    if report.refit is not None and report.refit.share:
+        yield f"Output projections were refitted by ridge regression: {refit_summary(report.refit)}."
     tokens = "the same" if check.same_greedy_tokens else "other"
     yield (
         f"Decoding with a cache against one pass without: logits differ by at most "

@@ -17,6 +17,10 @@ HEADROOM = 0.8
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
+NO_MEMORY: Mapping[int | str, int] = {"cpu": 1}
+"""Bounds with which all weights stay on the disk until their layer runs."""
+
+
 @dataclass(frozen=True)
 class Placement:
     """device: "cpu", "cuda", "cuda:1", "mps". dtype: of the computation. stored: dtype of the weights in the files.
