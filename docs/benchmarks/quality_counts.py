@@ -25,10 +25,11 @@ def whole_layers(budget: Fraction, depth: int) -> int:
 
 
 def layers_around(budget: Fraction, depth: int) -> list[int]:
-    """As many layers, without keys and values, as save the nearest less and the nearest more bytes than `budget` of the
-    key cache, but at least one."""
+    """The fewest layers that, without keys and values, save as many bytes as `budget` of the key cache; before it one
+    less, where that number saves over a tenth more than it should."""
     exact = budget * depth / 2
-    return sorted({max(1, math.floor(exact)), math.ceil(exact)})
+    most = math.ceil(exact)
+    return [most] if most <= exact * Fraction(11, 10) or most == 1 else [most - 1, most]
 
 
 def sequence_losses(model: Any, tokens: torch.Tensor, description: str) -> list[float]:

@@ -80,8 +80,8 @@ the machine was doing.
   held-out calibration samples.
 - **Ours**: `sa-convert convert` with `search: {key_cache: P%}`, without and with `refit: ridge`, other settings
   default.
-- **Attention deleted**: keys and values go, so half as many layers save as much; the budget lies between two whole
-  layers, and both are shown. LLM-Drop ranks layers by the cosine similarity of a block's input and output; here every
+- **Attention deleted**: keys and values go, so half as many layers save as much. Where whole layers miss the budget by
+  over a tenth, the next smaller number is shown, too. LLM-Drop ranks layers by the cosine similarity of a block's input and output; here every
   layer's deletion is measured on held-out calibration samples, and the cheapest are measured again after each choice,
   which needs more time and should be no worse.
 - **Attention made linear**: an affine map of the normalised input, fitted by least squares (ridge strength chosen per
