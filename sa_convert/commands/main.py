@@ -18,6 +18,7 @@ from sa_convert.errors import SaConvertError
 
 COMMANDS = {
     "inspect": "sa_convert.commands.inspect",
+    "analyze": "sa_convert.commands.analyze",
     "convert": "sa_convert.commands.convert",
     "evaluate": "sa_convert.commands.evaluate",
     "recipes": "sa_convert.commands.recipes",

@@ -1,0 +1,78 @@
+"""`sa-convert analyze`: what sharing would cost a model, and where."""
+
+from pathlib import Path
+
+import click
+
+from sa_convert.commands.options import PERCENT, echo_json, json_option, model_argument
+
+
+@click.command("analyze")
+@model_argument
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder to make.")
+@click.option(
+    "--key-cache",
+    type=PERCENT,
+    default="25%",
+    show_default=True,
+    metavar="PERCENT",
+    help="Part of the key cache that the recipe is to remove.",
+)
+@click.option(
+    "--calibration",
+    "text",
+    default="builtin",
+    show_default=True,
+    metavar="TEXT",
+    help="builtin, a .txt, .md or .jsonl file, or hub:DATASET[:CONFIG[:SPLIT]]; its calibration part is used.",
+)
+@click.option("--sequences", type=click.IntRange(min=2), default=32, show_default=True, help="Sequences of text.")
+@click.option("--length", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of a sequence.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of everything that is random.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Precision in which the model is run (auto: as stored), and of weights read from a .gguf file.",
+)
+@click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="Such as cpu, cuda or cuda:1.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier result at DIR.")
+@json_option
+def command(
+    model: str,
+    output: Path,
+    key_cache: float,
+    text: str,
+    sequences: int,
+    length: int,
+    seed: int,
+    dtype: str,
+    device: str,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Find out what sharing attention would cost MODEL, group by group, and write it into the folder DIR.
+
+    DIR holds analysis.json, figures (similarity of the layers' attention, its isotropy and variance, cost of each KV
+    group, loss against key cache removed, sources) and recipe.yaml, a map for `sa-convert convert` that removes as much
+    of the key cache as --key-cache says. It appears complete or not at all. The model itself is not changed.
+
+    \b
+    Examples:
+      sa-convert analyze ./Llama-3-8B -o analysis
+      sa-convert convert ./Llama-3-8B --recipe analysis/recipe.yaml -o ./Llama-3-8B-shared
+      sa-convert analyze ./model -o analysis --key-cache 10% --calibration my.txt --sequences 16
+    """
+    from sa_convert.analysis import Options, analyze
+    from sa_convert.commands.rendering_analysis import render_analysis
+
+    if not 0 < key_cache < 1:
+        raise click.BadParameter("must be more than 0% and less than 100%.", param_hint="'--key-cache'")
+    options = Options(key_cache, text, sequences, length, seed, device, dtype, overwrite)
+    analysis = analyze(model, output, options, lambda step: click.echo(f"{step} ...", err=True))
+    if as_json:
+        echo_json(analysis.to_json())
+    else:
+        click.echo(render_analysis(analysis))
+        click.echo(f"\nWritten to {output}")

@@ -1,0 +1,39 @@
+"""How an analysis is shown in a terminal."""
+
+import math
+from collections.abc import Iterator
+
+from sa_convert.data.analysis import Analysis
+from sa_convert.units import human_bytes
+
+SHOWN = 5
+"""Units that are listed."""
+
+
+def render_analysis(analysis: Analysis) -> str:
+    """An aligned table, without a final newline."""
+    rows = list(_rows(analysis))
+    width = max(len(label) for label, _ in rows) + 2
+    return "\n".join(f"{label:<{width}}{text}".rstrip() for label, text in rows)
+
+
+def _rows(analysis: Analysis) -> Iterator[tuple[str, str]]:
+    text = analysis.calibration
+    yield "Base model", f"{analysis.base_model.id} ({analysis.family}), run in {analysis.dtype}"
+    yield "Calibration", f"{text.text}: {text.sequences} sequences of {text.length} tokens, seed {text.seed}"
+    yield "Costs", f"{analysis.measure}, in {analysis.cost_unit}"
+    priced = sorted((cost for cost in analysis.costs if cost.cost is not None), key=lambda cost: cost.cost or 0.0)
+    for number, cost in enumerate(priced[:SHOWN]):
+        groups = "all heads" if len(cost.unit.groups) > 1 else f"group {cost.unit.groups[0]}"
+        sources = ", ".join(f"{layer}.{head}" for layer, head in (cost.sources or ())[:8])
+        more = ", ..." if len(cost.sources or ()) > 8 else ""
+        label = "Cheapest" if number == 0 else ""
+        yield label, f"layer {cost.unit.layer} {groups}: {cost.cost:.2g}, sources (layer.head) {sources}{more}"
+    for number, point in enumerate(analysis.curve):
+        change = f"loss {point.measured_loss:+.4f} nats ({math.expm1(point.measured_loss):+.2%} perplexity)"
+        label = "Key cache removed" if number == 0 else ""
+        yield label, f"{point.key_cache_removed:5.1%}: {change}, {point.groups} groups reuse"
+    yield "", "measured on held-out sequences, without refit"
+    layers = len(analysis.sharing.layers)
+    yield "Recipe", f"removes {analysis.key_cache_removed:.1%} of the key cache; heads of {layers} layers reuse"
+    yield "Peak memory", human_bytes(analysis.peak_memory)

@@ -1,0 +1,66 @@
+"""Charts of attention weights, after the figures of arXiv 2407.12866: similarity of layers, isotropy and variance."""
+
+from typing import TYPE_CHECKING
+
+from sa_convert.data.analysis import Analysis
+from sa_convert.publish.chart_parts import BLUE, NOTHING, ORANGE, array, layer_axis, paper
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def similarity_chart(analysis: Analysis) -> "Figure":
+    """Cosine similarity of attention weights, layers by layers: same head index, and best-matching head."""
+    import matplotlib
+
+    layers = len(analysis.heads)
+    figure = paper(f"{analysis.base_model.id}: similarity of attention weights between layers", 10.5, 5.2)
+    left, right = figure.subplots(1, 2)
+    colours = matplotlib.colormaps["viridis"].with_extremes(bad=NOTHING)
+    panels = (
+        (left, analysis.attention.similarity, "heads of the same index (as in the paper)", "layer", "layer"),
+        (right, analysis.attention.matched, "best-matching heads", "layer in which the match is", "layer of the head"),
+    )
+    for axes, matrix, title, x, y in panels:
+        image = axes.imshow(array(matrix), cmap=colours, vmin=0, vmax=1, origin="lower", interpolation="nearest")
+        axes.set_title(title, fontsize=10)
+        axes.set(xlabel=x, ylabel=y)
+        layer_axis(axes.xaxis, layers)
+        layer_axis(axes.yaxis, layers)
+    label = "cosine similarity, mean over heads and sequences"
+    figure.colorbar(
+        image, ax=[left, right], label=label, shrink=0.85, extend="min" if _negative(analysis) else "neither"
+    )
+    return figure
+
+
+def isotropy_chart(analysis: Analysis) -> "Figure":
+    """Isotropy (mean similarity to the other layers) and variance of attention weights, by layer."""
+    import numpy
+
+    layers = len(analysis.heads)
+    matched = array(analysis.attention.matched)
+    # A head can only reuse what an earlier layer computes.
+    earlier = [float(numpy.max(matched[layer, :layer])) if layer else float("nan") for layer in range(layers)]
+    isotropy = [float("nan") if value is None else value for value in analysis.attention.isotropy]
+    figure = paper(f"{analysis.base_model.id}: isotropy and variance of attention weights by layer", 9, 6)
+    above, below = figure.subplots(2, 1, sharex=True)
+    size = 5 if layers <= 40 else 3.5
+    label = "isotropy: heads of the same index, mean over all other layers"
+    above.plot(isotropy, "o-", color=BLUE, markersize=size, label=label)
+    label = "best-matching heads of the best earlier layer"
+    above.plot(earlier, "s--", color=ORANGE, markersize=size, label=label)
+    above.set(ylabel="cosine similarity", ylim=(0, 1))
+    above.legend(fontsize=9, loc="best")
+    below.plot(analysis.attention.variance, "o-", color=BLUE, markersize=size)
+    below.set(xlabel="layer", ylabel="variance of attention weights")
+    below.set_title(f"sequences of {analysis.calibration.length} tokens", fontsize=10)
+    below.set_ylim(bottom=0)
+    layer_axis(below.xaxis, layers)
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def _negative(analysis: Analysis) -> bool:
+    return any(value is not None and value < 0 for row in analysis.attention.similarity for value in row)
