@@ -21,6 +21,10 @@ RERUN = "(run again with SA_CONVERT_DEBUG=1 for a traceback to report).\n"
 # Scripts rely on these. `convert`'s are those of its own tests.
 SURFACE = {
     "inspect": ["MODEL", "--json"],
+    "analyze": [
+        "MODEL", "-o", "--key-cache", "--calibration", "--sequences", "--length", "--seed", "--dtype", "--device",
+        "--overwrite", "--json",
+    ],
     "evaluate": [
         "MODEL", "--against", "--text", "--sequences", "--length", "--seed", "--dtype", "--device",
         "--trust-remote-code", "--json",
@@ -50,7 +54,7 @@ def run_program(program: str, **environment: str) -> subprocess.CompletedProcess
 
 def test_surface_is_frozen():
     context = click.Context(cli)
-    assert cli.list_commands(context) == ["inspect", "convert", "evaluate", "recipes"]
+    assert cli.list_commands(context) == ["inspect", "analyze", "convert", "evaluate", "recipes"]
     for name, expected in SURFACE.items():
         command = cli.get_command(context, name)
         names = [p.opts[0] if isinstance(p, click.Option) else p.make_metavar(context) for p in command.params]
