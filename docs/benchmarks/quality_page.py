@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 from statistics import fmean
+from textwrap import fill
 
 from quality_tables import (
     METHODS,
@@ -21,6 +22,12 @@ from quality_text import IN_DOMAIN, LENGTH, OUT_OF_DOMAIN, SEQUENCES
 
 DOCS = Path(__file__).parents[1]
 PAGE, FIGURE = DOCS / "quality.md", DOCS / "figures" / "quality.png"
+TICKS = (0, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+
+
+def filled(text: str) -> str:
+    """Paragraphs with lines of the usual length."""
+    return "\n\n".join(fill(paragraph, 118, break_on_hyphens=False) for paragraph in text.split("\n\n"))
 
 
 def page(results: Row) -> str:
@@ -31,8 +38,12 @@ def page(results: Row) -> str:
     versions = "; ".join(", ".join(f"{name} {value}" for name, value in json.loads(one).items()) for one in made)
     targets, ratios = target_table(results), ratio_table(results)
     parts = [
-        HEAD.format(
-            model=results["model"], count=", ".join(f"{n} of {name}" for name, n in SEQUENCES.items()), length=LENGTH
+        filled(
+            HEAD.format(
+                model=results["model"],
+                count=", ".join(f"{n} of {name}" for name, n in SEQUENCES.items()),
+                length=LENGTH,
+            )
         ),
         main_table(results),
         f"Base: {base['parameters']:,} parameters, {base['cache_bytes_per_token']:,} bytes of cache a token, "
@@ -100,7 +111,7 @@ def write_figure(results: Row, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.4), constrained_layout=True)
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.7), constrained_layout=True)
     panels = (("text of other domains", OUT_OF_DOMAIN), ("copying random tokens", ("copying",)))
     for axis, (title, domains) in zip(axes, panels, strict=True):
         for method, label in METHODS.items():
@@ -115,14 +126,20 @@ def write_figure(results: Row, path: Path) -> None:
                     color=colour, marker=marker, linestyle=line, label=label, capsize=3, markersize=6,
                     fillstyle="none" if method == "ours" else "full",
                 )  # fmt: skip
+        # Linear up to 0.05, then by factors: small losses and the paper's are both to be read.
+        axis.set_yscale("symlog", linthresh=0.05, linscale=0.6)
+        axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
+        axis.set_yticks([tick for tick in TICKS if tick <= axis.get_ylim()[1]], minor=False)
+        axis.set_yticks([], minor=True)
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.set_title(title)
         axis.set_xlabel("KV cache saved, % of all bytes")
         axis.set_xlim(left=0)
         axis.axhline(0, color="#999999", linewidth=0.8)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("rise of the loss, nats per token")
-    axes[0].legend(frameon=False, fontsize=9)
+    axes[0].set_ylabel("rise of the loss, nats per token (logarithmic above 0.05)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
