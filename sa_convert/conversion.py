@@ -137,10 +137,10 @@ def _calibrate(
     from sa_convert.calibrate.calibrate import calibrate
     from sa_convert.units import human_bytes
 
-    announce("calibrating")
+    announce("loading the model to calibrate it")
     found = calibrate(
         subject.checkpoint, subject.family, subject.geometry, recipe, sharing, options.device, options.dtype,
-        options.layer_by_layer, refits,
+        options.layer_by_layer, refits, announce,
     )  # fmt: skip
     announce(f"calibrated; peak memory {human_bytes(peak_memory())}")
     return found

@@ -1,5 +1,6 @@
 """Calibration as a whole: what a recipe leaves to be found on text, its map and its refitted matrices."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,12 +38,13 @@ def calibrate(
     dtype: str = "auto",
     layer_by_layer: bool = False,
     refits: bool = True,
+    announce: Callable[[str], None] = lambda step: None,
 ) -> Calibrated:
     """Search and refit as the recipe says.
 
     checkpoint: with its weights in `folder`. sharing: the recipe's map; None: to be searched. refits: False leaves the
-    refit out. layer_by_layer: see `open_session`. Raises RecipeError (a budget that cannot be met), DataError (text,
-    tokenizer) and CheckpointError (a model that cannot be loaded, or overflows).
+    refit out. layer_by_layer: see `open_session`. announce: told each step. Raises RecipeError (a budget that cannot be
+    met), DataError (text, tokenizer) and CheckpointError (a model that cannot be loaded, or overflows).
     """
     refits = refits and recipe.refit == "ridge"
     search = recipe.sharing.search
@@ -52,6 +54,8 @@ def calibrate(
     with open_session(
         checkpoint, family, geometry, recipe.calibration, device, dtype, layer_by_layer=layer_by_layer
     ) as session:
+        how = f"{len(session.samples.fit)} sequences of {session.samples.text}"
+        announce(f"calibrating on {how}; costs by {session.measure}")
         reference = Reference(session.probe, session.samples.held_out)
         step = None
         if sharing is None:

@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.calibrate.costs import Costs, Measure, shortlists
+from sa_convert.calibrate.finite import not_finite
 from sa_convert.calibrate.probe import Probe, Rows, Seen
 from sa_convert.calibrate.sequences import Sample
 from sa_convert.data.sharing_map import SharingMap
 from sa_convert.data.units import Unit, Units
-from sa_convert.errors import CheckpointError
 from sa_convert.plan.rules import layer_difference
 from sa_convert.progress import progress
 from sa_convert.validate.perplexity import input_device
@@ -167,10 +167,7 @@ def _fisher(
         logits = model(inputs_embeds=embedded, use_cache=False).logits[0]
         chances = functional.log_softmax(logits.float(), dim=-1)  # (T, vocabulary)
         if not bool(torch.isfinite(chances.sum())):
-            raise CheckpointError(
-                "The model's activations are not finite on the calibration text: its weights are damaged, or overflow "
-                f"in {str(model.dtype).removeprefix('torch.')}: get the model anew, or give a wider --dtype."
-            )
+            raise not_finite(model)
         scored = sample.scored[1:].to(chances.device)
         drawn = torch.multinomial(chances.detach().exp().cpu(), 1, generator=generator).to(chances.device)
         losses = [("second", -chances.gather(1, drawn)[:-1, 0][scored].sum())]
@@ -214,10 +211,7 @@ def _output_error(
 
         def hook(_: Any, args: Any, output: "torch.Tensor") -> None:
             if not bool(torch.isfinite(output.sum())):
-                raise CheckpointError(
-                    f"The model's activations in layer {index} are not finite on the calibration text: its weights are "
-                    "damaged, or overflow: get the model anew, or give a wider --dtype."
-                )
+                raise not_finite(probe.model, f" in layer {index}")
             z = torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
             (found,) = torch.autograd.grad(output, seen[index].output, z)
             gradients[index] = found[0].float().cpu() / max(sizes[index], 1e-12)

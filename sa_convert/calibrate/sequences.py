@@ -7,8 +7,7 @@ from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.calibrate.text import Text
-from sa_convert.calibrate.tokens import _start_tokens, token_sequences
-from sa_convert.errors import DataError
+from sa_convert.calibrate.tokens import start_tokens, token_sequences
 from sa_convert.validate.copying import ordinary_tokens
 
 if TYPE_CHECKING:
@@ -75,10 +74,6 @@ def calibration_set(
     """
     import torch
 
-    if sequences < 2:
-        raise DataError(
-            f"Calibration needs at least 2 sequences, one of which is held out; the recipe says {sequences}."
-        )
     repetitions = sequences // REPETITION_PART
     plain = sequences - repetitions
     own = [] if written is None else [(row, "written by the model") for row in written[: plain // 2]]
@@ -86,7 +81,7 @@ def calibration_set(
     fit, held = _divide(rows)
     generator = torch.Generator().manual_seed(seed)
     vocabulary = torch.tensor(ordinary_tokens(tokenizer, embeddings))
-    start = torch.tensor(_start_tokens(tokenizer), dtype=torch.long)
+    start = torch.tensor(start_tokens(tokenizer), dtype=torch.long)
     counts = {"calibration": repetitions - repetitions // 3, "held out": repetitions // 3}
     repeated = {
         part: [

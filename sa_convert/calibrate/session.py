@@ -14,6 +14,7 @@ from sa_convert.calibrate.text import load_text
 from sa_convert.data.checkpoint import Checkpoint
 from sa_convert.data.geometry import ModelGeometry
 from sa_convert.data.units import Units
+from sa_convert.errors import DataError
 from sa_convert.export.shared_attention_families import Family
 from sa_convert.validate.load import load_base, load_tokenizer
 from sa_convert.validate.placement import NO_MEMORY, Placement, place
@@ -60,6 +61,8 @@ def open_session(
     device, dtype: see `sa_convert.validate.placement.place`. layer_by_layer: keep one layer's weights in memory at a
     time even if all would fit. Raises DataError (text, tokenizer) and CheckpointError (model).
     """
+    if calibration.sequences < 2:
+        raise DataError("Calibration needs at least 2 sequences, of which one is held out: write more in the recipe.")
     tokenizer = load_tokenizer(checkpoint.folder)
     text = load_text(calibration.text)
     placement = place(checkpoint.folder, device, dtype, NO_MEMORY if layer_by_layer else None)

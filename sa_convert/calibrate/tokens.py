@@ -18,7 +18,7 @@ def token_sequences(tokenizer: Any, text: Text, sequences: int, length: int) -> 
     """
     import torch
 
-    start = _start_tokens(tokenizer)
+    start = start_tokens(tokenizer)
     needed = sequences * (length - len(start))
     tokens: list[int] = []
     for document in text.documents:
@@ -36,7 +36,7 @@ def token_sequences(tokenizer: Any, text: Text, sequences: int, length: int) -> 
     return torch.cat([torch.tensor(start, dtype=torch.long).expand(sequences, -1), rows], dim=1)
 
 
-def _start_tokens(tokenizer: Any) -> list[int]:
+def start_tokens(tokenizer: Any) -> list[int]:
     """[bos] where the tokenizer itself starts a text with it, else []."""
     plain: Iterable[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
     marked: list[int] = tokenizer("a")["input_ids"]

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from sa_convert.calibrate.finite import not_finite
 from sa_convert.progress import progress
 
 if TYPE_CHECKING:
@@ -27,17 +28,20 @@ BATCH = 48
 def written_by(model: Any, tokenizer: Any, sequences: int, length: int, seed: int = 0) -> "torch.Tensor":
     """Tokens (sequences, length), int64, sampled from the model; each row holds PASSAGES passages.
 
-    The same model, arguments and number of threads give the same tokens.
+    The same model, arguments and number of threads give the same tokens. Raises CheckpointError where the model's
+    activations are not finite.
     """
     import torch
     from transformers import GenerationConfig
 
-    size = -(-length // PASSAGES)
+    size = max(-(-length // PASSAGES), 3)
     count = sequences * PASSAGES
     openings = [tokenizer(text)["input_ids"][:2] for text in OPENINGS]
     width = max(len(ids) for ids in openings)
     openings = [ids for ids in openings if len(ids) == width] or [openings[0]]
     prompts = torch.tensor([openings[at % len(openings)] for at in range(count)])
+    if not bool(torch.isfinite(model(input_ids=prompts[:1].to(model.device)).logits).all()):
+        raise not_finite(model)
     preferred, model.generation_config = model.generation_config, GenerationConfig(pad_token_id=0)
     rows = []
     try:

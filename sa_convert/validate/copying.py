@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sa_convert.calibrate.tokens import _start_tokens
+from sa_convert.calibrate.tokens import start_tokens
 from sa_convert.data.evaluation import CopyingLoss
 from sa_convert.errors import DataError
 from sa_convert.progress import progress
@@ -47,7 +47,7 @@ class Probes:
     @classmethod
     def of(cls, tokenizer: Any, embeddings: int, length: int = LENGTH, seed: int = 0) -> "Probes":
         """embeddings: how many tokens the model has. length: LENGTH, or its positions if fewer. Raises DataError."""
-        return cls(tuple(ordinary_tokens(tokenizer, embeddings)), tuple(_start_tokens(tokenizer)), length, seed)
+        return cls(tuple(ordinary_tokens(tokenizer, embeddings)), tuple(start_tokens(tokenizer)), length, seed)
 
     @property
     def period(self) -> int:
