@@ -9,7 +9,7 @@ from sa_convert.data.analysis import Analysis, CalibrationText, CurvePoint, Unit
 from sa_convert.data.checkpoint import Checkpoint
 from sa_convert.data.report import BaseModel
 from sa_convert.data.sharing_map import SharingMap
-from sa_convert.data.units import Units
+from sa_convert.data.units import Unit, Units
 from sa_convert.errors import RecipeError
 from sa_convert.progress import peak_memory
 from sa_convert.publish.analysis import write_analysis
@@ -22,6 +22,7 @@ from sa_convert.units import format_percent
 
 if TYPE_CHECKING:
     from sa_convert.calibrate.choose import Step
+    from sa_convert.calibrate.costs import Costs
     from sa_convert.calibrate.measure import Reference
     from sa_convert.calibrate.session import Session
     from sa_convert.data.recipe import Recipe
@@ -99,6 +100,7 @@ def _too_much(asked: float, most: float) -> RecipeError:
 
 def _analysis(checkpoint: Checkpoint, units: Units, options: Options, announce: Callable[[str], None]) -> Analysis:
     from sa_convert.calibrate.measure import Reference
+    from sa_convert.calibrate.scoring import collect
     from sa_convert.calibrate.session import open_session
     from sa_convert.calibrate.similarity import attention_statistics
     from sa_convert.data.recipe import Calibration
@@ -112,7 +114,7 @@ def _analysis(checkpoint: Checkpoint, units: Units, options: Options, announce: 
     ) as session:
         samples = (*session.samples.fit, *session.samples.held_out)
         attention = attention_statistics(session.probe, units, samples)
-        costs = tuple(_unit_costs(session))
+        costs = collect(session.probe, units, session.samples.fit, SharingMap({}), session.measure, session.seed)
         reference = Reference(session.probe, session.samples.held_out)
         steps, chosen = _steps(session, options.key_cache, reference)
         return Analysis(
@@ -123,8 +125,8 @@ def _analysis(checkpoint: Checkpoint, units: Units, options: Options, announce: 
             measure=session.measure,
             heads=tuple(layer.heads for layer in units.geometry.layers),
             attention=attention,
-            costs=costs,
-            curve=tuple(_point(step, units, reference) for step in steps),
+            costs=tuple(_unit_cost(unit, costs) for unit in units.all),
+            curve=tuple(_curve(steps, costs, reference)),
             sharing=chosen.sharing,
             key_cache_removed=chosen.removed,
             peak_memory=peak_memory(),
@@ -132,16 +134,10 @@ def _analysis(checkpoint: Checkpoint, units: Units, options: Options, announce: 
         )
 
 
-def _unit_costs(session: "Session") -> Iterator[UnitCost]:
-    """Of every unit, while all others keep their attention."""
-    from sa_convert.calibrate.scoring import collect
-
-    found = collect(
-        session.probe, session.units, session.samples.fit, SharingMap({}), session.measure, session.seed, "costs"
-    )
-    for unit in session.units.all:
-        offer = found.best(unit, frozenset({unit})) if unit in found.second else None
-        yield UnitCost(unit, offer.cost, offer.sources) if offer else UnitCost(unit, None, None)
+def _unit_cost(unit: Unit, costs: "Costs") -> UnitCost:
+    """While all other units keep their attention."""
+    offer = costs.best(unit, frozenset({unit})) if unit in costs.second else None
+    return UnitCost(unit, offer.cost, offer.sources) if offer else UnitCost(unit, None, None)
 
 
 def _steps(session: "Session", key_cache: float, reference: "Reference") -> tuple[list["Step"], "Step"]:
@@ -163,16 +159,22 @@ def _steps(session: "Session", key_cache: float, reference: "Reference") -> tupl
     return steps, chosen
 
 
-def _point(step: "Step", units: Units, reference: "Reference") -> CurvePoint:
-    assert step.measured is not None
-    return CurvePoint(
-        key_cache_removed=step.removed,
-        groups=step.sharing.reused_groups(units.geometry),
-        estimated_loss=step.estimate,
-        measured_loss=step.measured.loss - reference.base.loss,
-        measured_divergence=step.measured.divergence,
-        repetition_divergence=step.measured.repetition_divergence,
-    )
+def _curve(steps: list["Step"], costs: "Costs", reference: "Reference") -> Iterator[CurvePoint]:
+    """What was measured at each step, and what the costs alone say of as much key cache."""
+    from sa_convert.calibrate.search import State
+
+    cheapest = State(costs, SharingMap({}))
+    for step in steps:
+        assert step.measured is not None
+        cheapest.extend(step.removed)
+        yield CurvePoint(
+            key_cache_removed=step.removed,
+            groups=step.sharing.reused_groups(costs.units.geometry),
+            estimated_loss=cheapest.estimate,
+            measured_loss=step.measured.loss - reference.base.loss,
+            measured_divergence=step.measured.divergence,
+            repetition_divergence=step.measured.repetition_divergence,
+        )
 
 
 def _recipe(analysis: Analysis, options: Options) -> "Recipe":

@@ -64,6 +64,9 @@ def test_costs_and_curve(analyzed):
     assert removed == sorted(removed)
     assert removed[-1] >= 0.4
     assert [point["groups"] for point in content["curve"]] == [round(10 * part) for part in removed]
+    estimates = [point["estimated_loss"] for point in content["curve"]]
+    assert estimates == sorted(estimates)
+    assert estimates[0] > 0
     assert all(point["measured_divergence"] >= -1e-4 for point in content["curve"])
 
 

@@ -63,8 +63,9 @@ class UnitCost:
 class CurvePoint:
     """A map on the way of the search. key_cache_removed: 0 to 1. groups: that reuse.
 
-    estimated_loss: in the unit of the costs; with "fisher" it estimates the divergence. The rest was measured on
-    held-out sequences, in nats per token: the rise of the loss on text, the divergence KL(base || shared) there, and
+    estimated_loss: the sum of the costs of the cheapest units that remove as much, as measured before anything is
+    removed; with "fisher" it estimates the divergence. The rest was measured of this map on held-out sequences, in nats
+    per token: the rise of the loss on text, the divergence KL(base || shared) there, and
     that on random repetition (None: no such sequence was held out).
     """
 

@@ -28,9 +28,7 @@ def similarity_chart(analysis: Analysis) -> "Figure":
         layer_axis(axes.xaxis, layers)
         layer_axis(axes.yaxis, layers)
     label = "cosine similarity, mean over heads and sequences"
-    figure.colorbar(
-        image, ax=[left, right], label=label, shrink=0.85, extend="min" if _negative(analysis) else "neither"
-    )
+    figure.colorbar(image, ax=[left, right], label=label, shrink=0.85)
     return figure
 
 
@@ -50,8 +48,9 @@ def isotropy_chart(analysis: Analysis) -> "Figure":
     above.plot(isotropy, "o-", color=BLUE, markersize=size, label=label)
     label = "best-matching heads of the best earlier layer"
     above.plot(earlier, "s--", color=ORANGE, markersize=size, label=label)
-    above.set(ylabel="cosine similarity", ylim=(0, 1))
-    above.legend(fontsize=9, loc="best")
+    above.set(ylabel="cosine similarity", ylim=(0, 1.04))
+    # Outside of the axes, where it hides no point.
+    above.legend(fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     below.plot(analysis.attention.variance, "o-", color=BLUE, markersize=size)
     below.set(xlabel="layer", ylabel="variance of attention weights")
     below.set_title(f"sequences of {analysis.calibration.length} tokens", fontsize=10)
@@ -60,7 +59,3 @@ def isotropy_chart(analysis: Analysis) -> "Figure":
     for axes in (above, below):
         axes.grid(alpha=0.3)
     return figure
-
-
-def _negative(analysis: Analysis) -> bool:
-    return any(value is not None and value < 0 for row in analysis.attention.similarity for value in row)
