@@ -99,8 +99,8 @@ def _too_much(asked: float, most: float) -> RecipeError:
 
 
 def _analysis(checkpoint: Checkpoint, units: Units, options: Options, announce: Callable[[str], None]) -> Analysis:
+    from sa_convert.calibrate.choose import collect_first
     from sa_convert.calibrate.measure import Reference
-    from sa_convert.calibrate.scoring import collect
     from sa_convert.calibrate.session import open_session
     from sa_convert.calibrate.similarity import attention_statistics
     from sa_convert.data.recipe import Calibration
@@ -114,9 +114,9 @@ def _analysis(checkpoint: Checkpoint, units: Units, options: Options, announce: 
     ) as session:
         samples = (*session.samples.fit, *session.samples.held_out)
         attention = attention_statistics(session.probe, units, samples)
-        costs = collect(session.probe, units, session.samples.fit, SharingMap({}), session.measure, session.seed)
+        costs = collect_first(session)
         reference = Reference(session.probe, session.samples.held_out)
-        steps, chosen = _steps(session, options.key_cache, reference)
+        steps, chosen = _steps(session, options.key_cache, reference, costs)
         return Analysis(
             base_model=BaseModel.of(checkpoint.identity, checkpoint.revision),
             family=family.model_type,
@@ -140,7 +140,7 @@ def _unit_cost(unit: Unit, costs: "Costs") -> UnitCost:
     return UnitCost(unit, offer.cost, offer.sources) if offer else UnitCost(unit, None, None)
 
 
-def _steps(session: "Session", key_cache: float, reference: "Reference") -> tuple[list["Step"], "Step"]:
+def _steps(session: "Session", key_cache: float, reference: "Reference", costs: "Costs") -> tuple[list["Step"], "Step"]:
     """The steps of a search for this part of the key cache and beyond, and the one that reaches it.
 
     The first of them are those of `convert` with `key_cache`, so the map is the same. Raises RecipeError.
@@ -152,7 +152,7 @@ def _steps(session: "Session", key_cache: float, reference: "Reference") -> tupl
     reached, last = len(parts), min(CURVE_END, most_removable(session.units))
     while parts[-1] + ROUND <= last + 1e-9:
         parts.append(parts[-1] + ROUND)
-    steps = list(path(session, parts, reference))
+    steps = list(path(session, parts, reference, costs))
     chosen = steps[min(reached, len(steps)) - 1] if steps else None
     if chosen is None or chosen.removed < key_cache - 1e-9:
         raise _too_much(key_cache, chosen.removed if chosen else 0.0)

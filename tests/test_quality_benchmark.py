@@ -105,13 +105,17 @@ def test_span_candidates_are_spans(layers):
 
 
 def test_cheapest_layers_are_measured_together():
-    """Layers 1 and 2 are cheap alone and dear together."""
+    """Layers 1 and 2 are cheap alone and dear together, so that one that is dearer alone comes first."""
     cost = {0: 9.0, 1: 1.0, 2: 1.5, 3: 2.0, 4: 5.0}
+    tried = []
 
     def loss_with(layers):
-        return sum(cost[layer] for layer in layers) + (10.0 if {1, 2} <= set(layers) else 0.0)
+        tried.append(layers)
+        return 3.0 + sum(cost[layer] for layer in layers) + (10.0 if {1, 2} <= set(layers) else 0.0)
 
-    assert list(cheapest_layers(3, 5, loss_with, shortlist=3)) == [(1,), (1, 3), (1, 3, 4)]
+    assert list(cheapest_layers(3, 5, loss_with)) == [(1,), (1, 3), (1, 3, 4)]
+    # The second round stops at the layer that added less than any other ever did, the third knows what layer 2 added.
+    assert tried[6:] == [(1, 2), (1, 3), (1, 3, 4)]
 
 
 def test_articles_are_prose():

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sa_convert.calibrate.budget import too_much
+from sa_convert.calibrate.costs import Costs
 from sa_convert.calibrate.measure import Reference
 from sa_convert.calibrate.scoring import collect
 from sa_convert.calibrate.search import State
-from sa_convert.calibrate.sequences import Sample
+from sa_convert.calibrate.sequences import REPETITION_WEIGHT, Sample
 from sa_convert.data.calibrated import Distance
 from sa_convert.data.sharing_map import SharingMap
 
@@ -17,13 +18,14 @@ if TYPE_CHECKING:
     from sa_convert.calibrate.session import Session
     from sa_convert.data.recipe import Origin, Search
 
-ROUND = 0.1
-"""Part of the key cache after which costs are measured again."""
+ROUND = 0.125
+"""Part of the key cache, about, after which costs are measured again."""
 
 SWAPS = 3
+"""Swaps that are tried in a round at the most."""
 
-ROUND_SAMPLES = 2
-"""After the first round, one text sample in so many is measured again."""
+FIRST_SAMPLES, LATER_SAMPLES = 16, 10
+"""Samples whose costs are measured in the first round and in each later one."""
 
 
 @dataclass(frozen=True)
@@ -37,37 +39,74 @@ class Step:
     measured: Distance | None = None
 
 
-def path(session: "Session", parts: list[float], reference: Reference | None) -> Iterator[Step]:
+def path(session: "Session", parts: list[float], reference: Reference, first: Costs | None = None) -> Iterator[Step]:
     """Maps that save `parts` of the key cache, ascending; each starts from the one before. Ends early where no more can
-    be saved. reference: measures each step that is kept."""
-    sharing, estimate = SharingMap({}), 0.0
+    be saved.
+
+    In every round some maps are made: by the costs of the first round; by costs that are measured again under the map
+    so far; by these with other sources for units that share already, and with swaps. All are measured on held-out
+    samples, and the one that diverges least from the base is taken. first: costs without a map, if they are known.
+    """
+    first = first or collect_first(session)
+    sharing = SharingMap({})
     for number, part in enumerate(parts):
-        samples = session.samples.fit if number == 0 else fewer(session.samples.fit, number)
-        costs = collect(
-            session.probe, session.units, samples, sharing, session.measure, session.seed + number,
-            f"costs, round {number + 1} of {len(parts)}",
-        )  # fmt: skip
-        state = State(costs, sharing)
+        states = [State(first, sharing)]
         if number:
-            state.rematch()
-        complete = state.extend(part)
-        for _ in range(SWAPS if number else 0):
-            if not state.swap():
-                break
-        if state.sharing == sharing:
+            samples = some(session.samples.fit, LATER_SAMPLES, number)
+            description = f"costs, round {number + 1} of {len(parts)}"
+            again = collect(
+                session.probe,
+                session.units,
+                samples,
+                sharing,
+                session.measure,
+                session.seed + number,
+                description,
+                first,
+            )
+            states += [State(again, sharing), State(again, sharing)]
+            states[-1].rematch()
+        complete = all([state.extend(part) for state in states])
+        if number:
+            _swaps(states[-1])
+        options: list[tuple[Distance, State]] = []
+        for at, state in enumerate(states, start=1):
+            if not any(state.sharing == other.sharing for _, other in options):
+                measured = reference.measure(state.sharing.layers, f"round {number + 1}: map {at} of {len(states)}")
+                options.append((measured, state))
+        measured, best = min(options, key=lambda option: _badness(option[0]))
+        if best.sharing == sharing:
             return
-        sharing, estimate = state.sharing, estimate + state.estimate
-        measured = reference.measure(sharing.layers, f"round {number + 1} on held-out text") if reference else None
-        yield Step(sharing, session.units.removed_keys(session.units.from_map(sharing)), estimate, measured)
+        sharing = best.sharing
+        yield Step(sharing, best.removed, State(first, sharing).estimate, measured)
         if not complete:
             return
 
 
-def fewer(samples: tuple[Sample, ...], number: int) -> list[Sample]:
-    """Every ROUND_SAMPLES-th of the text, others in every round, and of the repetitions."""
-    text = [sample for sample in samples if not sample.repetition]
-    repeated = [sample for sample in samples if sample.repetition]
-    return text[number % ROUND_SAMPLES :: ROUND_SAMPLES] + repeated[number % ROUND_SAMPLES :: ROUND_SAMPLES]
+def collect_first(session: "Session") -> Costs:
+    """Costs of the base as it is."""
+    samples = some(session.samples.fit, FIRST_SAMPLES)
+    return collect(session.probe, session.units, samples, SharingMap({}), session.measure, session.seed, "costs")
+
+
+def some(samples: tuple[Sample, ...], count: int, turn: int = 0) -> list[Sample]:
+    """About `count` of the samples, of text and of repetition in proportion; others in every turn."""
+    found = []
+    for kind in (False, True):
+        of_kind = [sample for sample in samples if sample.repetition == kind]
+        wanted = min(len(of_kind), max(1, round(count * len(of_kind) / len(samples))))
+        found += [of_kind[(turn * wanted + at * len(of_kind) // wanted) % len(of_kind)] for at in range(wanted)]
+    return found
+
+
+def _swaps(state: State) -> None:
+    for _ in range(SWAPS):
+        if not state.swap():
+            return
+
+
+def _badness(distance: Distance) -> float:
+    return distance.divergence + REPETITION_WEIGHT * (distance.repetition_divergence or 0.0)
 
 
 def rounds(part: float) -> list[float]:

@@ -15,7 +15,7 @@ product over tokens gives all pairs.
 Letters in shape comments: T tokens, H heads of a layer, J heads of all layers up to it, K shortlisted sources.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -24,6 +24,9 @@ from sa_convert.data.units import Unit, Units
 
 if TYPE_CHECKING:
     import torch
+
+BEAMS = 16
+"""Choices of sources for a unit's first heads that are followed further."""
 
 Measure = Literal["fisher", "output error"]
 
@@ -43,6 +46,7 @@ class Costs:
     shortlist: (H, K) for each layer, the numbers of the best sources of each head, its own among them. second: for each
     unit (heads * K, heads * K), second moments of e over the pairs of its heads and their shortlists, halved. first:
     (heads * K,), the first-order term, 0 without a map. pairs: (H, J) for each layer, the cost of each pair alone.
+    without_map: whether they were measured on the base as it is.
     """
 
     units: Units
@@ -51,28 +55,52 @@ class Costs:
     second: "dict[Unit, torch.Tensor]" = field(default_factory=dict)
     first: "dict[Unit, torch.Tensor]" = field(default_factory=dict)
     pairs: "dict[int, torch.Tensor]" = field(default_factory=dict)
+    without_map: bool = True
 
     def best(self, unit: Unit, removed: "set[Unit] | frozenset[Unit]") -> Offer | None:
         """The cheapest sources of a unit outside of `removed`, or None where it has none.
 
-        Each head starts from its own best source; heads are then improved in turn on the unit's common cost.
+        A beam search over the unit's heads, then each head in turn is improved beside the others, on the unit's common
+        cost.
         """
-        second = self.second[unit]
-        count = second.shape[0] // len(unit.heads)
-        choices_of = [list(self._open(unit, head, removed)) for head in unit.heads]
-        if not all(choices_of):
+        import torch
+
+        second, heads = self.second[unit], len(unit.heads)
+        count = second.shape[0] // heads
+        alone = (second.diagonal() + self.first[unit]).view(heads, count).clone()
+        for at, head in enumerate(unit.heads):
+            alone[at, self._closed(unit, head, removed)] = torch.inf
+        if bool(alone.isinf().all(1).any()):
             return None
-        alone = (second.diagonal() + self.first[unit]).tolist()
-        chosen = [min((alone[at * count + k], k) for k in choices)[1] for at, choices in enumerate(choices_of)]
-        cost = self._cost(unit, chosen)
-        improved = True
+        chosen = torch.empty(1, 0, dtype=torch.long)  # (beams, heads so far), places in `second`
+        cost = torch.zeros(1)
+        for at in range(heads):
+            rows = second[at * count : (at + 1) * count]  # (K, heads * K)
+            beside = 2 * rows[:, chosen].sum(-1).T if at else torch.zeros(1, count)  # (beams, K)
+            total = (cost[:, None] + alone[at] + beside).flatten()
+            best = total.topk(min(BEAMS, int(total.isfinite().sum())), largest=False, sorted=True)
+            chosen = torch.cat([chosen[best.indices // count], (best.indices % count + at * count)[:, None]], dim=1)
+            cost = best.values
+        places, found = self._improved(second, alone, chosen[0].tolist(), float(cost[0]))
+        sources = (self._place(unit, at, place % count) for at, place in enumerate(places))
+        return Offer(found, tuple(sources))
+
+    @staticmethod
+    def _improved(
+        second: "torch.Tensor", alone: "torch.Tensor", places: list[int], cost: float
+    ) -> tuple[list[int], float]:
+        """Change one head at a time while the cost falls. alone (heads, K); places: of each head in `second`."""
+        count, improved = alone.shape[1], True
         while improved:
             improved = False
-            for at, choices in enumerate(choices_of):
-                trial = [*chosen[:at], self._better(unit, chosen, at, choices), *chosen[at + 1 :]]
-                if (value := self._cost(unit, trial)) < cost - 1e-12:
-                    chosen, cost, improved = trial, value, True
-        return Offer(cost, tuple(self._place(unit, at, k) for at, k in enumerate(chosen)))
+            for at in range(len(places)):
+                others = places[:at] + places[at + 1 :]
+                beside = alone[at] + 2 * second[at * count : (at + 1) * count][:, others].sum(1)
+                place = at * count + int(beside.argmin())
+                gain = float(beside[places[at] - at * count] - beside.min())
+                if gain > 1e-9 * max(1.0, abs(cost)):
+                    places, cost, improved = [*places[:at], place, *places[at + 1 :]], cost - gain, True
+        return places, cost
 
     def value(self, unit: Unit, sources: tuple[Source, ...]) -> float:
         """The cost of a unit with given sources (its own heads: to keep or to get back its attention)."""
@@ -85,19 +113,10 @@ class Costs:
             chosen.append(row.index(number))
         return self._cost(unit, chosen)
 
-    def _open(self, unit: Unit, head: int, removed: "set[Unit] | frozenset[Unit]") -> Iterator[int]:
-        for k, number in enumerate(self.shortlist[unit.layer][head].tolist()):
-            place = self.units.place(number)
-            if place[0] < unit.layer and self.units.unit_of(place) not in removed:
-                yield k
-
-    def _better(self, unit: Unit, chosen: list[int], at: int, choices: list[int]) -> int:
-        """The choice for head `at` that is best beside the others' present ones."""
-        second, count = self.second[unit], self.second[unit].shape[0] // len(unit.heads)
-        rows = slice(at * count, (at + 1) * count)
-        others = [other * count + k for other, k in enumerate(chosen) if other != at]
-        cost = second.diagonal()[rows] + self.first[unit][rows] + 2 * second[rows][:, others].sum(1)
-        return min(choices, key=cost.tolist().__getitem__)
+    def _closed(self, unit: Unit, head: int, removed: "set[Unit] | frozenset[Unit]") -> list[int]:
+        """Places in a head's shortlist that cannot be its source."""
+        places = (self.units.place(number) for number in self.shortlist[unit.layer][head].tolist())
+        return [at for at, place in enumerate(places) if place[0] >= unit.layer or self.units.unit_of(place) in removed]
 
     def _cost(self, unit: Unit, chosen: list[int]) -> float:
         count = self.second[unit].shape[0] // len(unit.heads)

@@ -13,11 +13,14 @@ if TYPE_CHECKING:
     import torch
 
 
+MOST_BYTES = 1 << 30
+
+
 class Reference:
     """The base model's predictions of some samples, to measure others against.
 
-    They are kept as log-probabilities in half precision: 2 bytes for each scored token and each token of the
-    vocabulary. `probe` must run the unchanged base model when this is made.
+    They are kept as log-probabilities: 4 bytes for each scored token and each token of the vocabulary, or 2 where that
+    would be more than MOST_BYTES. `probe` must run the unchanged base model when this is made.
     """
 
     def __init__(self, probe: Probe, samples: Sequence[Sample], description: str = "base model") -> None:
@@ -25,7 +28,8 @@ class Reference:
         self._base: list[torch.Tensor] = []
         with progress(len(samples), description, unit="seq") as bar:
             for sample in samples:
-                self._base.append(self._chances(sample, {}).half())
+                chances = self._chances(sample, {})
+                self._base.append(chances if 4 * chances.numel() * len(samples) < MOST_BYTES else chances.half())
                 bar.update()
         self.base = self._distance(iter(self._base))
 

@@ -31,17 +31,19 @@ def collect(
     measure: Measure = "fisher",
     seed: int = 0,
     description: str = "costs of sharing",
+    known: Costs | None = None,
 ) -> Costs:
     """Costs of every unit under a map, of which `Costs` explains the terms.
 
     A unit that the map shares already is costed too: with other sources, and with its own attention again. Sequences
-    count by their `weight`. Raises CheckpointError where a loss or an activation is not finite.
+    count by their `weight`. known: costs whose pairs choose the shortlists, instead of a first look at some samples.
+    Raises CheckpointError where a loss or an activation is not finite.
     """
     import torch
 
     rows: Rows = sharing.layers
-    costs = Costs(units, measure)
-    screen = _screen(samples)
+    costs = Costs(units, measure, without_map=not rows)
+    screen = [] if known else _screen(samples)
     allowed = {layer: _allowed(units, layer) for layer in range(len(units.geometry.layers))}
     allowed = {layer: mask for layer, mask in allowed.items() if bool(mask.any())}
     generator = torch.Generator().manual_seed(seed)
@@ -53,28 +55,46 @@ def collect(
                 pairs = changes.square().sum(0).mul_(0.5).add_(first).T.mul(scale)
                 costs.pairs[layer] = costs.pairs[layer] + pairs if layer in costs.pairs else pairs
             bar.update()
+        if known:
+            costs.pairs = known.pairs
         costs.shortlist = shortlists(costs.pairs, units, allowed, rows, SHORTLIST)
         candidates = [unit for unit in units.all if unit.layer in allowed]
         total = sum(sample.weight for sample in samples)
+        slopes: dict[Unit, list[torch.Tensor]] = {unit: [] for unit in candidates}
         for sample in samples:
             for layer, changes, first in _pass(probe, units, sample, rows, measure, generator, allowed):
                 scale = sample.weight / total / sample.tokens_scored
                 for unit in (unit for unit in candidates if unit.layer == layer):
-                    _add(costs, unit, changes, first, scale)
+                    second, slope = _moments(costs, unit, changes, first)
+                    costs.second[unit] = costs.second.get(unit, 0.0) + second * scale
+                    slopes[unit].append(slope * scale)
             bar.update()
+        costs.first = {unit: _certain(torch.stack(found)) for unit, found in slopes.items()}
     return costs
 
 
-def _add(costs: Costs, unit: Unit, changes: "torch.Tensor", order_one: "torch.Tensor", scale: float) -> None:
-    """changes: e (T, J, H); order_one: (J, H)."""
+def _moments(
+    costs: Costs, unit: Unit, changes: "torch.Tensor", first: "torch.Tensor"
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Half the second moments, and the first-order term, over a unit's shortlist. changes: (T, J, H); first: (J, H)."""
     import torch
 
     short = costs.shortlist[unit.layer]
     e = torch.cat([changes[:, short[head], head] for head in unit.heads], dim=1)  # (T, heads * K)
-    second = (e.T @ e).mul_(0.5 * scale)
-    first = torch.cat([order_one[short[head], head] for head in unit.heads]).mul_(scale)
-    costs.second[unit] = costs.second[unit] + second if unit in costs.second else second
-    costs.first[unit] = costs.first[unit] + first if unit in costs.first else first
+    return (e.T @ e).mul_(0.5), torch.cat([first[short[head], head] for head in unit.heads])
+
+
+def _certain(slopes: "torch.Tensor") -> "torch.Tensor":
+    """The sum of slopes (samples, n) over samples, a standard error nearer to 0.
+
+    A search picks what looks best among thousands of choices; with few samples that is mostly what is noisiest.
+    """
+    count, total = len(slopes), slopes.sum(0)
+    if count < 2:
+        return total
+    error = slopes.std(0) * count**0.5
+    certain: torch.Tensor = total.sign() * (total.abs() - error).clamp(min=0)
+    return certain
 
 
 def _screen(samples: Sequence[Sample]) -> list[Sample]:

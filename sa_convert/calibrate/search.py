@@ -7,6 +7,7 @@ with its cost and what it saves, and the search takes the offer that saves the m
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isfinite
 from typing import Protocol
 
 from sa_convert.calibrate.costs import Costs, Offer
@@ -56,9 +57,14 @@ class State:
     """Units that share so far, under costs that were measured at some map."""
 
     def __init__(self, costs: Costs, sharing: SharingMap, treatments: tuple[Treatment, ...] = (Sharing(),)) -> None:
+        """costs: measured at `sharing`, so that it costs nothing more, or without any map."""
         self.costs, self.units, self.treatments = costs, costs.units, treatments
-        # What is shared already costs nothing more: costs count from the map at which they were measured.
-        self.chosen = {unit: Offer(0.0, sources) for unit, sources in self.units.from_map(sharing).items()}
+        given = self.units.from_map(sharing)
+        values = {unit: costs.value(unit, sources) if costs.without_map else 0.0 for unit, sources in given.items()}
+        self.chosen = {
+            unit: Offer(values[unit] if isfinite(values[unit]) else 0.0, sources) for unit, sources in given.items()
+        }
+        self._start = self.estimate
         self._best: dict[Unit, Offer] = {}
 
     @property
@@ -76,8 +82,13 @@ class State:
 
     @property
     def estimate(self) -> float:
-        """By how much the expected loss rises from the map at which costs were measured."""
+        """The expected rise of the loss over that of the model whose costs were measured."""
         return sum(offer.cost for offer in self.chosen.values())
+
+    @property
+    def rise(self) -> float:
+        """The expected rise of the loss since the start."""
+        return self.estimate - self._start
 
     def cost_of(self, unit: Unit) -> float:
         return self.chosen[unit].cost if unit in self.chosen else 0.0

@@ -6,7 +6,7 @@ from dataclasses import replace
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
-from sa_convert.calibrate.choose import ROUND, Step, fewer
+from sa_convert.calibrate.choose import LATER_SAMPLES, ROUND, Step, collect_first, some
 from sa_convert.calibrate.costs import Costs
 from sa_convert.calibrate.measure import Reference
 from sa_convert.calibrate.refit import refit
@@ -33,9 +33,11 @@ def within_limit(session: "Session", limit: float, reference: Reference, origin:
     too. Raises RecipeError where even the cheapest unit is beyond the limit.
     """
     taken = Step(SharingMap({}), 0.0, 0.0, reference.base)
-    cheapest = None
+    cheapest, first = None, None
     for number in range(round(1 / ROUND)):
-        state = State(_costs(session, taken.sharing, number), taken.sharing)
+        costs = _costs(session, taken.sharing, number, first)
+        first = first or costs
+        state = State(costs, taken.sharing)
         steps = list(_steps(state, taken))
         longest = _longest(steps, limit, reference)
         cheapest = cheapest or (steps[0] if steps else None)
@@ -46,14 +48,16 @@ def within_limit(session: "Session", limit: float, reference: Reference, origin:
             break
     if not taken.sharing.layers:
         raise _impossible(limit, cheapest, reference, origin)
-    return _further(session, taken, limit, reference) if refits else taken
+    return _further(session, State(costs, taken.sharing), taken, limit, reference) if refits else taken
 
 
-def _costs(session: "Session", sharing: SharingMap, number: int) -> Costs:
-    samples = fewer(session.samples.fit, number) if number else session.samples.fit
+def _costs(session: "Session", sharing: SharingMap, number: int, first: Costs | None) -> Costs:
+    if first is None:
+        return collect_first(session)
+    samples = some(session.samples.fit, LATER_SAMPLES, number)
     return collect(
         session.probe, session.units, samples, sharing, session.measure, session.seed + number,
-        f"costs, round {number + 1}",
+        f"costs, round {number + 1}", first,
     )  # fmt: skip
 
 
@@ -61,7 +65,7 @@ def _steps(state: State, before: Step) -> Iterator[Step]:
     """Maps with one unit more each, until a round is full."""
     start = state.removed
     while state.removed < start + ROUND - 1e-9 and state.advance():
-        yield Step(state.sharing, state.removed, before.estimate + state.estimate)
+        yield Step(state.sharing, state.removed, before.estimate + state.rise)
 
 
 def _longest(steps: list[Step], limit: float, reference: Reference) -> Step | None:
@@ -77,13 +81,12 @@ def _longest(steps: list[Step], limit: float, reference: Reference) -> Step | No
     return found
 
 
-def _further(session: "Session", taken: Step, limit: float, reference: Reference) -> Step:
+def _further(session: "Session", state: State, taken: Step, limit: float, reference: Reference) -> Step:
     """What saves more and is within the limit with a refit, or `taken`."""
-    state = State(_costs(session, taken.sharing, 1), taken.sharing)
     wider = []
     for factor in reversed(FURTHER):
         state.extend(min(taken.removed * factor, 1.0))
-        wider.append(Step(state.sharing, state.removed, taken.estimate + state.estimate))
+        wider.append(Step(state.sharing, state.removed, taken.estimate + state.rise))
     for step in reversed(wider):
         found = refit(session, step.sharing.layers, reference).report.after
         if _within(found, reference.base, limit):
