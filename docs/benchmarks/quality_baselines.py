@@ -11,6 +11,7 @@ goes into a block and what comes out, NBL a bound on the error of the linear map
 attention weights.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,9 +27,6 @@ STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
 
 SCORED_TOKENS = 256
 """Of each sample, in choosing layers and spans."""
-
-SHORTLIST = 5
-"""Layers that are measured again in every round after the first: the cheapest of those left."""
 
 
 @dataclass(frozen=True)
@@ -142,21 +140,24 @@ def calibration_loss(model: Any, samples: Iterable[Sample]) -> float:
     return total / weights
 
 
-def cheapest_layers(
-    count: int, depth: int, loss_with: Callable[[tuple[int, ...]], float], shortlist: int = SHORTLIST
-) -> Iterator[tuple[int, ...]]:
+def cheapest_layers(count: int, depth: int, loss_with: Callable[[tuple[int, ...]], float]) -> Iterator[tuple[int, ...]]:
     """The cheapest layer, the cheapest two, ... up to `count`, each with those before it.
 
-    loss_with: the loss with these layers replaced.
+    loss_with: the loss with these layers replaced. What a layer adds to it seldom falls as others are replaced, so in
+    each round layers are measured in the order of what they added last, until none left added less than the best.
     """
     chosen: tuple[int, ...] = ()
-    alone = {layer: loss_with((layer,)) for layer in range(depth)}
-    losses = alone
+    present = loss_with(())
+    added = dict.fromkeys(range(depth), -math.inf)
     for _ in range(count):
-        if chosen:
-            left = sorted((layer for layer in alone if layer not in chosen), key=alone.__getitem__)[:shortlist]
-            losses = {layer: loss_with((*chosen, layer)) for layer in left}
-        chosen = (*chosen, min(losses, key=losses.__getitem__))
+        measured: dict[int, float] = {}
+        for layer in sorted(added, key=added.__getitem__):
+            if measured and min(measured.values()) <= added[layer]:
+                break
+            measured[layer] = loss_with((*chosen, layer)) - present
+        added |= measured
+        best = min(measured, key=measured.__getitem__)
+        chosen, present = (*chosen, best), present + added.pop(best)
         yield chosen
 
 

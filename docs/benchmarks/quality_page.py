@@ -93,8 +93,8 @@ the machine was doing.
   default.
 - **Attention deleted**: keys and values go, so half as many layers save as much. Where whole layers miss the budget
   by over a tenth, the next smaller number is shown, too. LLM-Drop ranks layers by the cosine similarity of a block's
-  input and output; here every layer's deletion is measured on held-out calibration samples, and the cheapest are
-  measured again after each choice, which needs more time and should be no worse.
+  input and output; here every layer's deletion is measured on held-out calibration samples, and again after each
+  choice wherever it could be the cheapest next, which needs more time and should be no worse.
 - **Attention made linear**: an affine map of the normalised input, fitted by least squares (ridge strength chosen per
   layer on held-out samples) on the samples that ours is calibrated on, from the base model's activations, as NBL does
   it. Layers are chosen as for deletion rather than by NBL's bound. The map's weights count as parameters.
