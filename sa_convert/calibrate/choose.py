@@ -66,7 +66,7 @@ def path(session: "Session", parts: list[float], reference: Reference, first: Co
             )
             states += [State(again, sharing), State(again, sharing)]
             states[-1].rematch()
-        complete = all([state.extend(part) for state in states])
+        reached = [state.extend(part) for state in states]
         if number:
             _swaps(states[-1])
         options: list[tuple[Distance, State]] = []
@@ -79,7 +79,7 @@ def path(session: "Session", parts: list[float], reference: Reference, first: Co
             return
         sharing = best.sharing
         yield Step(sharing, best.removed, State(first, sharing).estimate, measured)
-        if not complete:
+        if not all(reached):
             return
 
 

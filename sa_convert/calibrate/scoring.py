@@ -1,17 +1,16 @@
 """The pass that fills `Costs`: attention of every layer, gradients, and sums over tokens."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from sa_convert.calibrate.costs import Costs, Measure, shortlists
-from sa_convert.calibrate.finite import not_finite
+from sa_convert.calibrate.gradients import fisher_gradients, output_directions
 from sa_convert.calibrate.probe import Probe, Rows, Seen
 from sa_convert.calibrate.sequences import Sample
 from sa_convert.data.sharing_map import SharingMap
 from sa_convert.data.units import Unit, Units
 from sa_convert.plan.rules import layer_difference
 from sa_convert.progress import progress
-from sa_convert.validate.perplexity import input_device
 
 if TYPE_CHECKING:
     import torch
@@ -136,9 +135,9 @@ def _pass(
         seen[layer.layer] = layer
 
     if measure == "fisher":
-        losses = _fisher(probe, sample, rows, observe, generator)
+        losses = fisher_gradients(probe, sample, rows, observe, generator)
     else:
-        losses = _output_error(probe, sample, rows, observe, generator, seen)
+        losses = output_directions(probe, sample, rows, observe, generator, seen)
     first: dict[int, torch.Tensor] = {}
     for order, gradients in losses:
         for layer in sorted(allowed):
@@ -159,106 +158,3 @@ def _changes(stack: "torch.Tensor", seen: Seen, gradient: "torch.Tensor") -> "to
     weights = torch.matmul(u, value.transpose(1, 2))  # (H, T, T)
     e: torch.Tensor = torch.bmm(stack, weights.permute(1, 2, 0).contiguous())
     return e.sub_((seen.output.detach()[0].float() * gradient.float()).sum(-1)[:, None])
-
-
-Gradients = dict[int, "torch.Tensor"]
-
-
-def _fisher(
-    probe: Probe, sample: Sample, rows: Rows, observe: Callable[[Seen], None], generator: "torch.Generator"
-) -> Iterator[tuple[str, Gradients]]:
-    """Gradients (T, H, D) for each layer: of the divergence from the base under a map, then of sampled labels."""
-    import torch
-    from torch.nn import functional
-
-    model, seen = probe.model, {}
-    tokens = sample.tokens[None].to(input_device(model))
-
-    def note(layer: Seen) -> None:
-        observe(layer)
-        seen[layer.layer] = layer.output
-
-    base = None
-    if rows:
-        with torch.no_grad():
-            base = functional.log_softmax(model(input_ids=tokens, use_cache=False).logits[0].float(), dim=-1)
-    embedded = model.get_input_embeddings()(tokens).detach().requires_grad_(True)
-    with torch.enable_grad(), probe.sharing(rows), probe.observing(note):
-        logits = model(inputs_embeds=embedded, use_cache=False).logits[0]
-        chances = functional.log_softmax(logits.float(), dim=-1)  # (T, vocabulary)
-        if not bool(torch.isfinite(chances.sum())):
-            raise not_finite(model)
-        scored = sample.scored[1:].to(chances.device)
-        drawn = torch.multinomial(chances.detach().exp().cpu(), 1, generator=generator).to(chances.device)
-        losses = [("second", -chances.gather(1, drawn)[:-1, 0][scored].sum())]
-        if base is not None:
-            divergence = functional.kl_div(chances, base, log_target=True, reduction="none").sum(-1)
-            losses.insert(0, ("first", divergence[:-1][scored].sum()))
-        for at, (order, loss) in enumerate(losses):
-            outputs = list(seen.values())
-            found = torch.autograd.grad(loss, outputs, retain_graph=at + 1 < len(losses))
-            yield order, {layer: gradient[0].cpu() for layer, gradient in zip(seen, found, strict=True)}
-
-
-def _output_error(
-    probe: Probe,
-    sample: Sample,
-    rows: Rows,
-    observe: Callable[[Seen], None],
-    generator: "torch.Generator",
-    seen: dict[int, Seen],
-) -> Iterator[tuple[str, Gradients]]:
-    """Random directions (T, H, D) for each layer, so that the mean square of e is the relative squared output error."""
-    import torch
-
-    gradients: Gradients = {}
-    sizes: dict[int, float] = {}
-
-    def cut(index: int) -> Callable[..., Any]:
-        """Before a layer: forget the graph of earlier ones, and note the size of the residual stream."""
-
-        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            sizes[index] = float(hidden.detach().float().square().sum(-1).mean().sqrt())
-            if args:
-                return (hidden.detach(), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": hidden.detach()}
-
-        return hook
-
-    def direct(index: int) -> Callable[..., None]:
-        """After the output projection: what a random direction of its output is at the head outputs."""
-
-        def hook(_: Any, args: Any, output: "torch.Tensor") -> None:
-            if not bool(torch.isfinite(output.sum())):
-                raise not_finite(probe.model, f" in layer {index}")
-            z = torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
-            (found,) = torch.autograd.grad(output, seen[index].output, z)
-            gradients[index] = found[0].float().cpu() / max(sizes[index], 1e-12)
-            # The output projection is the last to need the graph.
-            seen[index] = Seen(*(_detached(part) for part in vars(seen[index]).values()))
-
-        return hook
-
-    hooks = []
-    for index, (layer, output) in enumerate(zip(probe.layers, probe.output_projections, strict=True)):
-        hooks.append(layer.register_forward_pre_hook(cut(index), with_kwargs=True))
-        hooks.append(output.register_forward_hook(direct(index)))
-
-    def note(layer: Seen) -> None:
-        layer.output.requires_grad_(True)
-        observe(layer)
-
-    try:
-        with torch.enable_grad(), probe.sharing(rows), probe.observing(note):
-            probe.model.get_submodule(probe.family.layers.rpartition(".")[0])(
-                input_ids=sample.tokens[None].to(input_device(probe.model)), use_cache=False
-            )
-    finally:
-        for hook in hooks:
-            hook.remove()
-    yield "second", gradients
-
-
-def _detached(part: Any) -> Any:
-    return part.detach() if hasattr(part, "detach") else part
