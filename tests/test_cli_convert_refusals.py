@@ -154,12 +154,6 @@ def test_mixed_attention_types(tmp_path):
 
 
 def test_what_is_not_built_yet_is_refused(base, tmp_path):
-    for name in ("light", "balanced", "aggressive", "within-2pct"):
-        refused(
-            run_cli("convert", base, "--recipe", name, "-o", tmp_path / "out"), 1, f"{name}.*search", tmp_path / "out"
-        )
-    ridge = write_recipe(tmp_path / "ridge.json", SPAN, refit="ridge")
-    refused(run_cli("convert", base, "--recipe", ridge, "-o", tmp_path / "out"), 1, "ridge", tmp_path / "out")
     refused(run_cli("convert", "org/name", "--recipe", "late-span", "-o", tmp_path / "out"), 1, "org/name.*Hub")
 
 

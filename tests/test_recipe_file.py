@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from sa_convert.data.geometry import LayerGeometry, ModelGeometry
 from sa_convert.data.recipe import Recipe
 from sa_convert.data.sharing_map import SharingMap
 from sa_convert.errors import RecipeError
-from sa_convert.plan.recipe_file import dump_recipe, load_recipe, parse_recipe, refuse_unbuilt, shipped_recipes
+from sa_convert.plan.recipe_file import dump_recipe, load_recipe, parse_recipe, shipped_recipes
+from sa_convert.plan.spans import sharing_of
 from sa_convert.units import format_percent
 
 ROOT = Path(__file__).parents[1]
@@ -219,17 +221,11 @@ def test_any_description_survives(value):
     assert parse_recipe(dump_recipe(recipe), "r.yaml") == recipe
 
 
-def test_what_is_not_built_is_refused_with_its_line():
-    cases = {
-        "sharing:\n  search: {key_cache: 5%}": "r.yaml, line 2: this version has no search; it converts",
-        SPANS + "\nrefit: ridge": "r.yaml, line 3: this version has no ridge refit",
-        "sharing:\n  map:\n    encoder.3: [[1, 0]]": "r.yaml, line 3: layer 'encoder.3' belongs to an encoder",
-    }
-    for text, message in cases.items():
-        with pytest.raises(RecipeError) as caught:
-            refuse_unbuilt(parse_recipe(text, "r.yaml"))
-        assert str(caught.value).startswith(message)
-    refuse_unbuilt(load_recipe("late-span"))
+def test_layers_of_encoder_decoders_are_refused_with_their_line():
+    recipe = parse_recipe("sharing:\n  map:\n    encoder.3: [[1, 0]]", "r.yaml")
+    geometry = ModelGeometry((LayerGeometry(heads=1, groups=1, head_dim=8),) * 4)
+    with pytest.raises(RecipeError, match=r"^r\.yaml, line 3: layer 'encoder\.3' belongs to an encoder"):
+        sharing_of(recipe, geometry)
 
 
 def test_the_recipes_in_the_docs_are_valid():
