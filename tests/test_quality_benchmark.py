@@ -13,7 +13,7 @@ sys.path.append(str(ROOT / "docs" / "benchmarks"))
 
 import quality_page
 import quality_tables
-from quality_baselines import cheapest_layers, fit_linear, replaced, span_candidates, span_rows
+from quality_baselines import Divergence, cheapest_layers, fit_linear, replaced, span_candidates, span_rows
 from quality_counts import cache_bytes, layers_around, named, whole_layers
 from quality_text import articles
 
@@ -75,6 +75,24 @@ def test_linear_map_finds_attention_that_is_linear(tiny):
         assert (linear - base).norm() / base.norm() < 0.02 < (other - model(longer).logits).norm() / base.norm()
 
 
+def test_divergence_is_from_the_base(tiny):
+    _, model = tiny
+    tokens = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(0))
+    late = torch.arange(40) >= 30
+    samples = [Sample(tokens[0], "text", torch.ones(40, dtype=torch.bool)), Sample(tokens[1], "again", late, 0.5)]
+    divergence = Divergence(model, samples)
+    assert divergence() == 0.0
+    with torch.no_grad():
+        base = model(tokens).logits.double().softmax(-1)
+        with replaced(attentions_of(model), {2: None}):
+            found = divergence()
+            changed = model(tokens).logits.double().softmax(-1)
+    of_token = (base * (base.log() - changed.log())).sum(-1)
+    expected = (of_token[0, :-1].mean() + 0.5 * of_token[1, 29:-1].mean()) / 1.5
+    assert found == pytest.approx(expected.item(), rel=1e-4)
+    assert found > 1e-3
+
+
 def test_a_deleted_layer_saves_the_bytes_of_two_shared_ones(tiny, tmp_path):
     folder, model = tiny
     geometry, tokens = geometry_of_folder(folder), torch.arange(3, 11)
@@ -109,13 +127,13 @@ def test_cheapest_layers_are_measured_together():
     cost = {0: 9.0, 1: 1.0, 2: 1.5, 3: 2.0, 4: 5.0}
     tried = []
 
-    def loss_with(layers):
+    def cost_of(layers):
         tried.append(layers)
-        return 3.0 + sum(cost[layer] for layer in layers) + (10.0 if {1, 2} <= set(layers) else 0.0)
+        return sum(cost[layer] for layer in layers) + (10.0 if {1, 2} <= set(layers) else 0.0)
 
-    assert list(cheapest_layers(3, 5, loss_with)) == [(1,), (1, 3), (1, 3, 4)]
+    assert list(cheapest_layers(3, 5, cost_of)) == [(1,), (1, 3), (1, 3, 4)]
     # The second round stops at the layer that added less than any other ever did, the third knows what layer 2 added.
-    assert tried[6:] == [(1, 2), (1, 3), (1, 3, 4)]
+    assert tried[5:] == [(1, 2), (1, 3), (1, 3, 4)]
 
 
 def test_articles_are_prose():

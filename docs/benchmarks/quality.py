@@ -2,12 +2,12 @@
 
     python docs/benchmarks/quality.py MODEL [--name NAME] [--rows paper,ours,drop,linear] [--budgets 10,25,40]
                                       [--keep FOLDER] [--cache FOLDER] [--fresh]
-    python docs/benchmarks/quality.py --page
+    python docs/benchmarks/quality.py --page [--merge FILE ...]
 
 MODEL is a folder or a .gguf file. A budget is a percentage of the key cache (a fraction such as 40/3 will do); half of
 that is its part of the whole cache. Each row is measured by itself and merged into quality.json beside this file, so a
 run may be taken up again and rows measured again one by one (`--fresh` forgets them all). docs/quality.md and its
-figure are written from that file after every run, or by `--page` alone.
+figure are written from that file after every run, or by `--page` alone, which takes rows over from other files, too.
 
 `ours` and `paper` are conversions by the command line, measured by loading the folder that it wrote. `drop` and
 `linear` are not part of the product: they are hooks on the base model (quality_baselines.py).
@@ -39,7 +39,7 @@ from quality_text import LENGTH, NEWS_SKIPPED, SEQUENCES, SHA256, WHEEL, default
 
 from sa_convert.publish.report import installed_versions  # noqa: E402
 from sa_convert.read.model import open_model  # noqa: E402
-from sa_convert.validate.load import load_base  # noqa: E402
+from sa_convert.run.load import load_base  # noqa: E402
 
 RESULTS = HERE / "quality.json"
 
@@ -63,6 +63,17 @@ def merge(results: Row, row: Row, file: Path) -> None:
     rows = [*(other for other in done if key(other) != key(row)), row]
     results["rows"] = sorted(rows, key=lambda row: (list(METHODS).index(row["method"]), -row["cache_bytes_per_token"]))
     save(results, file)
+
+
+def take_over(other: Row, file: Path) -> None:
+    """Put the rows of another file among ours."""
+    if not RESULTS.exists():
+        save({**other, "rows": []}, RESULTS)
+    results = json.loads(RESULTS.read_text())
+    if other["base"]["sha256"] != results["base"]["sha256"] or other["settings"] != results["settings"]:
+        raise SystemExit(f"{file} is of another model or other settings than {RESULTS}.")
+    for row in other["rows"]:
+        merge(results, row, RESULTS)
 
 
 def save(results: Row, file: Path) -> None:
@@ -98,7 +109,10 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="forget all earlier results")
     parser.add_argument("--results", type=Path, default=RESULTS, help="of another model: a file of its own, no page")
     parser.add_argument("--page", action="store_true", help="only write the page from the results")
+    parser.add_argument("--merge", type=Path, nargs="+", default=[], help="with --page: results of the same model")
     options = parser.parse_args()
+    for file in options.merge:
+        take_over(json.loads(file.read_text()), file)
     if not options.page:
         if options.model is None:
             parser.error("MODEL is missing")

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from quality_baselines import (
+    Divergence,
     Spans,
-    calibration_loss,
     cheapest_layers,
     fit_linear,
     replaced,
@@ -32,10 +32,10 @@ from sa_convert.data.recipe import Calibration
 from sa_convert.read.family import family_of
 from sa_convert.read.geometry import geometry_of
 from sa_convert.read.model import open_model
+from sa_convert.run.load import load_base, load_converted, load_tokenizer
+from sa_convert.run.placement import place
 from sa_convert.validate.cache import cache_bytes_per_token
 from sa_convert.validate.copying import Probes, copying_loss
-from sa_convert.validate.load import load_base, load_converted, load_tokenizer
-from sa_convert.validate.placement import place
 
 ROOT = Path(__file__).parents[2]
 RECOMMENDED = 4
@@ -140,6 +140,7 @@ class Benchmark:
         wanted.setdefault(RECOMMENDED, Fraction(RECOMMENDED, depth))
         chosen: dict[int, tuple[Spans, float]] = {}
         with self.session() as session:
+            divergence = Divergence(session.probe.model, session.samples.held_out)
             for count in wanted:
                 start = time.perf_counter()
                 candidates = [((depth - 1 - count, depth - 2),)] if count == RECOMMENDED else None
@@ -147,10 +148,10 @@ class Benchmark:
                 least = math.inf
                 for spans in candidates or span_candidates(depth, count):
                     with session.probe.sharing(span_rows(spans, heads)):
-                        loss = calibration_loss(session.probe.model, session.samples.held_out)
-                    print(f"  paper, {named(spans)}: {loss:.4f}", file=sys.stderr, flush=True)
-                    if loss < least:
-                        best, least = spans, loss
+                        cost = divergence()
+                    print(f"  paper, {named(spans)}: {cost:.4f}", file=sys.stderr, flush=True)
+                    if cost < least:
+                        best, least = spans, cost
                 chosen[count] = best, 0.0 if candidates else time.perf_counter() - start
         for count, (spans, seconds) in chosen.items():
             sharing = {"spans": [{"layers": f"{first}-{last}", "source": first - 1} for first, last in spans]}
@@ -180,13 +181,15 @@ class Benchmark:
             if method == "linear":
                 maps = dict(fit_linear(model, attentions, samples))
 
-            def loss_with(layers: tuple[int, ...]) -> float:
-                with replaced(attentions, {layer: maps[layer] for layer in layers}):
-                    loss = calibration_loss(model, samples.held_out)
-                print(f"  {method}, {layers}: {loss:.4f}", file=sys.stderr, flush=True)
-                return loss
+            divergence = Divergence(model, samples.held_out)
 
-            for order in cheapest_layers(max(wanted), depth, loss_with):
+            def cost_of(layers: tuple[int, ...]) -> float:
+                with replaced(attentions, {layer: maps[layer] for layer in layers}):
+                    cost = divergence()
+                print(f"  {method}, {layers}: {cost:.4f}", file=sys.stderr, flush=True)
+                return cost
+
+            for order in cheapest_layers(max(wanted), depth, cost_of):
                 seconds[len(order)] = time.perf_counter() - start
         with load_base(self.model, self.placement) as loaded:
             model = loaded.model
