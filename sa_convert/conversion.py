@@ -150,8 +150,8 @@ def _validate(
     conversion: ConversionPlan, recipe: "Recipe", options: Options, stage: Stage, announce: Callable[[str], None]
 ) -> Validation:
     from sa_convert.calibrate.text import load_text
+    from sa_convert.run.placement import NO_MEMORY
     from sa_convert.validate.gate import refuse_if_failed, validate
-    from sa_convert.validate.placement import NO_MEMORY
 
     announce("validating")
     validation = validate(

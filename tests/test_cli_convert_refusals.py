@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from cli_cases import SPAN, digests, refused
+from cli_cases import digests, refused
 from conftest import ROOT, run_cli
 from make_checkpoint import llama_config, llama_tensors, write_model
 from safetensors import safe_open

@@ -182,9 +182,7 @@ def test_recipes_lists_what_is_shipped(cli):
     assert result.returncode == 0
     lines = {line.split()[0]: line for line in result.stdout.splitlines()}
     assert list(lines) == sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
-    assert "not in this version" not in lines["late-span"]
-    assert lines["light"].endswith("(needs search: not in this version)")
-    assert lines["balanced"].endswith("(needs search and ridge refit: not in this version)")
+    assert lines["balanced"].endswith("A quarter of the key cache, wherever it costs least.")
 
 
 def test_recipes_prints_one_as_it_is_written(cli):

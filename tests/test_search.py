@@ -89,7 +89,9 @@ def test_costs_may_be_measured_at_a_map_and_the_search_goes_on_from_there():
     geometry = ModelGeometry((LAYER,) * 8)
     first = State(make_costs(geometry), SharingMap({}))
     first.extend(0.25)
-    second = State(make_costs(geometry, seed=1), first.sharing)
+    again = make_costs(geometry, seed=1)
+    again.without_map = False
+    second = State(again, first.sharing)
     assert second.estimate == 0
     second.extend(0.5)
     assert set(first.chosen) <= set(second.chosen)
@@ -99,6 +101,18 @@ def test_costs_may_be_measured_at_a_map_and_the_search_goes_on_from_there():
         pass
     assert second.estimate <= before + 1e-9
     assert second.removed == pytest.approx(0.5)
+
+
+def test_costs_without_a_map_count_what_is_shared_already():
+    costs = make_costs(ModelGeometry((LAYER,) * 8))
+    first = State(costs, SharingMap({}))
+    first.extend(0.25)
+    second = State(costs, first.sharing)
+    assert second.estimate == pytest.approx(first.estimate, rel=1e-5)
+    assert second.rise == 0
+    second.extend(0.5)
+    first.extend(0.5)
+    assert second.sharing == first.sharing
 
 
 def test_another_treatment_competes_for_the_same_budget():

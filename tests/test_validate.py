@@ -19,12 +19,12 @@ from validation_models import VOCABULARY, save_base, save_converted, tiny_config
 from sa_convert.calibrate.text import load_text
 from sa_convert.data.report import GateResult
 from sa_convert.errors import CheckpointError, DataError, GateRefused, SaConvertError
+from sa_convert.run.load import load_base, load_converted
+from sa_convert.run.placement import place
 from sa_convert.validate.cache import cache_bytes_per_token
 from sa_convert.validate.decode import decode_check, rounding_difference
 from sa_convert.validate.gate import refuse_if_failed, validate
-from sa_convert.validate.load import load_base, load_converted
 from sa_convert.validate.perplexity import perplexity
-from sa_convert.validate.placement import place
 
 SMALL = {"sequences": 3, "length": 96, "device": "cpu"}
 
@@ -108,8 +108,8 @@ from pathlib import Path
 import sa_convert
 from sa_convert.calibrate.text import load_text
 from sa_convert.validate.gate import validate
-from sa_convert.validate.load import load_converted
-from sa_convert.validate.placement import place
+from sa_convert.run.load import load_converted
+from sa_convert.run.placement import place
 base, converted = Path({str(base)!r}), Path({str(converted)!r})
 validate(base, converted, load_text("builtin"), None, "cpu", sequences=2, length=64)
 from transformers import AutoConfig

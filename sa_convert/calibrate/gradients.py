@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from sa_convert.calibrate.finite import not_finite
 from sa_convert.calibrate.probe import Probe, Rows, Seen
 from sa_convert.calibrate.sequences import Sample
-from sa_convert.validate.perplexity import input_device
+from sa_convert.run.device import input_device
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ from sa_convert.calibrate.probe import Probe, Rows
 from sa_convert.calibrate.sequences import Sample
 from sa_convert.data.calibrated import Distance
 from sa_convert.progress import progress
-from sa_convert.validate.perplexity import input_device
+from sa_convert.run.device import input_device
 
 if TYPE_CHECKING:
     import torch

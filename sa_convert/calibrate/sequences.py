@@ -7,8 +7,7 @@ from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.calibrate.text import Text
-from sa_convert.calibrate.tokens import start_tokens, token_sequences
-from sa_convert.validate.copying import ordinary_tokens
+from sa_convert.calibrate.tokens import ordinary_tokens, start_tokens, token_sequences
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +81,8 @@ def calibration_set(
     generator = torch.Generator().manual_seed(seed)
     vocabulary = torch.tensor(ordinary_tokens(tokenizer, embeddings))
     start = torch.tensor(start_tokens(tokenizer), dtype=torch.long)
-    counts = {"calibration": repetitions - repetitions // 3, "held out": repetitions // 3}
+    held_out = (repetitions + 1) // 3
+    counts = {"calibration": repetitions - held_out, "held out": held_out}
     repeated = {
         part: [
             _repetition(vocabulary, start, min(period, (length - len(start)) // 2), length, generator)

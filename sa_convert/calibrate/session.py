@@ -16,8 +16,8 @@ from sa_convert.data.geometry import ModelGeometry
 from sa_convert.data.units import Units
 from sa_convert.errors import DataError
 from sa_convert.export.shared_attention_families import Family
-from sa_convert.validate.load import load_base, load_tokenizer
-from sa_convert.validate.placement import NO_MEMORY, Placement, place
+from sa_convert.run.load import load_base, load_tokenizer
+from sa_convert.run.placement import NO_MEMORY, Placement, place
 
 if TYPE_CHECKING:
     from sa_convert.data.recipe import Calibration
@@ -58,7 +58,7 @@ def open_session(
 ) -> Iterator[Session]:
     """Load the base model in `checkpoint.folder` (safetensors or .bin) and make the calibration set.
 
-    device, dtype: see `sa_convert.validate.placement.place`. layer_by_layer: keep one layer's weights in memory at a
+    device, dtype: see `sa_convert.run.placement.place`. layer_by_layer: keep one layer's weights in memory at a
     time even if all would fit. Raises DataError (text, tokenizer) and CheckpointError (model).
     """
     if calibration.sequences < 2:

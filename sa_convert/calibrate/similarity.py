@@ -20,7 +20,7 @@ from sa_convert.data.analysis import AttentionStatistics
 from sa_convert.data.units import Units
 from sa_convert.errors import CheckpointError, DataError
 from sa_convert.progress import progress
-from sa_convert.validate.perplexity import input_device
+from sa_convert.run.device import input_device
 
 if TYPE_CHECKING:
     import torch

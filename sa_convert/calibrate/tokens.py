@@ -42,3 +42,15 @@ def start_tokens(tokenizer: Any) -> list[int]:
     marked: list[int] = tokenizer("a")["input_ids"]
     starts = tokenizer.bos_token_id is not None and marked[:1] == [tokenizer.bos_token_id] != list(plain)[:1]
     return marked[:1] if starts else []
+
+
+def ordinary_tokens(tokenizer: Any, embeddings: int) -> list[int]:
+    """Sorted ids of the tokens that stand for text: no special and no added ones, none beyond the model's embeddings.
+
+    Raises DataError where fewer than two are left, of which nothing can be copied.
+    """
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    tokens = sorted({token for token in tokenizer.get_vocab().values() if token < embeddings} - special)
+    if len(tokens) < 2:
+        raise DataError(f"The tokenizer has {len(tokens)} ordinary tokens: too few to make copying probes of.")
+    return tokens

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from sa_convert.validate.perplexity import input_device
+from sa_convert.run.device import input_device
 
 if TYPE_CHECKING:
     import torch

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sa_convert.calibrate.tokens import start_tokens
+from sa_convert.calibrate.tokens import ordinary_tokens, start_tokens
 from sa_convert.data.evaluation import CopyingLoss
-from sa_convert.errors import DataError
 from sa_convert.progress import progress
-from sa_convert.validate.perplexity import input_device
+from sa_convert.run.device import input_device
 
 if TYPE_CHECKING:
     import torch
@@ -21,18 +20,6 @@ PERIOD = 128
 LENGTH = 512
 PROBES = 8
 DISTANCES = (32, 64, 128, 256)
-
-
-def ordinary_tokens(tokenizer: Any, embeddings: int) -> list[int]:
-    """Sorted ids of the tokens that stand for text: no special and no added ones, none beyond the model's embeddings.
-
-    Raises DataError where fewer than two are left, of which nothing can be copied.
-    """
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    tokens = sorted({token for token in tokenizer.get_vocab().values() if token < embeddings} - special)
-    if len(tokens) < 2:
-        raise DataError(f"The tokenizer has {len(tokens)} ordinary tokens: too few to make copying probes of.")
-    return tokens
 
 
 @dataclass(frozen=True)

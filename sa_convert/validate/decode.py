@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from sa_convert.data.report import DecodeCheck
 from sa_convert.progress import progress
-from sa_convert.validate.perplexity import input_device
+from sa_convert.run.device import input_device
 
 if TYPE_CHECKING:
     import torch

@@ -11,14 +11,14 @@ from sa_convert.calibrate.tokens import token_sequences
 from sa_convert.data.evaluation import Evaluation, ModelQuality
 from sa_convert.errors import CheckpointError, SaConvertError
 from sa_convert.rewrite.signals import termination_as_exit
+from sa_convert.run.load import embedded_tokens, refuse_foreign_tokens, release_memory
+from sa_convert.run.placement import place, positions
+from sa_convert.run.quiet import keep_module_cache_clean
 from sa_convert.validate import copying
 from sa_convert.validate.agreement import Comparison, KeptLogits
 from sa_convert.validate.decode import decode_check, rounding_without_cache
 from sa_convert.validate.gate import DECODED, KINDS, LENGTH, SEQUENCES
-from sa_convert.validate.load import embedded_tokens, refuse_foreign_tokens, release_memory
 from sa_convert.validate.perplexity import perplexity
-from sa_convert.validate.placement import place, positions
-from sa_convert.validate.quiet import keep_module_cache_clean
 from sa_convert.validate.subject import Subject, open_subject
 
 if TYPE_CHECKING:

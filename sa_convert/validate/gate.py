@@ -11,10 +11,7 @@ from sa_convert.calibrate.tokens import token_sequences
 from sa_convert.data.evaluation import CopyingLoss
 from sa_convert.data.report import Change, CopyingReport, GateResult, PerplexityReport, Validation
 from sa_convert.errors import CheckpointError, GateRefused
-from sa_convert.validate.cache import cache_bytes_per_token
-from sa_convert.validate.copying import Probes, copying_loss
-from sa_convert.validate.decode import decode_check, rounding_difference
-from sa_convert.validate.load import (
+from sa_convert.run.load import (
     embedded_tokens,
     load_base,
     load_converted,
@@ -22,9 +19,12 @@ from sa_convert.validate.load import (
     refuse_foreign_tokens,
     release_memory,
 )
+from sa_convert.run.placement import Placement, place, positions
+from sa_convert.run.quiet import keep_module_cache_clean
+from sa_convert.validate.cache import cache_bytes_per_token
+from sa_convert.validate.copying import Probes, copying_loss
+from sa_convert.validate.decode import decode_check, rounding_difference
 from sa_convert.validate.perplexity import Perplexity, perplexity
-from sa_convert.validate.placement import Placement, place, positions
-from sa_convert.validate.quiet import keep_module_cache_clean
 
 if TYPE_CHECKING:
     import torch

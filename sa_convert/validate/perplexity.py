@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.progress import progress
+from sa_convert.run.device import input_device
 
 if TYPE_CHECKING:
     import torch
@@ -56,11 +57,3 @@ def perplexity(
             if not math.isfinite(total):
                 break
     return Perplexity(total / tokens, tokens)
-
-
-def input_device(model: Any) -> "torch.device":
-    """Where a model wants its tokens: where its embedding is. Hooks of accelerate move them on if it is offloaded."""
-    import torch
-
-    device = model.get_input_embeddings().weight.device
-    return torch.device("cpu") if device.type == "meta" else device

@@ -17,10 +17,10 @@ from sa_convert.errors import CheckpointError
 from sa_convert.export.shared_attention_families import PREFIX
 from sa_convert.read.folder import read_json
 from sa_convert.read.model import open_model
+from sa_convert.run.load import Loaded, load_base, load_converted, load_tokenizer
+from sa_convert.run.placement import Placement
+from sa_convert.run.quiet import keep_module_cache_clean
 from sa_convert.validate.agreement import require_space
-from sa_convert.validate.load import Loaded, load_base, load_converted, load_tokenizer
-from sa_convert.validate.placement import Placement
-from sa_convert.validate.quiet import keep_module_cache_clean
 
 _HOME = Path(sa_convert.export.__file__).parent
 

@@ -8,8 +8,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.errors import CheckpointError, DataError
-from sa_convert.validate.placement import Placement
-from sa_convert.validate.quiet import keep_module_cache_clean, quiet
+from sa_convert.run.placement import Placement
+from sa_convert.run.quiet import keep_module_cache_clean, quiet
 
 if TYPE_CHECKING:
     import torch
