@@ -43,7 +43,7 @@ def collect(
     rows: Rows = sharing.layers
     costs = Costs(units, measure, without_map=not rows)
     screen = [] if known else _screen(samples)
-    allowed = {layer: _allowed(units, layer) for layer in range(len(units.geometry.layers))}
+    allowed = {layer: _allowed(units, layer, rows) for layer in range(len(units.geometry.layers))}
     allowed = {layer: mask for layer, mask in allowed.items() if bool(mask.any())}
     generator = torch.Generator().manual_seed(seed)
     with progress(len(screen) + len(samples), description, unit="seq") as bar:
@@ -101,15 +101,16 @@ def _screen(samples: Sequence[Sample]) -> list[Sample]:
     return text[:: max(1, len(text) // _SCREENED)][:_SCREENED] + [s for s in samples if s.repetition][:1]
 
 
-def _allowed(units: Units, layer: int) -> "torch.Tensor":
-    """(J,) bool: whether a head of this or an earlier layer may be a source for the layer."""
+def _allowed(units: Units, layer: int, rows: Rows) -> "torch.Tensor":
+    """(J,) bool: whether a head of this or an earlier layer may be a source for the layer, under a map."""
     import torch
 
     layers = units.geometry.layers
     allowed = torch.zeros(units.offsets[layer + 1], dtype=torch.bool)
     for source in range(layer):
         if layer_difference(layers[source], layers[layer]) is None:
-            allowed[units.offsets[source] : units.offsets[source + 1]] = True
+            row = rows.get(source, (None,) * layers[source].heads)
+            allowed[units.offsets[source] : units.offsets[source + 1]] = torch.tensor([head is None for head in row])
     return allowed
 
 
