@@ -4,7 +4,7 @@
 
 Builds a random Llama in float32 of about this many GiB, with a small tokenizer, in a temporary folder of DIR. Then
 converts it: a tenth of the key cache, refit, validation, all with one layer's weights in memory at a time; and reports
-the peak memory of the process, as the kernel counts it, and its wall time. `--write` puts the result into memory.md
+the peak memory of the process, as the kernel counts it. `--write` puts the result into memory.md
 beside this file. Needs about 2.1 times the size on disk.
 """
 
@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -73,19 +72,17 @@ def build(folder: Path, gib: float) -> int:
     return layers
 
 
-def measure(base: Path, output: Path) -> tuple[float, int, str]:
-    """Seconds, peak memory in bytes, and what the converter said."""
+def measure(base: Path, output: Path) -> int:
+    """Peak memory of the converter in bytes."""
     recipe = base.parent / "recipe.json"
     recipe.write_text(json.dumps(RECIPE))
     arguments = ["convert", str(base), "--recipe", str(recipe), "-o", str(output), "--layer-by-layer"]
-    start = time.perf_counter()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", RUN, *arguments], capture_output=True, text=True, env=environment)
-    seconds = time.perf_counter() - start
     status, peak = run.stdout.split()
     if status != "0":
         sys.exit(run.stderr[-2000:])
-    return seconds, int(peak), run.stderr
+    return int(peak)
 
 
 def main() -> None:
@@ -99,7 +96,7 @@ def main() -> None:
         base.mkdir()
         layers = build(base, options.gib)
         size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
-        seconds, peak, _ = measure(base, Path(folder) / "out")
+        peak = measure(base, Path(folder) / "out")
         report = json.loads((Path(folder) / "out" / "report.json").read_text())
     import torch
     import transformers
@@ -117,7 +114,6 @@ torch {torch.__version__.partition("+")[0]}, transformers {transformers.__versio
 | weights of the model | {size / gib:.2f} GiB |
 | weights of one layer | {LAYER_BYTES / gib:.2f} GiB |
 | peak memory of the converter | {peak / gib:.2f} GiB ({peak / size:.0%} of the weights) |
-| wall time, validation included | {seconds:.0f} s |
 | key cache removed | {report["savings"]["key_cache_removed"]:.1%} |
 """
     print(text)
