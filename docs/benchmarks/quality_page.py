@@ -22,7 +22,7 @@ from quality_text import IN_DOMAIN, LENGTH, OUT_OF_DOMAIN, SEQUENCES
 
 DOCS = Path(__file__).parents[1]
 PAGE, FIGURE = DOCS / "quality.md", DOCS / "figures" / "quality.png"
-TICKS = (0, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+TICKS = (-0.5, -0.2, -0.1, -0.05, 0, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
 
 def filled(text: str) -> str:
@@ -133,7 +133,7 @@ def write_figure(results: Row, path: Path) -> None:
         # Linear up to 0.05, then by factors: small losses and the paper's are both to be read.
         axis.set_yscale("symlog", linthresh=0.05, linscale=0.6)
         axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
-        axis.set_yticks([tick for tick in TICKS if tick <= axis.get_ylim()[1]], minor=False)
+        axis.set_yticks([tick for tick in TICKS if axis.get_ylim()[0] <= tick <= axis.get_ylim()[1]], minor=False)
         axis.set_yticks([], minor=True)
         axis.yaxis.set_major_formatter("{x:g}")
         axis.set_title(title)
