@@ -91,6 +91,25 @@ def test_the_refit_changes_the_output_projections_that_the_report_names_and_noth
     assert kept
 
 
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+def test_a_pickled_model_is_searched_and_refitted_too(cli, model, write, tmp_path, options):
+    tensors = {name: tensor for file in model.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    for file in model.glob("*.safetensors*"):
+        file.unlink()
+    torch.save(tensors, model / "pytorch_model.bin")
+    recipe = write({"key_cache": "10%"}, refit="ridge")
+    result = cli("convert", model, "--recipe", recipe, "-o", tmp_path / "out", "--no-validate", "--json", *options)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["sharing"]["reused_groups"] == 3
+    assert (tmp_path / "out").exists() == (not options)
+
+
+def test_two_sequences_are_enough_to_calibrate(cli, base, write, tmp_path):
+    recipe = write({"key_cache": "10%"}, refit="ridge", calibration={**CALIBRATION, "sequences": 2})
+    result = cli("convert", base, "--recipe", recipe, "-o", tmp_path / "out", "--no-validate")
+    assert result.returncode == 0, result.stderr
+
+
 def test_layer_by_layer_finds_plain_output_errors_and_says_what_it_took(cli, base, write, tmp_path):
     result = cli(
         "convert", base, "--recipe", write({"key_cache": "10%"}, refit="ridge"), "-o", tmp_path / "out",

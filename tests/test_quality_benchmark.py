@@ -191,6 +191,5 @@ def test_page_and_figure_of_any_results(tmp_path):
         assert image.width > 1000
 
 
-@pytest.mark.skipif(not RESULTS.exists(), reason="the benchmark has not been run")
 def test_page_is_what_the_results_say():
     assert quality_page.PAGE.read_text() == quality_page.page(json.loads(RESULTS.read_text()))

@@ -7,8 +7,8 @@ import torch
 
 from sa_convert.calibrate.budget import check_budget, most_removable
 from sa_convert.calibrate.choose import Step, rounds
-from sa_convert.calibrate.costs import Costs, shortlists
-from sa_convert.calibrate.search import Move, Sharing, State
+from sa_convert.calibrate.costs import Costs, Offer, shortlists
+from sa_convert.calibrate.search import Sharing, State
 from sa_convert.calibrate.within import _longest
 from sa_convert.data.calibrated import Distance
 from sa_convert.data.geometry import LayerGeometry, ModelGeometry
@@ -115,27 +115,30 @@ def test_costs_without_a_map_count_what_is_shared_already():
     assert second.sharing == first.sharing
 
 
-def test_another_treatment_competes_for_the_same_budget():
-    """A treatment that saves half of a unit's keys for next to nothing is taken first."""
+class Halved:
+    """Another treatment: a unit keeps its attention, with half of its keys."""
 
-    class Halved:
-        def __init__(self):
-            self.taken = []
+    def __init__(self, cost):
+        self.cost = cost
 
-        def moves(self, state):
-            for unit in state.units.all:
-                if unit not in self.taken:
-                    yield _Recorded(self.taken, unit, state.units.keys_of(unit) // 2)
+    def moves(self, state):
+        for unit in state.units.all:
+            if unit not in state.chosen:
+                yield state.move({unit: Offer(self.cost, (), state.units.keys_of(unit) // 2)})
 
-    class _Recorded(Move):
-        def __init__(self, taken, unit, saved):
-            super().__init__({}, 1e-9, saved)
-            taken.append(unit)
 
-    halved = Halved()
-    costs = make_costs(ModelGeometry((LAYER,) * 4))
-    moves = [move for treatment in (Sharing(), halved) for move in treatment.moves(State(costs, SharingMap({})))]
-    assert min(moves, key=lambda move: move.cost / move.saved).saved == 8
+@pytest.mark.parametrize(("cost", "halved"), [(1e-9, 8), (1e9, 0)])
+def test_another_treatment_competes_for_the_same_budget(cost, halved):
+    costs = make_costs(ModelGeometry((LAYER,) * 8))
+    state = State(costs, SharingMap({}), (Sharing(), Halved(cost)))
+    assert state.extend(0.25)
+    assert state.removed == pytest.approx(0.25)
+    assert sum(not offer.sources for offer in state.chosen.values()) == halved
+    assert state.units.from_map(state.sharing) == state.sources
+    # What keeps half of its keys may still share: that saves the other half.
+    assert state.extend(0.7)
+    assert state.removed >= 0.7
+    assert len(state.sources) > 4
 
 
 def test_attention_of_two_kinds_is_never_mixed():

@@ -33,10 +33,15 @@ Measure = Literal["fisher", "output error"]
 
 @dataclass(frozen=True)
 class Offer:
-    """What a unit would cost with these sources, one for each of its heads. cost: nats a token (or relative error)."""
+    """What a treatment would do to a unit.
+
+    cost: nats a token (or relative error). sources: one for each of the unit's heads, or none where it keeps its
+    attention. saved: elements of one token's cached keys.
+    """
 
     cost: float
     sources: tuple[Source, ...]
+    saved: int
 
 
 @dataclass
@@ -83,7 +88,7 @@ class Costs:
             cost = best.values
         places, found = self._improved(second, alone, chosen[0].tolist(), float(cost[0]))
         sources = (self._place(unit, at, place % count) for at, place in enumerate(places))
-        return Offer(found, tuple(sources))
+        return Offer(found, tuple(sources), self.units.keys_of(unit))
 
     @staticmethod
     def _improved(

@@ -17,8 +17,11 @@ from sa_convert.data.units import Unit
 
 @dataclass(frozen=True)
 class Move:
-    """A change of the plan. offers: new sources of units, the moved one and those that lose a source by it. cost: by
-    how much the expected loss rises. saved: elements of one token's cached keys that it saves."""
+    """A change of the plan.
+
+    offers: of the moved unit, and of units that lose a source by it. cost: by how much the expected loss rises. saved:
+    elements of one token's cached keys, besides those saved already.
+    """
 
     offers: "dict[Unit, Offer]"
     cost: float
@@ -37,7 +40,7 @@ class Sharing:
     """A unit's heads reuse the attention of other heads, and all of its keys go."""
 
     def moves(self, state: "State") -> Iterator[Move]:
-        removed = frozenset(state.chosen)
+        removed = state.sharing_units
         for unit in state.costs.second:
             if unit in removed:
                 continue
@@ -49,8 +52,7 @@ class Sharing:
                     break
                 offers[moved] = offer
             else:
-                rise = sum(offer.cost - state.cost_of(moved) for moved, offer in offers.items())
-                yield Move(offers, rise, state.units.keys_of(unit))
+                yield state.move(offers)
 
 
 class State:
@@ -62,14 +64,20 @@ class State:
         given = self.units.from_map(sharing)
         values = {unit: costs.value(unit, sources) if costs.without_map else 0.0 for unit, sources in given.items()}
         self.chosen = {
-            unit: Offer(values[unit] if isfinite(values[unit]) else 0.0, sources) for unit, sources in given.items()
+            unit: Offer(values[unit] if isfinite(values[unit]) else 0.0, sources, self.units.keys_of(unit))
+            for unit, sources in given.items()
         }
         self._start = self.estimate
         self._best: dict[Unit, Offer] = {}
 
     @property
     def sources(self) -> dict[Unit, tuple[Source, ...]]:
-        return {unit: offer.sources for unit, offer in self.chosen.items()}
+        return {unit: offer.sources for unit, offer in self.chosen.items() if offer.sources}
+
+    @property
+    def sharing_units(self) -> frozenset[Unit]:
+        """Units that share, so that no other may have its source in them."""
+        return frozenset(self.sources)
 
     @property
     def sharing(self) -> SharingMap:
@@ -78,7 +86,7 @@ class State:
     @property
     def removed(self) -> float:
         """The part of the key cache that is saved."""
-        return self.units.removed_keys(self.chosen)
+        return sum(offer.saved for offer in self.chosen.values()) / self.units.all_keys
 
     @property
     def estimate(self) -> float:
@@ -90,8 +98,12 @@ class State:
         """The expected rise of the loss since the start."""
         return self.estimate - self._start
 
-    def cost_of(self, unit: Unit) -> float:
-        return self.chosen[unit].cost if unit in self.chosen else 0.0
+    def move(self, offers: "dict[Unit, Offer]") -> Move:
+        """The move to these offers, from what their units have at present."""
+        before = [self.chosen[unit] for unit in offers if unit in self.chosen]
+        cost = sum(offer.cost for offer in offers.values()) - sum(offer.cost for offer in before)
+        saved = sum(offer.saved for offer in offers.values()) - sum(offer.saved for offer in before)
+        return Move(offers, cost, saved)
 
     def best(self, unit: Unit, removed: frozenset[Unit]) -> Offer | None:
         """`Costs.best`. The best offer of before is still the best while its sources are there."""
@@ -122,8 +134,8 @@ class State:
 
     def rematch(self, least: float = 1e-5) -> int:
         """Give units other sources where that is cheaper under these costs, by more than `least`; return how many."""
-        removed, changed = frozenset(self.chosen), 0
-        for unit in sorted(self.chosen):
+        removed, changed = self.sharing_units, 0
+        for unit in sorted(removed):
             offer = self.costs.best(unit, removed)
             if offer is not None and offer.cost < self.chosen[unit].cost - least:
                 self.chosen[unit] = offer
@@ -138,16 +150,16 @@ class State:
     def swap(self, least: float = 1e-4) -> bool:
         """Give one unit back and take another for it, where the expected loss falls by more than `least`."""
         lent = {self.units.unit_of(source) for offer in self.chosen.values() for source in offer.sources}
-        removed = frozenset(self.chosen)
+        removed = self.sharing_units
         taken = [
             (offer.cost, unit, offer)
             for unit in self.costs.second
             # A source's users would change as well, which these costs do not cover.
             if unit not in removed and unit not in lent and (offer := self.costs.best(unit, removed | {unit}))
         ]
-        if not taken or not self.chosen:
+        if not taken or not removed:
             return False
-        gain, back = min((self.give_back(unit), unit) for unit in self.chosen)
+        gain, back = min((self.give_back(unit), unit) for unit in removed)
         fitting = [found for found in taken if self.units.keys_of(found[1]) == self.units.keys_of(back)]
         if not fitting:
             return False
@@ -156,5 +168,5 @@ class State:
             return False
         del self.chosen[back]
         self._best.clear()  # the unit given back may be a better source than those remembered
-        self.chosen[unit] = self.costs.best(unit, frozenset(self.chosen) | {unit}) or offer
+        self.chosen[unit] = self.costs.best(unit, self.sharing_units | {unit}) or offer
         return True

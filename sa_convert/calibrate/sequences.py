@@ -1,6 +1,5 @@
 """The sequences that search and refit learn from, and others, never learned from, on which they are judged."""
 
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -68,14 +67,14 @@ def calibration_set(
     """`sequences` samples of `length` tokens from the calibration part of a text, a fifth of them random repetition.
 
     embeddings: how many tokens the model has. written: (N, length) tokens that the model itself wrote, which take the
-    place of half of the text. No document is in both parts, and no repetition has a period of the other part. The same
-    arguments give the same samples. Raises DataError where the text is too short or makes no token.
+    place of as many of the text. No document is in both parts, and no repetition has a period of the other part. The
+    same arguments give the same samples. Raises DataError where the text is too short or makes no token.
     """
     import torch
 
     repetitions = sequences // REPETITION_PART
     plain = sequences - repetitions
-    own = [] if written is None else [(row, "written by the model") for row in written[: plain // 2]]
+    own = [] if written is None else [(row, "written by the model") for row in written]
     rows = [*_text_rows(tokenizer, text, plain - len(own), length), *own]
     fit, held = _divide(rows)
     generator = torch.Generator().manual_seed(seed)
@@ -147,10 +146,3 @@ def _repetition(
     tokens = torch.cat([start, once.repeat(-(-filled // len(once)))[:filled]])
     scored = torch.arange(length) >= len(start) + len(once)
     return Sample(tokens, REPETITION, scored)
-
-
-def shuffled(samples: tuple[Sample, ...], seed: int) -> list[Sample]:
-    """The samples in another order, the same for the same seed."""
-    order = list(samples)
-    random.Random(seed).shuffle(order)
-    return order

@@ -1,10 +1,8 @@
 """A base model, opened to be calibrated: run, observed, and changed in memory for a while."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.calibrate.costs import Measure
@@ -17,10 +15,14 @@ from sa_convert.data.units import Units
 from sa_convert.errors import DataError
 from sa_convert.export.shared_attention_families import Family
 from sa_convert.run.load import load_base, load_tokenizer
-from sa_convert.run.placement import NO_MEMORY, Placement, place
+from sa_convert.run.placement import NO_MEMORY, Placement, place, positions
 
 if TYPE_CHECKING:
     from sa_convert.data.recipe import Calibration
+
+
+WRITTEN_PART = 3
+"""One sequence in so many is written by the model, where the text is built-in and the model fits in memory."""
 
 
 @dataclass(frozen=True)
@@ -66,20 +68,16 @@ def open_session(
     tokenizer = load_tokenizer(checkpoint.folder)
     text = load_text(calibration.text)
     placement = place(checkpoint.folder, device, dtype, NO_MEMORY if layer_by_layer else None)
-    length = min(calibration.length, _positions(checkpoint.folder))
+    length = min(calibration.length, positions(checkpoint.folder) or calibration.length)
     with load_base(checkpoint.folder, placement) as loaded:
         embeddings = loaded.model.get_input_embeddings().weight.shape[0]
         written = None
-        if calibration.text == "builtin" and placement.max_memory is None:
+        own = calibration.sequences // WRITTEN_PART
+        if own and calibration.text == "builtin" and placement.max_memory is None:
             from sa_convert.calibrate.written import written_by
 
-            written = written_by(loaded.model, tokenizer, calibration.sequences // 3, length, seed)
+            written = written_by(loaded.model, tokenizer, own, length, seed)
         samples = calibration_set(tokenizer, embeddings, text, calibration.sequences, length, seed, written)
         probe = Probe(loaded.model, family)
         measure: Measure = "fisher" if placement.max_memory is None else "output error"
         yield Session(checkpoint, family, Units(geometry), probe, tokenizer, samples, measure, placement, seed)
-
-
-def _positions(folder: Path) -> int:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return int(config.get("max_position_embeddings") or 1 << 30)

@@ -14,11 +14,12 @@ their best-matching heads in another layer (column), averaged over heads.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from sa_convert.calibrate.finite import not_finite
 from sa_convert.calibrate.probe import Probe, Seen
 from sa_convert.calibrate.sequences import Sample
 from sa_convert.data.analysis import AttentionStatistics
 from sa_convert.data.units import Units
-from sa_convert.errors import CheckpointError, DataError
+from sa_convert.errors import DataError
 from sa_convert.progress import progress
 from sa_convert.run.device import input_device
 
@@ -56,10 +57,7 @@ def attention_statistics(
             cosines += weights @ weights.T
             bar.update()
     if not bool(torch.isfinite(cosines.sum() + variance.sum())):
-        raise CheckpointError(
-            "Attention weights are not finite on the calibration text: the model's weights are damaged, or overflow in "
-            f"{str(probe.model.dtype).removeprefix('torch.')}: get the model anew, or give a wider --dtype."
-        )
+        raise not_finite(probe.model)
     similarity, matched = _by_layer(cosines / len(text), units)
     return AttentionStatistics(
         similarity, matched, tuple((variance / len(text)).tolist()), _isotropy(similarity), len(text)
