@@ -70,7 +70,7 @@ def row(family: Family) -> str:
         sliding = sliding.replace(wrong, right)
     cells = (
         f"`{family.model_type}`",
-        family.causal_lm,
+        family.default_class,
         family.granularity,
         sliding,
         NORMS[family.norm] if family.query_norm else "",

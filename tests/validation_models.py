@@ -67,7 +67,7 @@ def save_converted(base: Path, folder: Path, source: int = 1, span: tuple[int, .
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {
         "AutoConfig": f"configuration_shared_attention.SharedAttention{family.config_class}",
-        "AutoModelForCausalLM": f"modeling_shared_attention.SharedAttention{family.causal_lm}",
+        "AutoModelForCausalLM": f"modeling_shared_attention.SharedAttention{family.default_class}",
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     for name in ("tokenizer.json", "tokenizer_config.json"):

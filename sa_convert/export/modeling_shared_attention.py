@@ -66,13 +66,13 @@ def model_class_of(family: Family) -> type:
             "run pip install -U transformers."
         )
     _register_conversions(family)
-    base = getattr(transformers, family.causal_lm)
+    base = getattr(transformers, family.default_class)
     members = {"config_class": config_class_of(family), "__module__": __name__}
-    return type(f"SharedAttention{family.causal_lm}", (SharedAttentionMixin, base), members)
+    return type(f"SharedAttention{family.default_class}", (SharedAttentionMixin, base), members)
 
 
 def __getattr__(name: str):
     for family in FAMILIES.values():
-        if name == f"SharedAttention{family.causal_lm}":
+        if name == f"SharedAttention{family.default_class}":
             return model_class_of(family)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

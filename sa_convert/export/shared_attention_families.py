@@ -11,26 +11,59 @@ PREFIX = "shared_attention_"
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Attention of one kind in a model that has several: encoder, decoder, and cross-attention of an encoder-decoder.
+
+    name: as sharing maps name it ("decoder.cross"). layers: module path of the layers; attention: the attention module's
+    path in a layer. heads, depth: config keys of the number of query heads and of layers. cross: its keys and values come
+    from the encoder. caches: it keeps keys and values from one generated token to the next.
+    """
+
+    name: str
+    layers: str
+    attention: str
+    heads: str = "num_attention_heads"
+    depth: str = "num_hidden_layers"
+    cross: bool = False
+    caches: bool = True
+
+
+@dataclass(frozen=True)
 class Family:
     """One model type of transformers.
 
-    model_type: as in config.json. config_class, causal_lm: class names exported by transformers.
-    layers: module path of the decoder layers; attention: the attention module's name in a layer.
+    model_type: as in config.json. config_class: exported by transformers. default_class: the class of models whose
+    config.json names none under `architectures`; other heads on the same base convert, too.
+    layers: module path of the decoder layers; attention: the attention module's path in a layer. heads, groups, depth:
+        config keys of the number of query heads, of KV groups and of layers.
+    stacks: given, the model has several kinds of attention, and layers, attention, heads and depth are theirs.
+    text: config key of the language model's own config inside a multimodal model; files: how its layers are called in
+        checkpoints, where that differs from `layers`.
     query, key, value, output: its projections; query_norm, key_norm: its norms of queries and keys, if any.
+    output_outside: `output` is a path in the layer rather than in the attention module.
+    fused: the projection that makes queries, keys and values at once, instead of query, key and value.
+    fused_order: how its rows lie: "blocks" (all queries, all keys, all values) or "groups" (for each KV group its
+        queries, its key and its value). transposed: projections hold (input, output), as Conv1D does.
     norm: how these norms hold their weights: "shared" (one for all heads), "rows" (a row per head), "list" (a module
         per head), or "joint" (over all heads together, so only whole layers can reuse).
+    gate: what scales the attention's output before `output`: "query" (rows beside each head's query in `query`), or
+        None.
     value_limit: config key of the bound that values are clamped to. output_norm: a norm before the output projection.
     sinks: name of the parameter with one attention sink per query head.
+    mixed: only some layers have softmax attention; the others lack the projections.
+    bidirectional: tokens see later ones, and nothing is cached.
     sliding: which layers attend within a sliding window where config.json has no `layer_types` (see
         `sa_convert.read.geometry`): "none", "all", "periodic", "from_max_window_layers",
         "alternate_below_max_window_layers" or "without_rotary".
     period, period_key: for "periodic", every period-th layer has full attention; the config key that overrides it.
     window, uses_window: what the family's config takes for a missing `sliding_window` and `use_sliding_window`.
+    window_key: the config key of the window.
     rotary: which layers rotate queries and keys: "all", "none", "sliding" (only those, where the model has a window) or
         "no_rope_layers".
-    exchange: how loans travel through the model's forward: as a keyword ("kwargs") or beside the rotary embeddings
-        ("positions"), for families that do not pass keywords on.
+    exchange: how loans travel through the model's forward: as a keyword ("kwargs"), beside the rotary embeddings
+        ("positions"), or, for families that pass on neither, in a context variable ("context").
     plain_forward: use our own attention forward, for families whose own one fixes the number of heads.
+    module: the class of ours (`shared_attention_modules`) that runs the attention of a family with special steps.
     transformers_5: the family shares attention in transformers 5 only; in 4 its code does not call the interface.
     tokenizer: the class that transformers 5 registers for the type (_PLAIN: tokenizer.json as it stands), None: none;
         tokenizer_wins: it is taken whatever tokenizer_config.json declares; vocabulary_tokenizer: the class that reads
@@ -40,27 +73,42 @@ class Family:
 
     model_type: str
     config_class: str
-    causal_lm: str
+    default_class: str
     layers: str = "model.layers"
     attention: str = "self_attn"
+    heads: str = "num_attention_heads"
+    groups: str = "num_key_value_heads"
+    depth: str = "num_hidden_layers"
+    stacks: tuple[Stack, ...] = ()
+    text: str | None = None
+    files: str | None = None
     query: str = "q_proj"
     key: str = "k_proj"
     value: str = "v_proj"
     output: str = "o_proj"
+    output_outside: bool = False
+    fused: str | None = None
+    fused_order: str = "blocks"
+    transposed: bool = False
     query_norm: str | None = None
     key_norm: str | None = None
     norm: str = "shared"
+    gate: str | None = None
     value_limit: str | None = None
     output_norm: str | None = None
     sinks: str | None = None
+    mixed: bool = False
+    bidirectional: bool = False
     sliding: str = "none"
     period: int = 0
     period_key: str | None = None
     window: int | None = None
+    window_key: str = "sliding_window"
     uses_window: bool = True
     rotary: str = "all"
     exchange: str = "kwargs"
     plain_forward: bool = False
+    module: str | None = None
     transformers_5: bool = False
     tokenizer: str | None = None
     tokenizer_wins: bool = False
@@ -71,6 +119,52 @@ class Family:
     def granularity(self) -> str:
         """The smallest unit that can reuse: "head", or "layer" where queries are normalised over all heads together."""
         return "layer" if self.norm == "joint" else "head"
+
+    @property
+    def all_stacks(self) -> tuple[Stack, ...]:
+        """The stacks, or the one without a name of a model with a single kind of attention."""
+        single = Stack("", self.layers, self.attention, self.heads, self.depth, caches=not self.bidirectional)
+        return self.stacks or (single,)
+
+    @property
+    def encoder_decoder(self) -> bool:
+        return any(stack.cross for stack in self.stacks)
+
+    @property
+    def class_prefix(self) -> str:
+        """What the names of all its model classes begin with: "Llama" of LlamaForCausalLM."""
+        for suffix in sorted(HEADS, key=len, reverse=True):
+            if self.default_class.endswith(suffix):
+                return self.default_class.removesuffix(suffix)
+        raise ValueError(f"{self.default_class} ends with none of {', '.join(HEADS)}")
+
+
+HEADS = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+    "ForPreTraining": "AutoModelForPreTraining",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+    "ForMultipleChoice": "AutoModelForMultipleChoice",
+    "ForNextSentencePrediction": "AutoModelForNextSentencePrediction",
+    "EncoderModel": "AutoModelForTextEncoding",
+    "Model": "AutoModel",
+}
+"""How the names of model classes end, and the auto class that loads them; in multimodal models,
+ForConditionalGeneration is loaded by AutoModelForImageTextToText."""
+
+
+def auto_class_of(family: Family, architecture: str) -> str | None:
+    """The auto class of transformers for a model class of this family, or None where it is no class of the family."""
+    if not architecture.startswith(family.class_prefix):
+        return None
+    head = architecture.removeprefix(family.class_prefix)
+    if family.text and head == "ForConditionalGeneration":
+        return "AutoModelForImageTextToText"
+    return HEADS.get(head)
 
 
 _PLAIN = "PreTrainedTokenizerFast"

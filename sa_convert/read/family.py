@@ -40,11 +40,11 @@ def family_of(config: Mapping[str, Any], tensors: Iterable[str] = ()) -> Family:
             f"Models of type '{model_type}' are not supported: {_reason(config, list(tensors))}. "
             f"Supported types: {', '.join(sorted(FAMILIES))}."
         )
-    architectures = config.get("architectures") or [family.causal_lm]
-    if family.causal_lm not in architectures:
+    architectures = config.get("architectures") or [family.default_class]
+    if family.default_class not in architectures:
         raise UnsupportedModelError(
             f"config.json names the architecture {', '.join(map(str, architectures))}; this version converts "
-            f"{family.causal_lm} for models of type '{model_type}'."
+            f"{family.default_class} for models of type '{model_type}'."
         )
     return family
 

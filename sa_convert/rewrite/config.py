@@ -11,10 +11,10 @@ def converted_config(checkpoint: Checkpoint, family: Family, sharing: SharingMap
     """The base's config.json with our model type, the code to load it with, and the sharing map; the rest stays."""
     return dict(checkpoint.config) | {
         "model_type": PREFIX + family.model_type,
-        "architectures": [f"SharedAttention{family.causal_lm}"],
+        "architectures": [f"SharedAttention{family.default_class}"],
         "auto_map": {
             "AutoConfig": f"configuration_shared_attention.SharedAttention{family.config_class}",
-            "AutoModelForCausalLM": f"modeling_shared_attention.SharedAttention{family.causal_lm}",
+            "AutoModelForCausalLM": f"modeling_shared_attention.SharedAttention{family.default_class}",
         },
         "shared_attention": {"layers": sharing.to_json()},
     }
