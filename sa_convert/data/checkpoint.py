@@ -69,14 +69,16 @@ class Checkpoint:
 class TensorEdit:
     """What happens to one tensor. A tensor without an edit is copied as it is.
 
-    rows: ranges (start, stop) of axis 0 that stay, in order; empty: the tensor is dropped; None: all of it stays.
-    name: its new name, or None to keep it. replacement: a tensor of the same dtype and shape whose bytes take the place
-    of its own; rows do not apply to it.
+    rows: ranges (start, stop) along `axis` that stay, in the order that the new tensor has them in, which need not be
+    ascending; no two overlap. Empty: the tensor is dropped; None: all of it stays. axis: 0, or 1 for columns of a
+    matrix. name: its new name, or None to keep it. replacement: a tensor of the same dtype and shape whose bytes take
+    the place of its own; rows do not apply to it.
     """
 
     rows: tuple[tuple[int, int], ...] | None = None
     name: str | None = None
     replacement: TensorEntry | None = None
+    axis: int = 0
 
     @property
     def drops(self) -> bool:
@@ -86,4 +88,5 @@ class TensorEdit:
         """Shape of the tensor after the edit."""
         if self.rows is None:
             return tensor.shape
-        return (sum(stop - start for start, stop in self.rows), *tensor.shape[1:])
+        kept = sum(stop - start for start, stop in self.rows)
+        return (*tensor.shape[: self.axis], kept, *tensor.shape[self.axis + 1 :])

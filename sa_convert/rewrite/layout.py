@@ -8,25 +8,36 @@ from pathlib import Path
 
 from sa_convert.data.checkpoint import DTYPE_BITS, Shard, TensorEdit, TensorEntry
 from sa_convert.errors import CheckpointError
-
-Range = tuple[Path, int, int]
-"""Bytes start to stop of a file."""
+from sa_convert.rewrite.columns import Columns
 
 _PAGE = 4096
 
 
 @dataclass(frozen=True)
+class Range:
+    """Bytes start to stop of a file."""
+
+    file: Path
+    start: int
+    stop: int
+
+    @property
+    def bytes(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
 class Piece:
-    """One tensor of the new file; ranges: where its bytes are, in order."""
+    """One tensor of the new file; parts: where its bytes are, in order."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    ranges: tuple[Range, ...]
+    parts: tuple[Range | Columns, ...]
 
     @property
     def bytes(self) -> int:
-        return sum(stop - start for _, start, stop in self.ranges)
+        return sum(part.bytes for part in self.parts)
 
     @property
     def elements(self) -> int:
@@ -35,19 +46,24 @@ class Piece:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """header: the first bytes of the new file. ranges: the bytes that follow it, joined where they touch."""
+    """header: the first bytes of the new file. parts: the bytes that follow it, ranges joined where they touch."""
 
     header: bytes
     pieces: tuple[Piece, ...]
 
     @property
-    def ranges(self) -> tuple[Range, ...]:
-        joined: list[Range] = []
-        for file, start, stop in (piece for tensor in self.pieces for piece in tensor.ranges if piece[1] < piece[2]):
-            if joined and joined[-1][0] == file and joined[-1][2] == start:
-                joined[-1] = (file, joined[-1][1], stop)
+    def parts(self) -> tuple[Range | Columns, ...]:
+        joined: list[Range | Columns] = []
+        for part in (part for piece in self.pieces for part in piece.parts if part.bytes):
+            last = joined[-1] if joined else None
+            if (
+                isinstance(last, Range)
+                and isinstance(part, Range)
+                and (last.file, last.stop) == (part.file, part.start)
+            ):
+                joined[-1] = Range(part.file, last.start, part.stop)
             else:
-                joined.append((file, start, stop))
+                joined.append(part)
         return tuple(joined)
 
     @property
@@ -56,7 +72,7 @@ class ShardPlan:
 
 
 def plan_shard(shard: Shard, edits: Mapping[str, TensorEdit]) -> ShardPlan:
-    """What the edits make of a shard. Raises CheckpointError for rows that do not end at whole bytes."""
+    """What the edits make of a shard. Raises CheckpointError for rows or columns that do not end at whole bytes."""
     pieces = tuple(
         _piece(tensor, edits.get(tensor.name, TensorEdit()))
         for tensor in shard.tensors
@@ -76,23 +92,32 @@ def _piece(tensor: TensorEntry, edit: TensorEdit) -> Piece:
         new = edit.replacement
         if (new.dtype, new.shape) != (tensor.dtype, tensor.shape):
             raise ValueError(f"'{tensor.name}' is {tensor.dtype} {tensor.shape}, its new data {new.dtype} {new.shape}")
-        return Piece(name, new.dtype, new.shape, ((new.file, new.start, new.stop),))
+        return Piece(name, new.dtype, new.shape, (Range(new.file, new.start, new.stop),))
     if edit.rows is None:
-        return Piece(name, tensor.dtype, tensor.shape, ((tensor.file, tensor.start, tensor.stop),))
-    total = tensor.shape[0] if tensor.shape else 0
-    flat = [0, *(border for rows in edit.rows for border in rows), total]
+        return Piece(name, tensor.dtype, tensor.shape, (Range(tensor.file, tensor.start, tensor.stop),))
+    return Piece(name, tensor.dtype, edit.shape(tensor), _kept(tensor, edit.rows, edit.axis))
+
+
+def _kept(tensor: TensorEntry, kept: tuple[tuple[int, int], ...], axis: int) -> tuple[Range | Columns, ...]:
+    """Where the bytes of these ranges of an axis are."""
+    if axis and (axis != 1 or len(tensor.shape) != 2):
+        raise ValueError(f"'{tensor.name}' has shape {tensor.shape}; only axis 0, or 1 of two, can be taken apart")
+    word, total = ("columns" if axis else "rows"), (tensor.shape[axis] if tensor.shape else 0)
+    flat = [0, *(border for borders in sorted(kept) for border in borders), total]
     if flat != sorted(flat):
-        raise ValueError(f"rows {edit.rows} are not ascending ranges of the {total} rows of '{tensor.name}'")
-    row_bits = prod(tensor.shape[1:]) * DTYPE_BITS[tensor.dtype]
-    ranges = []
-    for start, stop in edit.rows:
-        if start * row_bits % 8 or stop * row_bits % 8:
+        raise ValueError(f"{word} {kept} overlap, or are not ranges of the {total} {word} of '{tensor.name}'")
+    bits = prod(tensor.shape[axis + 1 :]) * DTYPE_BITS[tensor.dtype]
+    for start, stop in kept:
+        # Every row of a matrix has to begin at a whole byte for its columns to do so.
+        if start * bits % 8 or stop * bits % 8 or axis * total * bits % 8:
             raise CheckpointError(
-                f"{tensor.file}: rows {start} to {stop} of tensor '{tensor.name}' ({tensor.dtype}) do not begin and "
+                f"{tensor.file}: {word} {start} to {stop} of tensor '{tensor.name}' ({tensor.dtype}) do not begin and "
                 "end at whole bytes, so they cannot be taken apart; convert the unquantised model."
             )
-        ranges.append((tensor.file, tensor.start + start * row_bits // 8, tensor.start + stop * row_bits // 8))
-    return Piece(name, tensor.dtype, edit.shape(tensor), tuple(ranges))
+    runs = tuple((start * bits // 8, stop * bits // 8) for start, stop in kept)
+    if axis:
+        return (Columns(tensor.file, tensor.start, tensor.shape[0], total * bits // 8, runs),)
+    return tuple(Range(tensor.file, tensor.start + start, tensor.start + stop) for start, stop in runs)
 
 
 def _alignment(dtype: str) -> int:

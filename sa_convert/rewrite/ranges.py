@@ -73,9 +73,14 @@ def _send_file(source: int, start: int, count: int, target: int, position: int) 
 
 def _read_and_write(source: int, start: int, count: int, target: int, position: int) -> int:
     os.lseek(source, start, os.SEEK_SET)
-    data = memoryview(os.read(source, min(count, _BUFFER)))
+    data = os.read(source, min(count, _BUFFER))
+    write_at(target, position, data)
+    return len(data)
+
+
+def write_at(target: int, position: int, data: bytes) -> None:
+    """Write all of the data at byte `position` of file descriptor `target`. Raises OSError."""
     os.lseek(target, position, os.SEEK_SET)
-    written = 0
-    while written < len(data):
-        written += os.write(target, data[written:])
-    return written
+    left = memoryview(data)
+    while left:
+        left = left[os.write(target, left) :]

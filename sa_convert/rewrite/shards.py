@@ -1,4 +1,4 @@
-"""Writes the safetensors files of a converted model by copying ranges of the base's files."""
+"""Writes the safetensors files of a converted model by copying ranges, and columns, of the base's files."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -13,6 +13,7 @@ from typing import Any
 from sa_convert.data.checkpoint import Checkpoint, TensorEdit
 from sa_convert.errors import CheckpointError
 from sa_convert.read.folder import INDEX
+from sa_convert.rewrite.columns import Columns, copy_columns
 from sa_convert.rewrite.layout import ShardPlan, plan_shard
 from sa_convert.rewrite.ranges import SourceTooShortError, copy_range, reserve
 from sa_convert.rewrite.signals import undisturbed
@@ -113,15 +114,19 @@ def _write_shard(plan: ShardPlan, file: Path, report: Callable[[int], None]) -> 
         target.flush()
         report(len(plan.header))
         position = len(plan.header)
-        sources = {path: opened.enter_context(path.open("rb")) for path in {path for path, _, _ in plan.ranges}}
-        for path, start, stop in plan.ranges:
+        sources = {path: opened.enter_context(path.open("rb")) for path in {part.file for part in plan.parts}}
+        for part in plan.parts:
+            source = sources[part.file].fileno()
             try:
-                copy_range(sources[path].fileno(), start, stop, target.fileno(), position, report)
+                if isinstance(part, Columns):
+                    copy_columns(part, source, target.fileno(), position, report)
+                else:
+                    copy_range(source, part.start, part.stop, target.fileno(), position, report)
             except SourceTooShortError:
                 raise CheckpointError(
-                    f"{path}: became shorter while it was copied; leave the model alone and run again."
+                    f"{part.file}: became shorter while it was copied; leave the model alone and run again."
                 ) from None
-            position += stop - start
+            position += part.bytes
 
 
 def _new_index(
