@@ -99,7 +99,9 @@ def convert(
         conversion = plan_conversion(subject, recipe, found.sharing if found else None)
         if found and found.refit:
             file = stage.workspace / "refitted.safetensors"
-            refitted = refit_edits(subject.checkpoint, subject.family, found.refit.changes, file)
+            refitted = refit_edits(
+                subject.checkpoint, subject.family, subject.geometry.stacks, found.refit.changes, file
+            )
             conversion = replace(conversion, edits={**conversion.edits, **refitted})
         announce("rewriting weights")
         written = rewrite_checkpoint(
@@ -123,7 +125,7 @@ def _check_calibration(subject: Subject, recipe: "Recipe") -> None:
 
         check_budget(Units(subject.geometry), recipe.sharing.search, recipe.origin)
     if recipe.refit == "ridge":
-        check_refittable(subject.checkpoint, subject.family, len(subject.geometry.layers))
+        check_refittable(subject.checkpoint, subject.family, subject.geometry)
 
 
 def _calibrate(

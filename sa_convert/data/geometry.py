@@ -2,14 +2,18 @@
 
 from dataclasses import dataclass
 
+from sa_convert.data.stacks import Stacks, layer_label
+
 
 @dataclass(frozen=True)
 class LayerGeometry:
     """Attention of one layer.
 
-    heads: query heads. groups: key/value heads, each read by `heads // groups` query heads. head_dim: elements of one
-    head's query and key. attention: type in the words of transformers ("full_attention", "sliding_attention").
-    window: tokens in the sliding window, or None. rotary: whether queries and keys are rotated by position.
+    heads: query heads; 0 in a layer without softmax attention. groups: key/value heads, each read by `heads // groups`
+    query heads. head_dim: elements of one head's query and key. attention: type in the words of transformers
+    ("full_attention", "sliding_attention"), "none" without softmax attention. window: tokens in the sliding window, or
+    None. rotary: whether queries and keys are rotated by position. stack: which kind of attention of an encoder-decoder
+    ("encoder", "decoder", "decoder.cross"); "" where a model has one kind.
     """
 
     heads: int
@@ -18,6 +22,7 @@ class LayerGeometry:
     attention: str = "full_attention"
     window: int | None = None
     rotary: bool = True
+    stack: str = ""
 
     @property
     def group_size(self) -> int:
@@ -41,3 +46,14 @@ class ModelGeometry:
     @property
     def total_groups(self) -> int:
         return sum(layer.groups for layer in self.layers)
+
+    @property
+    def stacks(self) -> Stacks:
+        """() where the model has one kind of attention."""
+        names = dict.fromkeys(layer.stack for layer in self.layers)
+        counts = tuple((name, sum(layer.stack == name for layer in self.layers)) for name in names)
+        return () if set(names) == {""} else counts
+
+    def label(self, layer: int) -> str:
+        """How people name a layer: "27", or "decoder.cross.3"."""
+        return layer_label(self.stacks, layer)

@@ -182,7 +182,10 @@ class Recipe(_Frozen):
 
     def resolved(self, sharing: SharingMap) -> "Recipe":
         """The same recipe with the sharing that came of it, as an explicit map."""
-        rows = cast("dict[int | str, Any]", dict(sharing.layers))
+        rows = cast(
+            "dict[int | str, Any]",
+            {int(label) if label.isdigit() else label: row for label, row in sharing.to_json().items()},
+        )
         return self.model_copy(update={"sharing": Sharing.model_construct(map=rows)})
 
 

@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sa_convert.data.geometry import LayerGeometry, ModelGeometry
+from sa_convert.data.stacks import Stacks, layer_label, layer_of, parse_label, place_of
 
 Source = tuple[int, int]
 """A source layer and a query head in it."""
@@ -16,34 +17,46 @@ class SharingMap:
     """For each reusing layer, per query head, None (own) or the source layer and source head.
 
     Layers without a reusing head are left out. The map is resolved: a source head is always an own head; that, and
-    everything else a model demands, is checked by `sa_convert.plan.rules.check_map`.
+    everything else a model demands, is checked by `sa_convert.plan.rules.check_map`. stacks: those of the model, which
+    name its layers (see `sa_convert.data.stacks`).
     """
 
     layers: Mapping[int, tuple[Source | None, ...]] = field(default_factory=dict)
+    stacks: Stacks = ()
 
     def __post_init__(self) -> None:
         rows = {layer: tuple(self.layers[layer]) for layer in sorted(self.layers)}
         object.__setattr__(self, "layers", MappingProxyType({key: row for key, row in rows.items() if any(row)}))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SharingMap, (dict(self.layers),)
+        return SharingMap, (dict(self.layers), self.stacks)
 
     @classmethod
-    def from_json(cls, layers: Mapping[Any, Any]) -> "SharingMap":
-        """From {"27": [[26, 4], null, ...]}, as in config.json, recipes and reports."""
-        return cls(
-            {
-                int(layer): tuple(None if source is None else (int(source[0]), int(source[1])) for source in row)
-                for layer, row in layers.items()
-            }
-        )
+    def from_json(cls, layers: Mapping[Any, Any], stacks: Stacks = ()) -> "SharingMap":
+        """From {"27": [[26, 4], null, ...]}, as in config.json, recipes and reports; sources are of the same stack.
+
+        Raises ValueError for a stack that the model does not have.
+        """
+        rows = {}
+        for label, row in layers.items():
+            stack, number = parse_label(label)
+            rows[layer_of(stacks, stack, number)] = tuple(
+                None if source is None else (layer_of(stacks, stack, int(source[0])), int(source[1])) for source in row
+            )
+        return cls(rows, stacks)
 
     def to_json(self) -> dict[str, list[list[int] | None]]:
         """As {"27": [[26, 4], null, ...]}."""
         return {
-            str(layer): [None if source is None else list(source) for source in row]
+            self.label(layer): [
+                None if source is None else [place_of(self.stacks, source[0])[1], source[1]] for source in row
+            ]
             for layer, row in self.layers.items()
         }
+
+    def label(self, layer: int) -> str:
+        """How people name a layer: "27", or "decoder.cross.3"."""
+        return layer_label(self.stacks, layer)
 
     def own_heads(self, layer: int, geometry: LayerGeometry) -> tuple[int, ...]:
         """Query heads of a layer that compute their own attention."""

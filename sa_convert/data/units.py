@@ -30,7 +30,7 @@ class Units:
     def all(self) -> tuple[Unit, ...]:
         units = []
         for index, layer in enumerate(self.geometry.layers):
-            if self.geometry.granularity == "layer":
+            if self.geometry.granularity == "layer" and layer.heads:
                 units.append(Unit(index, tuple(range(layer.groups)), tuple(range(layer.heads))))
             else:
                 units.extend(Unit(index, (group,), tuple(layer.heads_of(group))) for group in range(layer.groups))
@@ -79,7 +79,7 @@ class Units:
             row = rows.setdefault(unit.layer, [None] * self.geometry.layers[unit.layer].heads)
             for head, source in zip(unit.heads, chosen, strict=True):
                 row[head] = source
-        return SharingMap({layer: tuple(row) for layer, row in rows.items()})
+        return SharingMap({layer: tuple(row) for layer, row in rows.items()}, self.geometry.stacks)
 
     def from_map(self, sharing: SharingMap) -> dict[Unit, tuple[Source, ...]]:
         """The units all of whose heads reuse, with their sources."""

@@ -1,7 +1,7 @@
 """Models that share attention across layers.
 
-The class `SharedAttention<Base>` exists for every model class `<Base>` that `shared_attention_families` names; it is
-made when it is first asked for. It is the base class, with the attention of sharing layers changed as
+The class `SharedAttention<Base>` exists for every model class `<Base>` of the families in `shared_attention_families`,
+whatever its head; it is made when it is first asked for. It is the base class, with the attention of sharing layers changed as
 `config.shared_attention` says: see `shared_attention`.
 """
 
@@ -15,7 +15,9 @@ from .configuration_shared_attention import config_class_of
 from .shared_attention import SharedAttention  # noqa: F401
 from .shared_attention_apply import share_attention
 from .shared_attention_cache import PackedCache  # noqa: F401
-from .shared_attention_families import FAMILIES, PREFIX, Family
+from .shared_attention_exchange import Exchange  # noqa: F401
+from .shared_attention_families import FAMILIES, PREFIX, Family, auto_class_of
+from .shared_attention_modules import MODULES  # noqa: F401
 from .shared_attention_plan import LayerPlan  # noqa: F401
 
 
@@ -24,12 +26,8 @@ class SharedAttentionMixin:
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        layers = config.shared_attention["layers"]
-        sharing = {
-            int(layer): tuple(source if source is None else tuple(source) for source in heads)
-            for layer, heads in layers.items()
-        }
-        share_attention(self, FAMILIES[config.model_type.removeprefix(PREFIX)], sharing)
+        family = FAMILIES[config.model_type.removeprefix(PREFIX)]
+        share_attention(self, family, config.shared_attention["layers"])
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
         """As in the base class, without re-entrant checkpointing: it would cut the gradient to queries and keys of
@@ -58,21 +56,23 @@ def _register_conversions(family) -> None:
 
 
 @cache
-def model_class_of(family: Family) -> type:
-    """The model class of a family: its base's causal language model, sharing attention."""
+def model_class_of(family: Family, architecture: str) -> type:
+    """The model class of a family for one of its base's classes, such as LlamaForCausalLM, sharing attention."""
     if family.transformers_5 and transformers.__version__.startswith("4."):
         raise ImportError(
             f"Models of type {PREFIX}{family.model_type} need transformers 5, this is {transformers.__version__}: "
             "run pip install -U transformers."
         )
     _register_conversions(family)
-    base = getattr(transformers, family.default_class)
+    base = getattr(transformers, architecture)
     members = {"config_class": config_class_of(family), "__module__": __name__}
-    return type(f"SharedAttention{family.default_class}", (SharedAttentionMixin, base), members)
+    return type(f"SharedAttention{architecture}", (SharedAttentionMixin, base), members)
 
 
 def __getattr__(name: str):
-    for family in FAMILIES.values():
-        if name == f"SharedAttention{family.default_class}":
-            return model_class_of(family)
+    architecture = name.removeprefix("SharedAttention")
+    if architecture != name:
+        for family in FAMILIES.values():
+            if auto_class_of(family, architecture):
+                return model_class_of(family, architecture)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,19 +5,36 @@ from functools import cache
 
 from torch import nn
 
-from .shared_attention import EXCHANGE, ConfigView, Exchange, SharedAttention, eager_attention
+from .shared_attention import ConfigView, SharedAttention, eager_attention
+from .shared_attention_exchange import append_to_positions, open_by_context, open_by_keyword
+from .shared_attention_modules import MODULES
 from .shared_attention_plan import LayerPlan, plan_layers
+
+_HEAD_SIZES = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 
 
 @cache
-def _shared_class(attention: type) -> type:
+def _shared_class(attention: type, module: str | None, plain: bool) -> type:
     family = sys.modules[attention.__module__]
+    eager = getattr(family, "eager_attention_forward", eager_attention)
     members = {
-        "family_eager": staticmethod(getattr(family, "eager_attention_forward", eager_attention)),
+        "family_eager": staticmethod(eager_attention if plain else eager),
         "rotate": staticmethod(getattr(family, "apply_rotary_pos_emb", None)),
         "__module__": __name__,
     }
-    return type(f"Shared{attention.__name__}", (SharedAttention, attention), members)
+    ours = MODULES[module] if module else SharedAttention
+    return type(f"Shared{attention.__name__}", (ours, attention), members)
+
+
+def _keep_first(module: nn.Module, kept: int, axis: int) -> None:
+    """Keep so many rows of a projection; which ones does not matter, since the checkpoint fills them."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        cut = parameter.detach().narrow(axis if parameter.ndim > 1 else 0, 0, kept).clone()
+        setattr(module, name, nn.Parameter(cut, requires_grad=parameter.requires_grad))
+    if isinstance(module, nn.Linear):
+        module.out_features = kept
+    elif hasattr(module, "nf"):  # Conv1D
+        module.nf = kept
 
 
 def _keep_heads(module: nn.Module, heads: tuple[int, ...], total: int) -> None:
@@ -32,21 +49,30 @@ def _keep_heads(module: nn.Module, heads: tuple[int, ...], total: int) -> None:
         module.out_features = module.weight.shape[0]
 
 
-def _shrink(attention: nn.Module, plan: LayerPlan, names) -> None:
+def _shrink(attention: nn.Module, plan: LayerPlan, names, size: int) -> None:
     """Remove what the reusing heads of a layer do not need."""
     total, groups = len(plan.heads), len(plan.heads) // plan.group
+    if names.fused:
+        kept = (len(plan.own) + len(plan.own_groups) + groups) * size
+        _keep_first(getattr(attention, names.fused), kept, 1 if names.transposed else 0)
+        return
+    if names.gate == "query":
+        _keep_first(getattr(attention, names.query), (len(plan.own) + total) * size, 0)
     sides = (
         (names.query, names.query_norm, plan.own, total),
         (names.key, names.key_norm, plan.own_groups, groups),
     )
     for projection, norm, kept, of in sides:
         norm = norm if norm and hasattr(attention, norm) else None
+        gated = projection == names.query and names.gate == "query"
         if not kept:
-            delattr(attention, projection)
+            if not gated:
+                delattr(attention, projection)
             if norm:
                 delattr(attention, norm)
         elif len(kept) < of:
-            _keep_heads(getattr(attention, projection), kept, of)
+            if not gated:
+                _keep_heads(getattr(attention, projection), kept, of)
             if norm and names.norm in ("rows", "list"):
                 _keep_heads(getattr(attention, norm), kept, of)
     if names.sinks:
@@ -56,38 +82,98 @@ def _shrink(attention: nn.Module, plan: LayerPlan, names) -> None:
             setattr(attention, names.sinks, nn.Parameter(sinks.detach()[list(plan.own)]))
 
 
-def _open_exchange(module, args, kwargs):
-    kwargs.setdefault(EXCHANGE, Exchange())
-    return args, kwargs
+def _shape(attention: nn.Module, names, stack, config) -> tuple[int, int, int]:
+    """Query heads, query heads per key/value group, and head size of an attention module."""
+    size = next(getattr(attention, name) for name in _HEAD_SIZES if hasattr(attention, name))
+    axis = 1 if names.transposed else 0
+    if names.fused:
+        heads = getattr(config, stack.heads)
+        groups = (getattr(attention, names.fused).weight.shape[axis] // size - heads) // 2
+        return heads, heads // groups, size
+    heads, groups = (getattr(attention, name).weight.shape[axis] // size for name in (names.query, names.key))
+    heads = heads // 2 if names.gate == "query" else heads
+    return heads, heads // groups, size
 
 
-def _append_exchange(module, args, output):
-    return (*output, Exchange())
+def submodule(model: nn.Module, path: str) -> nn.Module:
+    """A part of a model by its path, which begins with the base model's name; a model without a head lacks that."""
+    first, _, rest = path.partition(".")
+    return model.get_submodule(path) if hasattr(model, first) else model.get_submodule(rest)
 
 
-def share_attention(model: nn.Module, names, sharing: dict[int, tuple]) -> None:
+def attentions_of(model: nn.Module, names, stack) -> list[nn.Module | None]:
+    """The attention modules of a stack, layer by layer; None in layers without softmax attention."""
+    layers = submodule(model, stack.layers)
+    found = [layer.get_submodule(stack.attention) if _has(layer, stack.attention) else None for layer in layers]
+    return [module if module is not None and hasattr(module, names.fused or names.query) else None for module in found]
+
+
+def _has(layer: nn.Module, path: str) -> bool:
+    for name in path.split("."):
+        if not hasattr(layer, name):
+            return False
+        layer = getattr(layer, name)
+    return True
+
+
+def _rows_of(stack: str, layers: dict) -> dict[int, tuple]:
+    """The part of the map that is about one stack: {"decoder.3": [...]} -> {3: (...)}."""
+    rows = {}
+    for label, heads in layers.items():
+        name, _, number = str(label).rpartition(".")
+        if name == stack:
+            rows[int(number)] = tuple(source if source is None else tuple(source) for source in heads)
+    return rows
+
+
+def share_attention(model: nn.Module, names, layers: dict) -> None:
     """Make a freshly built model share attention, in place.
 
-    names: the model's `Family`. sharing: for each reusing layer, per query head, None or (source layer, source head).
+    names: the model's `Family`. layers: for each reusing layer, per query head, None or (source layer, source head).
     Raises ValueError where the map does not fit the model.
     """
-    layers = model.get_submodule(names.layers)
-    attentions = [getattr(layer, names.attention) for layer in layers]
-    groups = [getattr(attention, "num_key_value_groups", 1) for attention in attentions]
-    heads = [getattr(attention, names.query).weight.shape[0] // attention.head_dim for attention in attentions]
-    plans = plan_layers(sharing, heads, groups)
+    stacks = [stack for stack in names.all_stacks if not names.encoder_decoder or _has(model, stack.layers)]
+    if not stacks:  # saved without the base model's name before its parts
+        stacks = [stack for stack in names.all_stacks if _has(model, stack.layers.partition(".")[2])]
+    known = {stack.name for stack in stacks}
+    for label in layers:
+        if str(label).rpartition(".")[0] not in known:
+            raise ValueError(f"shared_attention: the model has no layer {label}.")
+    opened = set()
+    for stack in stacks:
+        if _share_stack(model, names, stack, _rows_of(stack.name, layers)):
+            opened.add(stack.layers.rpartition(".")[0])
+    for path in sorted(opened):
+        _open_exchange(submodule(model, path) if path else model, names)
+
+
+def _share_stack(model: nn.Module, names, stack, sharing: dict[int, tuple]) -> bool:
+    """Whether anything in the stack is shared."""
+    attentions = attentions_of(model, names, stack)
+    configs = [getattr(attention, "config", model.config) for attention in attentions]
+    shapes = [
+        (0, 1, 0) if attention is None else _shape(attention, names, stack, config)
+        for attention, config in zip(attentions, configs, strict=True)
+    ]
+    plans = plan_layers(sharing, [heads for heads, _, _ in shapes], [group for _, group, _ in shapes])
     for layer, attention in enumerate(attentions):
         plan = plans.get(layer)
-        if plan is None and names.exchange == "kwargs":
+        if attention is None or (plan is None and names.exchange != "positions"):
             continue
-        attention.__class__ = _shared_class(type(attention))
-        attention.plan, attention.names, attention.groups = plan, names, groups[layer]
-        attention.model_config = attention.config
-        attention.config = ConfigView(attention.config)
+        attention.__class__ = _shared_class(type(attention), names.module, bool(names.fused or names.module))
+        attention.plan, attention.names, attention.stack = plan, names, stack.name
+        _, attention.group, attention.size = shapes[layer]
+        attention.model_config = configs[layer]
+        attention.config = ConfigView(configs[layer])
         if plan is not None and plan.reuses:
-            _shrink(attention, plan, names)
-    stack = model.get_submodule(names.layers.rpartition(".")[0])
+            _shrink(attention, plan, names, attention.size)
+    return bool(plans)
+
+
+def _open_exchange(stack: nn.Module, names) -> None:
     if names.exchange == "positions":
-        stack.rotary_emb.register_forward_hook(_append_exchange)
+        stack.rotary_emb.register_forward_hook(append_to_positions)
+    elif names.exchange == "context":
+        open_by_context(stack)
     else:
-        stack.register_forward_pre_hook(_open_exchange, with_kwargs=True)
+        stack.register_forward_pre_hook(open_by_keyword, with_kwargs=True)

@@ -46,8 +46,8 @@ class Family:
         queries, its key and its value). transposed: projections hold (input, output), as Conv1D does.
     norm: how these norms hold their weights: "shared" (one for all heads), "rows" (a row per head), "list" (a module
         per head), or "joint" (over all heads together, so only whole layers can reuse).
-    gate: what scales the attention's output before `output`: "query" (rows beside each head's query in `query`), or
-        None.
+    gate: what scales the attention's output before `output`: "query" (rows beside each head's query in `query`; needs
+        plain_forward), or None.
     value_limit: config key of the bound that values are clamped to. output_norm: a norm before the output projection.
     sinks: name of the parameter with one attention sink per query head.
     mixed: only some layers have softmax attention; the others lack the projections.
@@ -68,7 +68,8 @@ class Family:
     tokenizer: the class that transformers 5 registers for the type (_PLAIN: tokenizer.json as it stands), None: none;
         tokenizer_wins: it is taken whatever tokenizer_config.json declares; vocabulary_tokenizer: the class that reads
         the vocabulary where there is no tokenizer.json, if it is another one. A test compares them with transformers.
-    dropout: attribute of the attention module that holds the dropout probability (needed with plain_forward).
+    dropout: attribute of the attention module that holds the dropout probability (needed with plain_forward);
+        output_dropout: the dropout module after `output`.
     """
 
     model_type: str
@@ -114,6 +115,7 @@ class Family:
     tokenizer_wins: bool = False
     vocabulary_tokenizer: str | None = None
     dropout: str = "attention_dropout"
+    output_dropout: str | None = None
 
     @property
     def granularity(self) -> str:
@@ -162,9 +164,21 @@ def auto_class_of(family: Family, architecture: str) -> str | None:
     if not architecture.startswith(family.class_prefix):
         return None
     head = architecture.removeprefix(family.class_prefix)
-    if family.text and head == "ForConditionalGeneration":
-        return "AutoModelForImageTextToText"
+    if family.text:
+        return {"ForConditionalGeneration": "AutoModelForImageTextToText", "Model": "AutoModel"}.get(head)
+    if family.config_class != f"{family.class_prefix}Config" and architecture != family.default_class:
+        return None  # of the multimodal model around this one
+    if head == "ForConditionalGeneration" and not family.encoder_decoder:
+        return None
     return HEADS.get(head)
+
+
+def auto_classes_of(family: Family, architecture: str) -> tuple[str, ...]:
+    """As `auto_class_of`, with the others that load the same class: a multimodal model also generates from text."""
+    found = auto_class_of(family, architecture)
+    if found == "AutoModelForImageTextToText":
+        return found, "AutoModelForCausalLM"
+    return (found,) if found else ()
 
 
 _PLAIN = "PreTrainedTokenizerFast"

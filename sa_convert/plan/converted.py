@@ -1,14 +1,17 @@
 """A model that shares attention already: what its base was like, and what it shares."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from sa_convert.data.checkpoint import DTYPE_BITS, Checkpoint, TensorEntry
+from sa_convert.data.checkpoint import Checkpoint
 from sa_convert.data.geometry import LayerGeometry, ModelGeometry
 from sa_convert.data.sharing_map import SharingMap
 from sa_convert.errors import CheckpointError, UnsupportedModelError
 from sa_convert.export.shared_attention_families import FAMILIES, PREFIX, Family
 from sa_convert.plan.rules import check_map
-from sa_convert.read.geometry import attention_kinds, attention_prefix, number
+from sa_convert.read.geometry import DEPTHS, attention_kinds, has_stack, layer_geometry, number
+from sa_convert.read.names import attention_config
 
 
 def converted_parts(checkpoint: Checkpoint) -> tuple[Family, ModelGeometry, SharingMap]:
@@ -23,37 +26,35 @@ def converted_parts(checkpoint: Checkpoint) -> tuple[Family, ModelGeometry, Shar
         raise UnsupportedModelError(
             f"The model has type '{config['model_type']}', whose base '{base}' this version does not know."
         )
-    heads = number(config, "num_attention_heads")
-    groups = heads if config.get("num_key_value_heads") is None else number(config, "num_key_value_heads")
-    layers = []
-    for index, kind in enumerate(attention_kinds(config, family, number(config, "num_hidden_layers"))):
-        values = _values(checkpoint, family, index)
-        layers.append(LayerGeometry(heads, groups, values.shape[0] // groups, *kind))
     rows: Any = config["shared_attention"].get("layers")
+    geometry = _geometry(checkpoint, family, rows if isinstance(rows, Mapping) else {})
     try:
-        shared = SharingMap.from_json(rows)
+        shared = SharingMap.from_json(rows, geometry.stacks)
     except (AttributeError, TypeError, ValueError, IndexError):
         raise CheckpointError(
             "config.json: 'shared_attention' does not list sources for the heads of layers."
         ) from None
-    geometry = ModelGeometry(tuple(layers), family.granularity)
     check_map(shared, geometry)
     return family, geometry, shared
 
 
-def _values(checkpoint: Checkpoint, family: Family, layer: int) -> TensorEntry:
-    name = f"{attention_prefix(checkpoint, family, layer)}{family.value}.weight"
-    tensor = checkpoint.tensors.get(name)
-    if tensor is None:
-        raise CheckpointError(f"The checkpoint has no tensor '{name}', though config.json counts that layer.")
-    return tensor
-
-
-def converted_cache_bytes(checkpoint: Checkpoint, family: Family, geometry: ModelGeometry, shared: SharingMap) -> int:
-    """Cache bytes per token of a converted model; its reusing layers have no key projection that tells the dtype."""
-    total = 0
-    for index, layer in enumerate(geometry.layers):
-        values = _values(checkpoint, family, index)
-        keys = len(shared.own_groups(index, layer)) * layer.head_dim
-        total += (keys + values.shape[0]) * DTYPE_BITS[values.dtype] // 8
-    return total
+def _geometry(checkpoint: Checkpoint, family: Family, rows: Mapping[str, Any]) -> ModelGeometry:
+    """The base's. The first layer of each stack owns all its attention, and tells the head size and the groups."""
+    config = attention_config(checkpoint.config, family)
+    layers: list[LayerGeometry] = []
+    for stack in family.all_stacks:
+        if family.encoder_decoder and not has_stack(checkpoint, stack):
+            continue
+        depth = number(config, stack.depth, *DEPTHS)
+        own = [f"{stack.name}.{at}".removeprefix(".") not in rows for at in range(depth)]
+        found = [
+            layer_geometry(checkpoint, config, family, stack, at, depth) if own[at] else None for at in range(depth)
+        ]
+        whole = next((layer for layer in found if layer), None)
+        if whole is None:
+            raise CheckpointError("config.json: 'shared_attention' lets every layer reuse another, which none can own.")
+        for at, (kind, window, rotary) in enumerate(attention_kinds(config, family, depth)):
+            layer = found[at] or (LayerGeometry(0, 0, 0) if own[at] else whole)
+            kind = kind if layer.heads else "none"
+            layers.append(replace(layer, attention=kind, window=window, rotary=rotary, stack=stack.name))
+    return ModelGeometry(tuple(layers), family.granularity)

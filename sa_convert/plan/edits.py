@@ -1,13 +1,14 @@
 """From a sharing map to what happens to each tensor."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 from sa_convert.data.checkpoint import Checkpoint, TensorEdit, TensorEntry
-from sa_convert.data.geometry import ModelGeometry
+from sa_convert.data.geometry import LayerGeometry, ModelGeometry
 from sa_convert.data.sharing_map import SharingMap
 from sa_convert.errors import CheckpointError
 from sa_convert.export.shared_attention_families import Family
-from sa_convert.read.geometry import attention_prefix
+from sa_convert.plan.fused import kept_of_gated, kept_places
+from sa_convert.read.names import attention_prefix
 
 
 def tensor_edits(
@@ -18,23 +19,39 @@ def tensor_edits(
     edits: dict[str, TensorEdit] = {}
     for index in sharing.layers:
         layer = geometry.layers[index]
-        prefix = attention_prefix(checkpoint, family, index)
+        prefix = attention_prefix(checkpoint, family, geometry.stacks, index)
         own_heads = sharing.own_heads(index, layer)
         own_groups = sharing.own_groups(index, layer)
-        sides = (
-            (family.query, family.query_norm, own_heads, layer.heads),
-            (family.key, family.key_norm, own_groups, layer.groups),
-        )
-        for projection, norm, kept, total in sides:
-            for name in (f"{prefix}{projection}.weight", f"{prefix}{projection}.bias"):
+        axis = 1 if family.transposed else 0
+        for projection, kept, total in _projections(family, layer, own_heads, own_groups):
+            for name, along in ((f"{prefix}{projection}.weight", axis), (f"{prefix}{projection}.bias", 0)):
                 if name in tensors:
-                    edits[name] = _keep(tensors[name], kept, total)
+                    edits[name] = _keep(tensors[name], kept, total, along)
+        for norm, kept, total in (
+            (family.query_norm, own_heads, layer.heads),
+            (family.key_norm, own_groups, layer.groups),
+        ):
             if norm:
                 edits.update(_norm_edits(tensors, f"{prefix}{norm}.", family.norm, kept, total))
         if family.sinks:
             name = f"{prefix}{family.sinks}"
             edits[name] = _keep(tensors[name], own_heads, layer.heads)
     return {name: edit for name, edit in edits.items() if edit.drops or edit.name or edit.rows is not None}
+
+
+def _projections(
+    family: Family, layer: LayerGeometry, own_heads: tuple[int, ...], own_groups: tuple[int, ...]
+) -> Iterator[tuple[str, Sequence[int], int]]:
+    """Each projection that loses rows, the places that it keeps, in heads, and how many places it has."""
+    if family.fused:
+        kept = kept_places(family.fused_order, layer, own_heads, own_groups)
+        yield family.fused, kept, layer.heads + 2 * layer.groups
+        return
+    if family.gate == "query":
+        yield family.query, kept_of_gated(layer.heads, own_heads), 2 * layer.heads
+    else:
+        yield family.query, own_heads, layer.heads
+    yield family.key, own_groups, layer.groups
 
 
 def _norm_edits(
@@ -60,21 +77,21 @@ def _norm_edits(
     return {}  # one weight for all heads: it stays while one of them stays
 
 
-def _keep(tensor: TensorEntry, kept: Iterable[int], total: int) -> TensorEdit:
-    """Keep these of `total` heads, whose rows lie one after the other along axis 0."""
-    if not tensor.shape or tensor.shape[0] % total:
+def _keep(tensor: TensorEntry, kept: Iterable[int], total: int, axis: int = 0) -> TensorEdit:
+    """Keep these of `total` places, which lie one after the other along an axis, in this order."""
+    if len(tensor.shape) <= axis or tensor.shape[axis] % total:
         raise CheckpointError(
             f"Tensor '{tensor.name}' has shape {list(tensor.shape)}, which {total} heads do not divide; "
             "the weights do not belong to this config.json."
         )
-    height = tensor.shape[0] // total
+    height = tensor.shape[axis] // total
     ranges: list[tuple[int, int]] = []
-    for head in kept:
-        start, stop = head * height, (head + 1) * height
+    for place in kept:
+        start, stop = place * height, (place + 1) * height
         if ranges and ranges[-1][1] == start:
             ranges[-1] = (ranges[-1][0], stop)
         else:
             ranges.append((start, stop))
-    if ranges == [(0, tensor.shape[0])]:
+    if ranges == [(0, tensor.shape[axis])]:
         return TensorEdit()
-    return TensorEdit(rows=tuple(ranges))
+    return TensorEdit(rows=tuple(ranges), axis=axis)

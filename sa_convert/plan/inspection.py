@@ -9,7 +9,7 @@ from sa_convert.data.geometry import ModelGeometry
 from sa_convert.data.sharing_map import SharingMap
 from sa_convert.errors import UnsupportedModelError
 from sa_convert.export.shared_attention_families import PREFIX
-from sa_convert.plan.converted import converted_cache_bytes, converted_parts
+from sa_convert.plan.converted import converted_parts
 from sa_convert.plan.rules import layer_difference
 from sa_convert.plan.savings import cache_bytes
 from sa_convert.read.family import family_of
@@ -74,7 +74,7 @@ class Inspection:
         """Plain data for `--json`."""
         content = {key: value for key, value in vars(self).items() if key not in ("geometry", "kinds", "shared")}
         geometry = self.geometry
-        reasons = {str(kind.layers[0]): FIRST_OF_ITS_KIND for kind in self.kinds}
+        first = sorted(kind.layers[0] for kind in self.kinds)
         return content | {
             "dtypes": dict(self.dtypes),
             "granularity": geometry.granularity if geometry else None,
@@ -85,7 +85,7 @@ class Inspection:
                 "total_groups": self.total_groups,
                 "shareable_groups": self.shareable_groups,
                 "kinds": [asdict(kind) for kind in self.kinds],
-                "layers_without_source": {layer: reasons[layer] for layer in sorted(reasons, key=int)},
+                "layers_without_source": {geometry.label(at): FIRST_OF_ITS_KIND for at in first} if geometry else {},
                 "reused_groups": self.shared.reused_groups(geometry) if self.shared and geometry else 0,
                 "layers": self.shared.to_json() if self.shared else {},
             },
@@ -102,7 +102,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     try:
         if str(config.get("model_type")).startswith(PREFIX) and isinstance(config.get("shared_attention"), Mapping):
             family, geometry, shared = converted_parts(checkpoint)
-            cache = converted_cache_bytes(checkpoint, family, geometry, shared)
+            cache = cache_bytes(checkpoint, family, geometry, shared)
             reason = "The model shares attention already; convert its base model with another recipe."
         else:
             family = family_of(config, tensors)
@@ -116,7 +116,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     dtypes: dict[str, int] = {}
     for tensor in tensors.values():
         dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.elements
-    first = geometry.layers[0] if geometry else None
+    first = next(layer for layer in geometry.layers if layer.heads) if geometry else None
     return Inspection(
         model=checkpoint.identity,
         revision=checkpoint.revision,
@@ -143,6 +143,8 @@ def _kinds(geometry: ModelGeometry) -> tuple[Kind, ...]:
     """The classes of layers that the rules of sharing allow to share, by their first layers."""
     classes: list[list[int]] = []
     for index, layer in enumerate(geometry.layers):
+        if not layer.heads:
+            continue
         home = next((c for c in classes if layer_difference(geometry.layers[c[0]], layer) is None), None)
         if home is None:
             classes.append([index])

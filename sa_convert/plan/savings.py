@@ -1,13 +1,14 @@
 """What a sharing map removes, computed from headers and the map."""
 
 from collections.abc import Mapping
+from math import prod
 
 from sa_convert.data.checkpoint import DTYPE_BITS, Checkpoint, TensorEdit
 from sa_convert.data.geometry import ModelGeometry
 from sa_convert.data.report import Change, Savings
 from sa_convert.data.sharing_map import SharingMap
 from sa_convert.export.shared_attention_families import Family
-from sa_convert.read.geometry import attention_prefix
+from sa_convert.read.names import attention_prefix, projection, stack_of
 
 
 def plan_savings(
@@ -23,10 +24,10 @@ def plan_savings(
         parameters += tensor.elements
         size += tensor.bytes
         edit = edits.get(tensor.name)
-        if edit is not None and tensor.shape and edit.rows is not None:
-            rows = tensor.shape[0] - edit.shape(tensor)[0]
-            removed += tensor.elements // tensor.shape[0] * rows
-            removed_size += tensor.bytes // tensor.shape[0] * rows
+        if edit is not None:
+            gone = tensor.elements - prod(edit.shape(tensor))
+            removed += gone
+            removed_size += gone * DTYPE_BITS[tensor.dtype] // 8
     before, after = (
         cache_bytes(checkpoint, family, geometry, SharingMap()),
         cache_bytes(checkpoint, family, geometry, sharing),
@@ -42,12 +43,17 @@ def plan_savings(
 
 
 def cache_bytes(checkpoint: Checkpoint, family: Family, geometry: ModelGeometry, sharing: SharingMap) -> int:
-    """Bytes that one token of one sequence adds to the KV cache, in the dtype of the key projections."""
+    """Bytes that one token of one sequence adds to the KV cache, in the dtype of the projections.
+
+    With cross-attention, one token that is read and one that is written. 0 for a model without a cache.
+    """
     tensors, total = checkpoint.tensors, 0
     for index, layer in enumerate(geometry.layers):
-        prefix = attention_prefix(checkpoint, family, index)
-        width = DTYPE_BITS[tensors[f"{prefix}{family.key}.weight"].dtype] // 8
+        if not layer.heads or not stack_of(family, geometry.stacks, index)[0].caches:
+            continue
+        prefix = attention_prefix(checkpoint, family, geometry.stacks, index)
+        value = tensors[f"{prefix}{projection(family, 'value')}.weight"]
         keys = len(sharing.own_groups(index, layer)) * layer.head_dim
-        values = tensors[f"{prefix}{family.value}.weight"].shape[0]
-        total += (keys + values) * width
+        values = layer.groups * layer.head_dim if family.fused else value.shape[0]
+        total += (keys + values) * DTYPE_BITS[value.dtype] // 8
     return total

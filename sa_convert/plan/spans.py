@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from sa_convert.data.geometry import LayerGeometry, ModelGeometry
 from sa_convert.data.layer_range import LayerRange
 from sa_convert.data.sharing_map import SharingMap
-from sa_convert.errors import RecipeError
+from sa_convert.data.stacks import parse_label
+from sa_convert.errors import RecipeError, SharingError
 from sa_convert.plan.rules import layer_difference
 
 if TYPE_CHECKING:
@@ -22,55 +23,80 @@ def sharing_of(recipe: "Recipe", geometry: ModelGeometry) -> SharingMap:
     if recipe.sharing.spans is not None:
         return resolve_spans(recipe.sharing.spans, geometry, recipe.origin)
     if recipe.sharing.map is not None:
-        refuse_stacks(recipe)
-        return SharingMap.from_json(recipe.sharing.map)
+        return _explicit(recipe, geometry)
     raise RecipeError(f"{recipe.origin.at('sharing', 'search')}: a search has no map before it has run")
 
 
-def refuse_stacks(recipe: "Recipe") -> None:
-    """Raise RecipeError, naming the line, where a map names layers of an encoder-decoder model."""
-    for layer in recipe.sharing.map or {}:
-        if isinstance(layer, str):
+def _explicit(recipe: "Recipe", geometry: ModelGeometry) -> SharingMap:
+    """Raises RecipeError, naming the line, where the map names a stack that the model does not have."""
+    names = [name for name, _ in geometry.stacks]
+    rows = recipe.sharing.map or {}
+    for layer in rows:
+        stack, number = parse_label(layer)
+        if stack not in (names or [""]):
+            hint = f"has {', '.join(names)}: write {names[-1]}.{number}" if names else f"has one kind: write {number}"
             raise RecipeError(
-                f"{recipe.origin.at('sharing', 'map', layer)}: layer '{layer}' belongs to an encoder-decoder model; "
-                "this version converts decoder-only models, whose layers are plain numbers"
+                f"{recipe.origin.at('sharing', 'map', layer)}: there is no layer '{layer}'; of the kinds of attention "
+                f"that a map can name, this model {hint}, say"
             )
+        depth = dict(geometry.stacks).get(stack, len(geometry.layers))
+        if number >= depth:
+            raise SharingError(f"Layer {layer} reuses attention, but the model has layers 0 to {depth - 1}.")
+    return SharingMap.from_json(rows, geometry.stacks)
 
 
 def resolve_spans(spans: "Sequence[Span]", geometry: ModelGeometry, origin: "Origin | None" = None) -> SharingMap:
-    """Every head i of a span's layers reuses head i of the span's source.
+    """Every head i of a span's layers reuses head i of the span's source, in each stack of the model.
 
     Without a source, each layer reuses the nearest earlier layer outside of the span that has its kind of attention
     (type, window, heads, head size, rotation); where all layers are alike, that is the layer before the span. Where a
-    source reuses another layer itself, the map names the one that owns the attention.
+    source reuses another layer itself, the map names the one that owns the attention. Layers without softmax attention
+    are passed over.
     origin: where the spans were written, for messages. Raises RecipeError for a span outside of the model, spans that
     overlap, and a layer without any possible source.
     """
-    depth = len(geometry.layers)
     sources: dict[int, int] = {}
-    for number, span in enumerate(spans):
-        where = f"{origin.at('sharing', 'spans', number)}: " if origin else ""
-        layers = layer_range(span.layers, depth)
-        if layers[-1] >= depth:
-            raise RecipeError(
-                f"{where}span {span.layers} is outside of the model, which has {depth} layers (0 to {depth - 1})"
-            )
-        if span.source is not None and span.source >= layers[0]:
-            raise RecipeError(
-                f"{where}source {span.source} is not before span {span.layers}, which is {_name(layers)} in this model"
-            )
-        for layer in layers:
-            if layer in sources:
-                raise RecipeError(f"{where}span {span.layers} overlaps with another span at layer {layer}")
-            sources[layer] = _nearest(layer, layers, geometry, where) if span.source is None else span.source
+    first = 0
+    for stack, depth in geometry.stacks or (("", len(geometry.layers)),):
+        found = _sources(spans, geometry, first, depth, f"{stack}." if stack else "", origin)
+        sources |= {first + layer: first + source for layer, source in found.items()}
+        first += depth
     for layer in sorted(sources):
         sources[layer] = sources.get(sources[layer], sources[layer])
     return SharingMap(
         {
             layer: tuple((source, head) for head in range(geometry.layers[layer].heads))
             for layer, source in sources.items()
-        }
+        },
+        geometry.stacks,
     )
+
+
+def _sources(
+    spans: "Sequence[Span]", geometry: ModelGeometry, first: int, depth: int, stack: str, origin: "Origin | None"
+) -> dict[int, int]:
+    """The source of each layer of one stack, whose layers begin at `first`; numbers are those in the stack."""
+    kinds = geometry.layers[first : first + depth]
+    sources: dict[int, int] = {}
+    for number, span in enumerate(spans):
+        where = f"{origin.at('sharing', 'spans', number)}: " if origin else ""
+        layers = layer_range(span.layers, depth)
+        if layers[-1] >= depth:
+            raise RecipeError(
+                f"{where}span {span.layers} is outside of the model, which has {depth} layers "
+                f"({stack}0 to {stack}{depth - 1})"
+            )
+        if span.source is not None and span.source >= layers[0]:
+            raise RecipeError(
+                f"{where}source {span.source} is not before span {span.layers}, which is {_name(layers)} in this model"
+            )
+        for layer in (layer for layer in layers if kinds[layer].heads):
+            if layer in sources:
+                raise RecipeError(f"{where}span {span.layers} overlaps with another span at layer {stack}{layer}")
+            sources[layer] = _nearest(layer, layers, kinds, where) if span.source is None else span.source
+        if not any(kinds[layer].heads for layer in layers):
+            raise RecipeError(f"{where}no layer of span {span.layers} has softmax attention; name others")
+    return sources
 
 
 def layer_range(layers: LayerRange, depth: int) -> range:
@@ -85,11 +111,11 @@ def layer_range(layers: LayerRange, depth: int) -> range:
     return range(first, last + 1)
 
 
-def _nearest(layer: int, span: range, geometry: ModelGeometry, where: str) -> int:
+def _nearest(layer: int, span: range, kinds: "Sequence[LayerGeometry]", where: str) -> int:
     for source in range(span[0] - 1, -1, -1):
-        if _alike(geometry.layers[source], geometry.layers[layer]):
+        if _alike(kinds[source], kinds[layer]):
             return source
-    kind = geometry.layers[layer]
+    kind = kinds[layer]
     window = f" with a window of {kind.window} tokens" if kind.window else ""
     reason = f"none before {_name(span)} is of its kind ({kind.attention}{window})" if span[0] else "it is the first"
     raise RecipeError(f"{where}layer {layer} has no source: {reason}; start the span later, or leave that layer out")

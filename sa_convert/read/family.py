@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sa_convert.errors import CheckpointError, UnsupportedModelError
-from sa_convert.export.shared_attention_families import FAMILIES, PREFIX, Family
+from sa_convert.export.shared_attention_families import FAMILIES, PREFIX, Family, auto_class_of
 
 # What the tensors of a model outside of our families say about the reason, by a part of their names.
 _REASONS = (
@@ -40,13 +40,20 @@ def family_of(config: Mapping[str, Any], tensors: Iterable[str] = ()) -> Family:
             f"Models of type '{model_type}' are not supported: {_reason(config, list(tensors))}. "
             f"Supported types: {', '.join(sorted(FAMILIES))}."
         )
-    architectures = config.get("architectures") or [family.default_class]
-    if family.default_class not in architectures:
-        raise UnsupportedModelError(
-            f"config.json names the architecture {', '.join(map(str, architectures))}; this version converts "
-            f"{family.default_class} for models of type '{model_type}'."
-        )
+    architecture_of(config, family)
     return family
+
+
+def architecture_of(config: Mapping[str, Any], family: Family) -> str:
+    """The model class that config.json names. Raises UnsupportedModelError where it is no class of the family."""
+    named = config.get("architectures") or [family.default_class]
+    found = next((name for name in map(str, named) if auto_class_of(family, name)), None)
+    if found is None:
+        raise UnsupportedModelError(
+            f"config.json names the architecture {', '.join(map(str, named))}, which is none that sa-convert knows for "
+            f"models of type '{family.model_type}' ({family.default_class} is one)."
+        )
+    return found
 
 
 def _reason(config: Mapping[str, Any], tensors: list[str]) -> str:

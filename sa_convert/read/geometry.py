@@ -1,41 +1,29 @@
 """The shape of a model's attention, from config.json and the headers of its tensors."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from sa_convert.data.checkpoint import Checkpoint, TensorEntry
 from sa_convert.data.geometry import LayerGeometry, ModelGeometry
 from sa_convert.errors import CheckpointError, UnsupportedModelError
-from sa_convert.export.shared_attention_families import Family
+from sa_convert.export.shared_attention_families import Family, Stack
+from sa_convert.read.names import attention_config, attention_start, projection
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
+DEPTHS = ("num_hidden_layers", "num_layers")
+"""Config keys of the number of layers that stand in where a family's own key is missing."""
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def number(config: Mapping[str, Any], key: str) -> int:
-    """A positive whole number of config.json; raises CheckpointError naming the key."""
+def number(config: Mapping[str, Any], key: str, *others: str) -> int:
+    """A positive whole number of config.json, under the first of these keys that it has; raises CheckpointError."""
+    key = next((name for name in (key, *others) if name in config), key)
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CheckpointError(f"config.json: '{key}' should be a positive whole number, but is {value!r}.")
     return value
-
-
-def layers_prefix(checkpoint: Checkpoint, family: Family) -> str:
-    """How tensor names of the layers begin: "model.layers", or "layers" where the base prefix was not saved."""
-    tensors = checkpoint.tensors
-    candidates = [family.layers, family.layers.partition(".")[2]]
-    for prefix in candidates:
-        if f"{prefix}.0.{family.attention}.{family.query}.weight" in tensors:
-            return prefix
-    raise CheckpointError(
-        f"The checkpoint has no tensor '{candidates[0]}.0.{family.attention}.{family.query}.weight', which a model of "
-        f"type '{family.model_type}' needs; the weights do not belong to this config.json."
-    )
-
-
-def attention_prefix(checkpoint: Checkpoint, family: Family, layer: int) -> str:
-    """How tensor names of one layer's attention begin, with the closing dot."""
-    return f"{layers_prefix(checkpoint, family)}.{layer}.{family.attention}."
 
 
 def geometry_of(checkpoint: Checkpoint, family: Family) -> ModelGeometry:
@@ -44,53 +32,102 @@ def geometry_of(checkpoint: Checkpoint, family: Family) -> ModelGeometry:
     Raises CheckpointError where tensors are missing or contradict config.json, UnsupportedModelError where the
     projections are quantised.
     """
-    config, tensors = checkpoint.config, checkpoint.tensors
-    heads = number(config, "num_attention_heads")
-    depth = number(config, "num_hidden_layers")
-    kinds = attention_kinds(config, family, depth)
-    prefix = layers_prefix(checkpoint, family)
+    config = attention_config(checkpoint.config, family)
     layers = []
-    for index, (attention, window, rotary) in enumerate(kinds):
-        start = f"{prefix}.{index}.{family.attention}."
-        rows = {}
-        for module in (family.query, family.key, family.value):
-            _refuse_quantised(tensors, start, module)
-            tensor = tensors.get(f"{start}{module}.weight")
-            if tensor is None:
-                raise CheckpointError(
-                    f"The checkpoint has no tensor '{start}{module}.weight', though config.json counts {depth} layers."
-                )
-            rows[module] = _rows(tensor)
-        query, key = f"{start}{family.query}.weight", f"{start}{family.key}.weight"
-        if rows[family.query] % heads:
-            raise CheckpointError(
-                f"'{query}' has {rows[family.query]} rows; num_attention_heads in config.json is {heads}, no divisor."
-            )
-        head_dim = rows[family.query] // heads
-        if config.get("head_dim") not in (None, head_dim):
-            raise CheckpointError(
-                f"config.json: 'head_dim' is {config['head_dim']}, but '{query}' has {head_dim} rows a head."
-            )
-        groups = rows[family.key] // head_dim
-        if not groups or rows[family.key] % head_dim or heads % groups:
-            raise CheckpointError(
-                f"'{key}' has {rows[family.key]} rows; they do not fit {heads} query heads of {head_dim}."
-            )
-        if config.get("num_key_value_heads") not in (None, groups):
-            raise CheckpointError(
-                f"config.json: 'num_key_value_heads' is {config['num_key_value_heads']}, but '{key}' holds {groups}."
-            )
-        layers.append(LayerGeometry(heads, groups, head_dim, attention, window, rotary))
+    for stack in family.all_stacks:
+        if family.encoder_decoder and not has_stack(checkpoint, stack):
+            continue  # an encoder saved alone
+        depth = number(config, stack.depth, *DEPTHS)
+        kinds = attention_kinds(config, family, depth)
+        found = [
+            layer_geometry(checkpoint, config, family, stack, index, depth) or LayerGeometry(0, 0, 0, "none")
+            for index in range(depth)
+        ]
+        if not any(layer.heads for layer in found):
+            raise _missing(checkpoint, family, stack, 0, depth)
+        layers += [
+            replace(layer, attention=kind, window=window, rotary=rotary, stack=stack.name) if layer.heads else layer
+            for layer, (kind, window, rotary) in zip(found, kinds, strict=True)
+        ]
     return ModelGeometry(tuple(layers), family.granularity)
 
 
-def _rows(tensor: TensorEntry) -> int:
+def has_stack(checkpoint: Checkpoint, stack: Stack) -> bool:
+    """Whether a stack of an encoder-decoder was saved: an encoder may stand alone."""
+    start = f"{stack.layers}."
+    return any(name.startswith(start) or f".{start}" in name for name in checkpoint.tensors)
+
+
+def _missing(checkpoint: Checkpoint, family: Family, stack: Stack, index: int, depth: int) -> CheckpointError:
+    start = attention_start(checkpoint, family, stack, index)
+    return CheckpointError(
+        f"The checkpoint has no tensor '{start}{projection(family, 'query')}.weight', though config.json counts "
+        f"{depth} layers."
+    )
+
+
+def layer_geometry(
+    checkpoint: Checkpoint, config: Mapping[str, Any], family: Family, stack: Stack, index: int, depth: int
+) -> LayerGeometry | None:
+    """Heads, groups and head size of a layer; None where it has no softmax attention, in a family of mixed layers."""
+    tensors, start = checkpoint.tensors, attention_start(checkpoint, family, stack, index)
+    heads = number(config, stack.heads, "num_attention_heads")
+    if family.mixed and not any(name.startswith(f"{start}{projection(family, 'query')}.") for name in tensors):
+        return None
+    rows = {}
+    for side in ("query", "key", "value"):
+        module = projection(family, side)
+        _refuse_quantised(tensors, start, module)
+        tensor = tensors.get(f"{start}{module}.weight")
+        if tensor is None:
+            raise CheckpointError(
+                f"The checkpoint has no tensor '{start}{module}.weight', though config.json counts {depth} layers."
+            )
+        rows[side] = _rows(tensor, axis=1 if family.transposed else 0)
+    if family.fused:
+        return _fused_layer(tensors[f"{start}{family.fused}.weight"], config, family, heads, rows["query"])
+    query, key = f"{start}{family.query}.weight", f"{start}{family.key}.weight"
+    queries = rows["query"] // 2 if family.gate == "query" else rows["query"]
+    if queries % heads:
+        raise CheckpointError(
+            f"'{query}' has {rows['query']} rows; {stack.heads} in config.json is {heads}, no divisor."
+        )
+    head_dim = queries // heads
+    if config.get("head_dim") not in (None, head_dim):
+        raise CheckpointError(
+            f"config.json: 'head_dim' is {config['head_dim']}, but '{query}' has {head_dim} rows a head."
+        )
+    groups = rows["key"] // head_dim
+    if not groups or rows["key"] % head_dim or heads % groups:
+        raise CheckpointError(f"'{key}' has {rows['key']} rows; they do not fit {heads} query heads of {head_dim}.")
+    if config.get(family.groups) not in (None, groups):
+        raise CheckpointError(
+            f"config.json: '{family.groups}' is {config[family.groups]}, but '{key}' holds {groups}."
+        )
+    return LayerGeometry(heads, groups, head_dim)
+
+
+def _fused_layer(
+    tensor: TensorEntry, config: Mapping[str, Any], family: Family, heads: int, rows: int
+) -> LayerGeometry:
+    hidden = tensor.shape[0 if family.transposed else 1]
+    head_dim = config.get("head_dim") or hidden // heads
+    groups = (rows // head_dim - heads) // 2
+    if groups < 1 or (heads + 2 * groups) * head_dim != rows or heads % groups:
+        raise CheckpointError(
+            f"'{tensor.name}' makes {rows} numbers, which are no queries, keys and values of {heads} heads of "
+            f"{head_dim}; the weights do not belong to this config.json."
+        )
+    return LayerGeometry(heads, groups, head_dim)
+
+
+def _rows(tensor: TensorEntry, axis: int = 0) -> int:
     if len(tensor.shape) != 2 or tensor.dtype not in _FLOATS:
         raise UnsupportedModelError(
             f"'{tensor.name}' is {tensor.dtype} of shape {list(tensor.shape)}, not a plain matrix of floats: "
             "quantised projections cannot be taken apart; convert the unquantised model."
         )
-    return tensor.shape[0]
+    return tensor.shape[axis]
 
 
 def _refuse_quantised(tensors: Mapping[str, TensorEntry], start: str, module: str) -> None:
@@ -109,7 +146,7 @@ def _refuse_quantised(tensors: Mapping[str, TensorEntry], start: str, module: st
 
 def attention_kinds(config: Mapping[str, Any], family: Family, depth: int) -> list[tuple[str, int | None, bool]]:
     """Per layer its attention type, window and whether it rotates queries and keys, as the family's config has it."""
-    window = config.get("sliding_window", family.window)
+    window = config.get(family.window_key, family.window)
     if config.get("use_sliding_window", family.uses_window) is False:
         window = None
     rotates = [family.rotary != "none"] * depth

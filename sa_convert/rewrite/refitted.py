@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sa_convert.data.checkpoint import Checkpoint, TensorEdit
+from sa_convert.data.geometry import ModelGeometry
+from sa_convert.data.stacks import Stacks
 from sa_convert.errors import CheckpointError
 from sa_convert.export.shared_attention_families import Family
-from sa_convert.read.geometry import attention_prefix
 from sa_convert.read.header import read_shard
+from sa_convert.read.names import output_name
 
 if TYPE_CHECKING:
     import torch
@@ -16,15 +18,10 @@ if TYPE_CHECKING:
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
-def output_tensor(checkpoint: Checkpoint, family: Family, layer: int) -> str:
-    """Name of the weight of a layer's output projection."""
-    return f"{attention_prefix(checkpoint, family, layer)}{family.output}.weight"
-
-
-def check_refittable(checkpoint: Checkpoint, family: Family, layers: int) -> None:
+def check_refittable(checkpoint: Checkpoint, family: Family, geometry: ModelGeometry) -> None:
     """Raises CheckpointError where the output projections are not plain float tensors, as in quantised models."""
-    for layer in range(layers):
-        name = output_tensor(checkpoint, family, layer)
+    for layer in (index for index, attention in enumerate(geometry.layers) if attention.heads):
+        name = output_name(checkpoint, family, geometry.stacks, layer)
         if name not in checkpoint.tensors or checkpoint.tensors[name].dtype not in _DTYPES:
             found = checkpoint.tensors[name].dtype if name in checkpoint.tensors else "missing"
             raise CheckpointError(
@@ -34,7 +31,7 @@ def check_refittable(checkpoint: Checkpoint, family: Family, layers: int) -> Non
 
 
 def refit_edits(
-    checkpoint: Checkpoint, family: Family, changes: "Mapping[int, torch.Tensor]", file: Path
+    checkpoint: Checkpoint, family: Family, stacks: Stacks, changes: "Mapping[int, torch.Tensor]", file: Path
 ) -> dict[str, TensorEdit]:
     """Add changes (output, input) by layer to the base's matrices, store them in `file`, and return the edits that put
     them into the converted model."""
@@ -44,9 +41,10 @@ def refit_edits(
 
     stored = {}
     for layer, change in changes.items():
-        tensor = checkpoint.tensors[output_tensor(checkpoint, family, layer)]
+        tensor = checkpoint.tensors[output_name(checkpoint, family, stacks, layer)]
         with safe_open(tensor.file, framework="pt") as shard:
             base = shard.get_tensor(tensor.name).float()
+        change = change.T if family.transposed else change
         stored[tensor.name] = (base + change).to(getattr(torch, _DTYPES[tensor.dtype])).contiguous()
     if not stored:
         return {}

@@ -1,0 +1,71 @@
+"""How a checkpoint names the tensors of its attention layers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sa_convert.data.checkpoint import Checkpoint
+from sa_convert.data.stacks import Stacks, place_of
+from sa_convert.errors import CheckpointError
+from sa_convert.export.shared_attention_families import Family, Stack
+
+
+def attention_config(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
+    """The part of config.json that describes the attention: the language model's of a multimodal model.
+
+    Raises CheckpointError where it is missing.
+    """
+    if family.text is None:
+        return config
+    inner = config.get(family.text)
+    if not isinstance(inner, Mapping):
+        raise CheckpointError(f"config.json has no '{family.text}', which a model of type '{family.model_type}' needs.")
+    return inner
+
+
+def stack_of(family: Family, stacks: Stacks, layer: int) -> tuple[Stack, int]:
+    """The stack of a layer, and its number in it."""
+    name, number = place_of(stacks, layer)
+    return next(stack for stack in family.all_stacks if stack.name == name), number
+
+
+def attention_start(checkpoint: Checkpoint, family: Family, stack: Stack, number: int) -> str:
+    """How tensor names of one layer's attention begin, with the closing dot. Raises CheckpointError."""
+    return f"{layers_prefix(checkpoint, family, stack)}.{number}.{stack.attention}."
+
+
+def attention_prefix(checkpoint: Checkpoint, family: Family, stacks: Stacks, layer: int) -> str:
+    """As `attention_start`, by the number of the layer in the whole model."""
+    return attention_start(checkpoint, family, *stack_of(family, stacks, layer))
+
+
+def layers_prefix(checkpoint: Checkpoint, family: Family, stack: Stack) -> str:
+    """How tensor names of the layers begin: "model.layers", or "layers" where the base prefix was not saved."""
+    candidates = prefixes(family, stack)
+    wanted = projection(family, "query")
+    for prefix in candidates:
+        start, end = f"{prefix}.", f".{stack.attention}.{wanted}.weight"
+        if any(name.startswith(start) and name.endswith(end) for name in checkpoint.tensors):
+            return prefix
+    raise CheckpointError(
+        f"The checkpoint has no tensor '{candidates[0]}.0.{stack.attention}.{wanted}.weight', which a model of "
+        f"type '{family.model_type}' needs; the weights do not belong to this config.json."
+    )
+
+
+def prefixes(family: Family, stack: Stack) -> list[str]:
+    """Module path of the layers in a checkpoint, the likeliest first: models saved without a head lack the first part."""
+    paths = [family.files, stack.layers] if family.files else [stack.layers]
+    return list(dict.fromkeys([*paths, *(path.partition(".")[2] for path in paths if "." in path)]))
+
+
+def projection(family: Family, side: str) -> str:
+    """The module that makes queries, keys or values ("query", "key", "value")."""
+    return family.fused or str(getattr(family, side))
+
+
+def output_name(checkpoint: Checkpoint, family: Family, stacks: Stacks, layer: int) -> str:
+    """Name of the weight of a layer's output projection."""
+    stack, number = stack_of(family, stacks, layer)
+    if family.output_outside:
+        return f"{layers_prefix(checkpoint, family, stack)}.{number}.{family.output}.weight"
+    return f"{attention_start(checkpoint, family, stack, number)}{family.output}.weight"
