@@ -1,0 +1,177 @@
+"""Every causal language model type of transformers, tiny and random: converted and right, or refused with the reason."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from conftest import run_cli
+from forced_attention import forced_logits as forced_by_interface
+from forced_softmax import attending, forced_logits
+from smoke_models import NOT_BUILT, causal_types, smoke_map, smoke_model
+from tiny_models import geometry_of_folder, make_map, save_tiny, write_recipe
+
+from sa_convert.conversion import Options, convert, plan
+from sa_convert.data.sharing_map import SharingMap
+from sa_convert.errors import UnsupportedModelError
+from sa_convert.export.shared_attention_families import FAMILIES
+from sa_convert.plan.recipe_file import load_recipe
+
+TYPES = causal_types()
+# What this version reaches at least (of the 189 types of transformers 5.23).
+LEAST_CONVERTED = 51
+# Types of the registry whose tiny model here has a part that is refused.
+REFUSED_HERE: tuple[str, ...] = ()
+# Any map is refused where the type is.
+SOME_MAP = {1: [[0, 0]]}
+
+
+def attentions_of(model, family):
+    """The attention module of each layer, stack after stack; None where a layer has none."""
+    found = []
+    for stack in family.all_stacks:
+        try:
+            layers = model.get_submodule(stack.layers)
+        except AttributeError:
+            continue  # an encoder or a decoder alone
+        for layer in layers:
+            try:
+                found.append(layer.get_submodule(stack.attention))
+            except AttributeError:
+                found.append(None)
+    return found
+
+
+def load(folder, **options):
+    """By the auto class that the folder names; refuses missing, unexpected or mismatched weights."""
+    names = set(json.loads((folder / "config.json").read_text())["auto_map"]) - {"AutoConfig"}
+    auto = getattr(transformers, "AutoModelForCausalLM" if "AutoModelForCausalLM" in names else min(names))
+    model, info = auto.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True, dtype=torch.float32, **options
+    )
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+@torch.no_grad()
+def logits_of(model, ids, mask):
+    return model(ids, attention_mask=mask, use_cache=False).logits
+
+
+@torch.no_grad()
+def cached_difference(model, ids):
+    """The largest difference between the logits of cached decoding and those of the whole sequence at once."""
+    steps = model(ids[:, :5], use_cache=True)
+    cached = [steps.logits]
+    for token in range(5, ids.shape[1]):
+        steps = model(ids[:, token : token + 1], past_key_values=steps.past_key_values, use_cache=True)
+        cached.append(steps.logits)
+    return (torch.cat(cached, dim=1) - model(ids, use_cache=False).logits).abs().max().item()
+
+
+def refusal(folder, recipe_file):
+    """Why the model is refused, or None. `plan` has no output, so what it refuses is refused before anything is written.
+
+    Other errors than UnsupportedModelError would blame the user for files that transformers wrote itself.
+    """
+    try:
+        plan(str(folder), load_recipe(str(recipe_file)), Options())
+    except UnsupportedModelError as error:
+        return str(error)
+    return None
+
+
+def demanding_map(folder, base, ids):
+    """A random map for a model that can be converted; None for others."""
+    try:
+        geometry = geometry_of_folder(folder)
+    except UnsupportedModelError:
+        return None
+    attentions = attentions_of(base, FAMILIES[base.config.model_type])
+    assert len(attentions) == len(geometry.layers)
+    return smoke_map(geometry, attending(base, attentions, ids)), geometry, attentions
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_type(model_type, tmp_path, record_property):
+    try:
+        base = smoke_model(model_type)
+    except Exception as error:
+        assert model_type in NOT_BUILT, f"cannot be built: {error}"
+        record_property("outcome", "not built")
+        record_property("reason", NOT_BUILT[model_type])
+        return
+    folder, output = tmp_path / "base", tmp_path / "converted"
+    base.save_pretrained(folder)
+    torch.manual_seed(1)
+    ids = torch.randint(3, 128, (2, 21))
+    found = demanding_map(folder, base, ids)
+    rows, geometry, attentions = found or (SOME_MAP, None, None)
+    labels = SharingMap(rows, geometry.stacks).to_json() if geometry else rows
+    recipe = write_recipe(tmp_path / "recipe.json", labels)
+    reason = refusal(folder, recipe)
+    if reason is not None:
+        assert "\n" not in reason
+        with pytest.raises(UnsupportedModelError):
+            convert(str(folder), load_recipe(str(recipe)), output, Options(validate=False))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "recipe.json"]
+        entry = FAMILIES.get(model_type)
+        assert entry is None or entry.default_class != type(base).__name__ or model_type in REFUSED_HERE, reason
+        record_property("outcome", "refused")
+        record_property("reason", reason.partition(" Supported types:")[0])
+        return
+
+    convert(str(folder), load_recipe(str(recipe)), output, Options(validate=False))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    seen = mask.bool()
+    expected = forced_logits(base, attentions, rows, ids, attention_mask=mask)
+    unshared = logits_of(base, ids, mask)
+    assert expected[seen].isfinite().all()
+    assert (expected - unshared)[seen].abs().max() > 1e-3  # the map matters
+    # A model that decodes otherwise with a cache than without does so converted, too.
+    caches = not FAMILIES[model_type].bidirectional and cached_difference(base, ids[1:]) < 1e-4
+    for kernel in ["eager", "sdpa"] if base._supports_sdpa else ["eager"]:
+        model = load(output, attn_implementation=kernel)
+        torch.testing.assert_close(logits_of(model, ids, mask)[seen], expected[seen], atol=1e-4, rtol=1e-4)
+        if caches:
+            assert cached_difference(model, ids[1:]) < 1e-4
+    record_property("outcome", "converted")
+    record_property("reason", "" if caches else "cached decoding of the base differs from uncached")
+
+
+def test_counts():
+    registered = [model_type for model_type in TYPES if model_type in FAMILIES and model_type not in REFUSED_HERE]
+    assert len(registered) >= LEAST_CONVERTED
+    assert set(NOT_BUILT) <= set(TYPES)
+
+
+@pytest.mark.parametrize(("model_type", "status"), [("qwen3", 0), ("mamba", 1)])
+def test_as_a_process(model_type, status, tmp_path):
+    smoke_model(model_type).save_pretrained(tmp_path / "base")
+    rows = {2: [[0, head] for head in range(8)]} if status == 0 else SOME_MAP
+    recipe = write_recipe(tmp_path / "recipe.json", rows)
+    result = run_cli("convert", tmp_path / "base", "--recipe", recipe, "-o", tmp_path / "out", "--no-validate")
+    assert result.returncode == status, result.stderr
+    assert (tmp_path / "out").exists() == (status == 0)
+    if status:
+        assert "state-space" in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "gpt_oss", "olmo2"])
+def test_both_references_agree(model_type, tmp_path):
+    """Forced where the attention function is called, and forced at the softmax."""
+    base = save_tiny(model_type, tmp_path / "base")
+    geometry = geometry_of_folder(tmp_path / "base")
+    rows = make_map("layers" if geometry.granularity == "layer" else "heads", geometry)
+    torch.manual_seed(1)
+    ids = torch.randint(3, 128, (2, 21))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    attentions = attentions_of(base, FAMILIES[model_type])
+    expected = forced_by_interface(base, rows, ids, mask)
+    assert (expected - logits_of(base, ids, mask))[mask.bool()].abs().max() > 1e-3
+    found = forced_logits(base, attentions, rows, ids, attention_mask=mask)
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5)
