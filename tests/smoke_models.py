@@ -25,52 +25,49 @@ NOT_BUILT = {
 
 # Key of a configuration -> its value in a tiny model. Windows are shorter than the test sequences.
 SIZES: dict[str, Any] = {
-    **dict.fromkeys(("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), 128),
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embedding_size", "embedding_dim"), 64),
-    **dict.fromkeys(("word_embed_proj_dim", "input_embedding_size", "output_embedding_size", "hidden_size_global"), 64),
-    **dict.fromkeys(("attention_hidden_size", "lru_width", "backbone_hidden_size", "projector_output_dim"), 64),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "d_ff", "dff"), 96),
-    **dict.fromkeys(("ffn_hidden_size", "feed_forward_size", "d_inner", "dim_ff", "intermediate_size_mlp", "mlp_dim"), 96),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"), 32),
-    **dict.fromkeys(("expert_ffn_hidden_size", "shared_experts_intermediate_size", "dense_intermediate_size"), 32),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"), DEPTH),
-    **dict.fromkeys(("num_encoder_layers", "num_decoder_layers", "num_blocks", "conf_num_hidden_layers", "depth"), DEPTH),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"), 8),
-    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads", "swa_num_attention_heads"), 8),
-    **dict.fromkeys(("num_encoder_attention_heads", "num_decoder_attention_heads"), 8),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "num_query_groups"), 4),
-    **dict.fromkeys(("head_dim", "swa_head_dim", "kv_channels"), 16),
-    **dict.fromkeys(("dim_head", "d_kv", "d_head", "attention_head_size", "rotary_dim"), 8),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"), 512),
-    **dict.fromkeys(("sliding_window", "window_size", "attention_window_size", "local_attention"), 8),
-    **dict.fromkeys(("sliding_window_size", "attention_chunk_size"), 8),
-    "query_pre_attn_scalar": 16,
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "zero_expert_num"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"), 2),
-    **dict.fromkeys(("n_group", "num_expert_group", "topk_group"), 1),
-    **dict.fromkeys(("qk_nope_head_dim", "v_head_dim", "index_head_dim"), 16),
-    "qk_rope_head_dim": 8,
-    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "o_lora_rank", "laurel_rank", "adapter_rank", "hc_lowrank"), 16),
-    **dict.fromkeys(("index_topk", "index_n_heads"), 4),
-    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_num_heads"), 4),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 16),
-    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size", "mamba_dt_rank", "time_step_rank"), 8),
-    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 8),
-    **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_headdim"), 16),
-    **dict.fromkeys(("mamba_chunk_size", "chunk_size", "conf_attention_chunk_size"), 8),
-    "hidden_size_per_layer_input": 16,
-    **dict.fromkeys(("image_size", "crop_size"), 32),
-    "patch_size": 8,
-    "num_position_embeddings": 16,
-    "out_hidden_size": 64,
-    **dict.fromkeys(("codebook_size", "shape_vocab_size", "pronunciation_vocab_size"), 16),
-    **dict.fromkeys(("pronunciation_embed_dim", "shape_embed_dim", "ple_embed_dim", "router_hidden_size"), 16),
-    "max_source_positions": 32,
-    "max_target_positions": 512,
-    "is_decoder": True,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
+    key: value
+    for value, keys in (
+        (128, "vocab_size decoder_vocab_size vocab_size_per_layer_input unpadded_vocab_size"),
+        (64, "hidden_size d_model n_embd dim emb_dim embedding_size embedding_dim word_embed_proj_dim lru_width"),
+        (
+            64,
+            "input_embedding_size output_embedding_size hidden_size_global backbone_hidden_size attention_hidden_size",
+        ),
+        (64, "projector_output_dim out_hidden_size"),
+        (96, "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim n_inner d_ff dff ffn_hidden_size d_inner"),
+        (96, "feed_forward_size dim_ff intermediate_size_mlp mlp_dim"),
+        (32, "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size expert_ffn_hidden_size"),
+        (32, "shared_experts_intermediate_size dense_intermediate_size"),
+        (DEPTH, "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers"),
+        (DEPTH, "num_decoder_layers num_blocks conf_num_hidden_layers depth"),
+        (8, "num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads"),
+        (8, "decoder_attention_heads swa_num_attention_heads num_encoder_attention_heads num_decoder_attention_heads"),
+        (4, "num_key_value_heads num_kv_heads swa_num_key_value_heads num_query_groups"),
+        (16, "head_dim swa_head_dim kv_channels query_pre_attn_scalar"),
+        (8, "dim_head d_kv d_head attention_head_size rotary_dim"),
+        (512, "max_position_embeddings n_positions n_ctx max_seq_len context_length max_target_positions"),
+        (8, "sliding_window window_size attention_window_size local_attention sliding_window_size"),
+        (8, "attention_chunk_size"),
+        (4, "num_experts num_local_experts n_routed_experts moe_num_experts zero_expert_num"),
+        (2, "num_experts_per_tok num_experts_per_token moe_topk moe_k"),
+        (1, "n_group num_expert_group topk_group"),
+        (16, "qk_nope_head_dim v_head_dim index_head_dim"),
+        (8, "qk_rope_head_dim"),
+        (16, "kv_lora_rank q_lora_rank o_lora_rank laurel_rank adapter_rank hc_lowrank"),
+        (4, "index_topk index_n_heads linear_num_key_heads linear_num_value_heads linear_num_heads"),
+        (16, "linear_key_head_dim linear_value_head_dim linear_head_dim"),
+        (8, "mamba_d_state ssm_state_size state_size mamba_dt_rank time_step_rank mamba_n_heads mamba_num_heads"),
+        (16, "mamba_d_head mamba_head_dim mamba_headdim hidden_size_per_layer_input"),
+        (8, "mamba_chunk_size chunk_size conf_attention_chunk_size patch_size"),
+        (32, "image_size crop_size max_source_positions"),
+        (16, "num_position_embeddings codebook_size shape_vocab_size pronunciation_vocab_size router_hidden_size"),
+        (16, "pronunciation_embed_dim shape_embed_dim ple_embed_dim"),
+        (True, "is_decoder"),
+        (0, "pad_token_id"),
+        (1, "bos_token_id"),
+        (2, "eos_token_id"),
+    )
+    for key in keys.split()
 }
 UNSET = {"num_key_value_heads": 4, "head_dim": 8, "num_local_experts": 4}
 # Kinds of layers, one a layer: the same kinds in turn, in a tiny model.
@@ -178,7 +175,7 @@ def _shrunk(config: Any) -> dict[str, Any]:
     sizes = {key: value for key, value in sizes.items() if key in known}
     kinds = {key: list(dict.fromkeys(known[key])) for key in KINDS if known.get(key)}
     if any(len(of) > 1 for of in kinds.values()):
-        sizes.update({key: MIXED_DEPTH for key, value in sizes.items() if value is DEPTH and "layer" in key})
+        sizes.update({key: MIXED_DEPTH for key, value in sizes.items() if value == DEPTH and "layer" in key})
     depth = next((sizes[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if key in sizes), DEPTH)
     for key, of in kinds.items():
         sizes[key] = [of[layer % len(of)] for layer in range(depth)]

@@ -1,4 +1,4 @@
-"""Every causal language model type of transformers, tiny and random: converted and right, or refused with the reason."""
+"""Every causal language model type of transformers, tiny and random: converted and right, or refused with a reason."""
 
 import json
 
@@ -71,7 +71,7 @@ def cached_difference(model, ids):
 
 
 def refusal(folder, recipe_file):
-    """Why the model is refused, or None. `plan` has no output, so what it refuses is refused before anything is written.
+    """Why the model is refused, or None: told before anything is written, as `plan` has no output.
 
     Other errors than UnsupportedModelError would blame the user for files that transformers wrote itself.
     """
@@ -97,8 +97,9 @@ def demanding_map(folder, base, ids):
 def test_type(model_type, tmp_path, record_property):
     try:
         base = smoke_model(model_type)
-    except Exception as error:
-        assert model_type in NOT_BUILT, f"cannot be built: {error}"
+    except Exception:
+        if model_type not in NOT_BUILT:
+            raise
         record_property("outcome", "not built")
         record_property("reason", NOT_BUILT[model_type])
         return
@@ -116,7 +117,7 @@ def test_type(model_type, tmp_path, record_property):
         with pytest.raises(UnsupportedModelError):
             convert(str(folder), load_recipe(str(recipe)), output, Options(validate=False))
         assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "recipe.json"]
-        entry = FAMILIES.get(model_type)
+        entry = FAMILIES.get(base.config.model_type)
         assert entry is None or entry.default_class != type(base).__name__ or model_type in REFUSED_HERE, reason
         record_property("outcome", "refused")
         record_property("reason", reason.partition(" Supported types:")[0])
@@ -131,7 +132,7 @@ def test_type(model_type, tmp_path, record_property):
     assert expected[seen].isfinite().all()
     assert (expected - unshared)[seen].abs().max() > 1e-3  # the map matters
     # A model that decodes otherwise with a cache than without does so converted, too.
-    caches = not FAMILIES[model_type].bidirectional and cached_difference(base, ids[1:]) < 1e-4
+    caches = not FAMILIES[base.config.model_type].bidirectional and cached_difference(base, ids[1:]) < 1e-4
     for kernel in ["eager", "sdpa"] if base._supports_sdpa else ["eager"]:
         model = load(output, attn_implementation=kernel)
         torch.testing.assert_close(logits_of(model, ids, mask)[seen], expected[seen], atol=1e-4, rtol=1e-4)
