@@ -5,11 +5,13 @@ import re
 import pytest
 import torch
 from conftest import run_cli
-from forced_attention import forced_logits
+from forced_softmax import forced
 from safetensors import safe_open
+from transformers import DynamicCache, EncoderDecoderCache
 from tiny_models import geometry_of_folder, kinds_of, load_converted, make_map, save_tiny, write_recipe
 
 from sa_convert.export.shared_attention_families import FAMILIES
+from sa_convert.read.names import stack_of
 
 CASES = [(family, kind) for family in FAMILIES for kind in kinds_of(family)]
 
@@ -35,14 +37,44 @@ def names_in(folder):
                 yield name, tuple(shard.get_slice(name).get_shape())
 
 
+def attentions_of(model, entry):
+    """The attention modules of all layers, in the order in which layers are numbered; None where there is none."""
+    found = []
+    for stack in entry.all_stacks:
+        for layer in model.get_submodule(stack.layers):
+            try:
+                module = layer.get_submodule(stack.attention)
+            except AttributeError:
+                module = None
+            found.append(module if hasattr(module, entry.fused or entry.value) else None)
+    return found
+
+
+@torch.no_grad()
+def cached_logits(model, ids, entry):
+    """Logits of each token of (1, T), the first five at once, the others one by one; and the cache."""
+    encoded = {}
+    if entry.encoder_decoder:
+        encoded = {"encoder_outputs": model.get_encoder()(ids)}
+        ids = ids.flip(1)
+    name = "decoder_input_ids" if entry.encoder_decoder else "input_ids"
+    cache = DynamicCache(config=model.config)
+    cache = EncoderDecoderCache(cache, DynamicCache(config=model.config)) if entry.encoder_decoder else cache
+    logits = [model(**{name: ids[:, :5]}, **encoded, past_key_values=cache, use_cache=True).logits]
+    for token in range(5, ids.shape[1]):
+        given = {name: ids[:, token : token + 1], "past_key_values": cache}
+        logits.append(model(**given, **encoded, use_cache=True).logits)
+    return torch.cat(logits, dim=1), cache
+
+
 @pytest.mark.parametrize(("family", "kind"), CASES, ids=lambda value: value)
 def test_family(bases, tmp_path, family, kind):
     folder, base = bases(family)
     entry = FAMILIES[family]
     geometry = geometry_of_folder(folder)
     rows = make_map(kind, geometry)
-    assert sum(source is not None for row in rows.values() for source in row) >= 8
-    recipe = write_recipe(tmp_path / "recipe.json", rows)
+    assert sum(source is not None for row in rows.values() for source in row) >= 5
+    recipe = write_recipe(tmp_path / "recipe.json", rows, geometry.stacks)
     result = run_cli("convert", folder, "--recipe", recipe, "-o", tmp_path / "out", "--no-validate")
     assert result.returncode == 0, result.stderr
 
@@ -51,31 +83,43 @@ def test_family(bases, tmp_path, family, kind):
     ids = torch.randint(3, 128, (2, 21))
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
-    expected = forced_logits(base, rows, ids, mask)
+    inputs = {"attention_mask": mask} if entry.bidirectional else {"attention_mask": mask, "use_cache": False}
+    seen = mask.bool()
+    if entry.encoder_decoder:
+        inputs["decoder_input_ids"] = ids.flip(1)
+        seen = torch.ones_like(seen)
+    with torch.no_grad(), forced(base, attentions_of(base, entry), rows):
+        expected = base(ids, **inputs).logits
     with torch.no_grad():
-        unshared = base(ids, attention_mask=mask, use_cache=False).logits
-    assert (expected - unshared)[mask.bool()].abs().max() > 1e-3  # the map matters
+        unshared = base(ids, **inputs).logits
+    assert (expected - unshared)[seen].abs().max() > 1e-3  # the map matters
     kernels = ["eager", "sdpa"] if base._supports_sdpa else ["eager"]
     for kernel in kernels:
         model = load_converted(tmp_path / "out", attn_implementation=kernel, dtype=torch.float32)
         with torch.no_grad():
-            logits = model(ids, attention_mask=mask, use_cache=False).logits
-        torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=1e-4)
+            logits = model(ids, **inputs).logits
+        torch.testing.assert_close(logits[seen], expected[seen], atol=1e-4, rtol=1e-4)
+        if entry.bidirectional:
+            continue
 
         # Cached decoding equals uncached, beyond the sliding window of 8 tokens, and holds no keys of reusing groups.
+        cached, cache = cached_logits(model, ids[1:], entry)
         with torch.no_grad():
-            steps = model(ids[1:, :5], use_cache=True)
-            cached = [steps.logits]
-            for token in range(5, ids.shape[1]):
-                steps = model(ids[1:, token : token + 1], past_key_values=steps.past_key_values, use_cache=True)
-                cached.append(steps.logits)
-            whole = model(ids[1:], use_cache=False).logits
-        torch.testing.assert_close(torch.cat(cached, dim=1), whole, atol=1e-4, rtol=1e-4)
+            pair = {"decoder_input_ids": ids[1:].flip(1)} if entry.encoder_decoder else {}
+            whole = model(ids[1:], **pair, use_cache=False).logits
+        torch.testing.assert_close(cached, whole, atol=1e-4, rtol=1e-4)
         for index, layer in enumerate(geometry.layers):
+            stack, number = stack_of(entry, geometry.stacks, index)
+            if not layer.heads or not stack.caches:
+                continue
+            part = cache
+            if entry.encoder_decoder:
+                part = cache.cross_attention_cache if stack.cross else cache.self_attention_cache
             kept = {layer.group_of(head) for head in range(layer.heads) if not rows.get(index) or not rows[index][head]}
-            held = steps.past_key_values.layers[index]
+            held = part.layers[number]
             heads = held.keys.shape[1] + (held.values.shape[1] if held.values.numel() else 0)
-            assert heads == len(kept) + layer.groups, f"layer {index}"
+            own = entry.module == "falcon" and index not in rows  # Falcon itself caches each key for all its heads
+            assert heads == len(kept) + layer.groups or own, f"layer {index}"
         options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": mask}
         plain = model.generate(ids, **options, use_cache=False)
         assert torch.equal(model.generate(ids, **options), plain)
@@ -86,10 +130,17 @@ def test_family(bases, tmp_path, family, kind):
         row = rows.get(index, [None] * layer.heads)
         own = [head for head, source in enumerate(row) if source is None]
         groups = {layer.group_of(head) for head in own}
-        prefix = rf".*\.{index}\.{entry.attention}\."
-        for projection, count in ((entry.query, len(own)), (entry.key, len(groups))):
-            found = [shape for name, shape in shapes.items() if re.fullmatch(f"{prefix}{projection}.weight", name)]
-            assert [shape[0] for shape in found] == ([count * layer.head_dim] if count else [])
-            if not count:
-                norm = entry.query_norm if projection == entry.query else entry.key_norm
-                assert not [name for name in shapes if re.match(f"{prefix}({projection}|{norm})\\.", name)]
+        stack, number = stack_of(entry, geometry.stacks, index)
+        paths = "|".join(re.escape(path) for path in (stack.layers, entry.files) if path)
+        prefix = rf"({paths})\.{number}\.{re.escape(stack.attention)}\."
+        gates = layer.heads if entry.gate == "query" else 0
+        expected = {entry.query: len(own) + gates, entry.key: len(groups)}
+        if entry.fused:
+            expected = {entry.fused: len(own) + len(groups) + layer.groups}
+        for projection, count in expected.items():
+            names = [name for name in shapes if re.fullmatch(f"{prefix}{projection}.weight", name)]
+            found = [shapes[name][1 if entry.transposed else 0] for name in names]
+            assert found == ([count * layer.head_dim] if count else []), projection
+            norm = entry.query_norm if projection == entry.query else entry.key_norm
+            if norm and not (own if projection == entry.query else groups):
+                assert not [name for name in shapes if re.match(f"{prefix}{norm}\\.", name)]

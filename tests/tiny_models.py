@@ -30,6 +30,20 @@ SIZES = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    # Encoders and encoder-decoders.
+    "d_model": 64,
+    "d_kv": 8,
+    "d_ff": 96,
+    "num_heads": 8,
+    "num_layers": 4,
+    "num_decoder_layers": 4,
+    "encoder_layers": 4,
+    "decoder_layers": 4,
+    "encoder_attention_heads": 8,
+    "decoder_attention_heads": 8,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "decoder_start_token_id": 2,
 }
 # Options that bring out what is special in a family.
 SPECIAL = {
@@ -44,10 +58,26 @@ SPECIAL = {
     "olmoe": {"clip_qkv": 0.3},
     "glm4_moe": {"use_qk_norm": True},
     "helium": {"head_dim": 8},
+    "falcon": {"head_dim": None},
+    "t5": {"decoder_start_token_id": 0},
+    "mt5": {"decoder_start_token_id": 0},
+    "qwen2_5_vl": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}},
+    "gpt2": {"scale_attn_by_inverse_layer_idx": True},
+    "gptj": {"rotary_dim": 4},
+    "modernbert": {"global_attn_every_n_layers": 2, "local_attention": 8},
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention", "full_attention"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "attention_window_size": 8},
     "gpt_oss": {
         # The default stretches positions beyond this tiny model's.
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
+}
+# What is around the language model of a multimodal one.
+_VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+PARTS = {
+    "gemma3": {"vision_config": {**_VISION, "image_size": 28, "patch_size": 14}, "mm_tokens_per_image": 4},
+    "qwen2_5_vl": {"vision_config": {"hidden_size": 32, "depth": 1, "num_heads": 2, "out_hidden_size": 64}},
 }
 
 
@@ -56,29 +86,37 @@ def tiny_config(model_type: str, **changes):
     from transformers import AutoConfig
 
     known = AutoConfig.for_model(model_type)
-    sizes = {key: value for key, value in SIZES.items() if hasattr(known, key)}
-    return AutoConfig.for_model(model_type, **{**sizes, **SPECIAL.get(model_type, {}), **changes})
+    text = FAMILIES[model_type].text if model_type in FAMILIES else None
+    inner = getattr(known, text) if text else known
+    sizes = {key: value for key, value in SIZES.items() if hasattr(inner, key)}
+    sizes |= {**SPECIAL.get(model_type, {}), **changes}
+    sizes = {key: value for key, value in sizes.items() if value is not None}
+    return AutoConfig.for_model(model_type, **({text: sizes, **PARTS.get(model_type, {})} if text else sizes))
 
 
 def save_tiny(model_type: str, folder: Path, seed: int = 0, max_shard_size: str = "100KB", **changes):
     """Save a random model with every weight, bias and norm away from its initial value; returns it in eager mode."""
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes), attn_implementation="eager").eval()
+    entry = FAMILIES[model_type]
+    config = tiny_config(model_type, **changes)
+    model = getattr(transformers, entry.default_class)._from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    return model
+    # As it is loaded: sinusoidal positions are not saved.
+    return type(model).from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
 
 
 def classes_of_layers(geometry: ModelGeometry) -> list[list[int]]:
     """Layers that can share with each other."""
     classes: dict = {}
     for index, layer in enumerate(geometry.layers):
-        classes.setdefault((layer.attention, layer.window, layer.rotary), []).append(index)
+        if layer.heads:
+            classes.setdefault((layer.stack, layer.attention, layer.window, layer.rotary), []).append(index)
     return list(classes.values())
 
 
@@ -119,9 +157,18 @@ def kinds_of(model_type: str) -> list[str]:
     return [kinds[0], kinds[-1]] if FAMILIES[model_type].output_norm or FAMILIES[model_type].value_limit else kinds[-1:]
 
 
-def write_recipe(path: Path, rows: dict[int, list], **keys) -> Path:
-    """A recipe with an explicit map (JSON is YAML)."""
-    path.write_text(json.dumps({"sharing": {"map": {str(layer): row for layer, row in rows.items()}}, **keys}))
+def write_recipe(path: Path, rows: dict[int, list], stacks: tuple = (), **keys) -> Path:
+    """A recipe with an explicit map (JSON is YAML). stacks: names and depths, where a model has several."""
+    content = {}
+    for layer, row in rows.items():
+        name, first = "", 0
+        for stack, depth in stacks:
+            if layer >= first:
+                name, start = f"{stack}.", first
+            first += depth
+        start = start if stacks else 0
+        content[f"{name}{layer - start}"] = [source and [source[0] - start, source[1]] for source in row]
+    path.write_text(json.dumps({"sharing": {"map": content}, **keys}))
     return path
 
 
@@ -154,11 +201,11 @@ def geometry_of_folder(folder: Path) -> ModelGeometry:
 
 def load_converted(folder: Path, **options):
     """Load by the folder's own code, and refuse missing, unexpected or mismatched weights."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=True, output_loading_info=True, **options
-    )
+    named = json.loads((folder / "config.json").read_text())["auto_map"]
+    auto_class = getattr(transformers, next(name for name in named if name.startswith("AutoModel")))
+    model, info = auto_class.from_pretrained(folder, trust_remote_code=True, output_loading_info=True, **options)
     assert type(model).__module__.startswith("transformers_modules."), type(model)
     assert not any(info.values()), info
     return model.eval()

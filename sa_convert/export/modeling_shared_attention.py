@@ -15,7 +15,7 @@ from .configuration_shared_attention import config_class_of
 from .shared_attention import SharedAttention  # noqa: F401
 from .shared_attention_apply import share_attention
 from .shared_attention_cache import PackedCache  # noqa: F401
-from .shared_attention_exchange import Exchange  # noqa: F401
+from .shared_attention_exchange import checkpoint_contexts
 from .shared_attention_families import FAMILIES, PREFIX, Family, auto_class_of
 from .shared_attention_modules import MODULES  # noqa: F401
 from .shared_attention_plan import LayerPlan  # noqa: F401
@@ -38,11 +38,13 @@ class SharedAttentionMixin:
                 "A model with shared attention needs gradient_checkpointing_kwargs={'use_reentrant': False}: "
                 "re-entrant checkpointing loses gradients of attention that is shared between layers."
             )
+        if FAMILIES[self.config.model_type.removeprefix(PREFIX)].exchange == "context":
+            options.setdefault("context_fn", checkpoint_contexts)
         super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=options, **kwargs)
 
 
-def _register_conversions(family) -> None:
-    """Checkpoints keep the tensor names of the base type, so transformers 5 must convert them as it does the base's."""
+def _register_conversions(family: Family, architecture: str) -> None:
+    """Checkpoints keep the tensor names of the base, so transformers 5 must convert them as it does the base's."""
     try:
         from transformers.conversion_mapping import (
             get_checkpoint_conversion_mapping,
@@ -50,9 +52,13 @@ def _register_conversions(family) -> None:
         )
     except ImportError:  # transformers 4 loads every checkpoint as it is
         return
-    conversions = get_checkpoint_conversion_mapping(family.model_type)
-    if conversions is not None:
-        register_checkpoint_conversion_mapping(PREFIX + family.model_type, conversions, overwrite=True)
+    for base, ours in (
+        (family.model_type, PREFIX + family.model_type),
+        (architecture, f"SharedAttention{architecture}"),
+    ):
+        conversions = get_checkpoint_conversion_mapping(base)
+        if conversions is not None:
+            register_checkpoint_conversion_mapping(ours, conversions, overwrite=True)
 
 
 @cache
@@ -63,7 +69,7 @@ def model_class_of(family: Family, architecture: str) -> type:
             f"Models of type {PREFIX}{family.model_type} need transformers 5, this is {transformers.__version__}: "
             "run pip install -U transformers."
         )
-    _register_conversions(family)
+    _register_conversions(family, architecture)
     base = getattr(transformers, architecture)
     members = {"config_class": config_class_of(family), "__module__": __name__}
     return type(f"SharedAttention{architecture}", (SharedAttentionMixin, base), members)

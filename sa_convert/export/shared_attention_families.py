@@ -53,9 +53,10 @@ class Family:
     mixed: only some layers have softmax attention; the others lack the projections.
     bidirectional: tokens see later ones, and nothing is cached.
     sliding: which layers attend within a sliding window where config.json has no `layer_types` (see
-        `sa_convert.read.geometry`): "none", "all", "periodic", "from_max_window_layers",
+        `sa_convert.read.geometry`): "none", "all", "periodic", "periodic_first", "from_max_window_layers",
         "alternate_below_max_window_layers" or "without_rotary".
-    period, period_key: for "periodic", every period-th layer has full attention; the config key that overrides it.
+    period, period_key: for "periodic", every period-th layer has full attention ("periodic_first": from the first on);
+        the config key that overrides it.
     window, uses_window: what the family's config takes for a missing `sliding_window` and `use_sliding_window`.
     window_key: the config key of the window.
     rotary: which layers rotate queries and keys: "all", "none", "sliding" (only those, where the model has a window) or
@@ -152,6 +153,7 @@ HEADS = {
     "ForQuestionAnswering": "AutoModelForQuestionAnswering",
     "ForMultipleChoice": "AutoModelForMultipleChoice",
     "ForNextSentencePrediction": "AutoModelForNextSentencePrediction",
+    "MTModel": "AutoModelForSeq2SeqLM",
     "EncoderModel": "AutoModelForTextEncoding",
     "Model": "AutoModel",
 }
@@ -185,6 +187,68 @@ _PLAIN = "PreTrainedTokenizerFast"
 _QK_NORM = {"query_norm": "q_norm", "key_norm": "k_norm"}
 _QUERY_KEY_LAYERNORM = {"query_norm": "query_layernorm", "key_norm": "key_layernorm"}
 _QK_LAYERNORM = {"query_norm": "q_layernorm", "key_norm": "k_layernorm"}
+_GPT2 = {
+    "layers": "transformer.h",
+    "attention": "attn",
+    "heads": "n_head",
+    "depth": "n_layer",
+    "output": "c_proj",
+    "rotary": "none",
+    "plain_forward": True,
+    "dropout": "attn_dropout",
+    "output_dropout": "resid_dropout",
+}
+_BERT = {
+    "attention": "attention.self",
+    "query": "query",
+    "key": "key",
+    "value": "value",
+    "output": "attention.output.dense",
+    "output_outside": True,
+    "rotary": "none",
+    "bidirectional": True,
+    "exchange": "context",
+    "plain_forward": True,
+    "dropout": "dropout",
+}
+_T5 = {
+    "stacks": (
+        Stack("encoder", "encoder.block", "layer.0.SelfAttention", "num_heads", "num_layers", caches=False),
+        Stack("decoder", "decoder.block", "layer.0.SelfAttention", "num_heads", "num_decoder_layers"),
+        Stack("decoder.cross", "decoder.block", "layer.1.EncDecAttention", "num_heads", "num_decoder_layers", cross=True),
+    ),
+    "query": "q",
+    "key": "k",
+    "value": "v",
+    "output": "o",
+    "rotary": "none",
+    "module": "t5",
+    "exchange": "context",
+    "plain_forward": True,
+    "dropout": "dropout",
+}
+_BART = {
+    "stacks": (
+        Stack(
+            "encoder", "model.encoder.layers", "self_attn", "encoder_attention_heads", "encoder_layers", caches=False
+        ),
+        Stack("decoder", "model.decoder.layers", "self_attn", "decoder_attention_heads", "decoder_layers"),
+        Stack(
+            "decoder.cross",
+            "model.decoder.layers",
+            "encoder_attn",
+            "decoder_attention_heads",
+            "decoder_layers",
+            cross=True,
+        ),
+    ),
+    "output": "out_proj",
+    "rotary": "none",
+    "module": "encoder_decoder",
+    "exchange": "context",
+    "plain_forward": True,
+    "dropout": "dropout",
+}
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -415,6 +479,173 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("seed_oss", "SeedOssConfig", "SeedOssForCausalLM"),
         Family("solar_open", "SolarOpenConfig", "SolarOpenForCausalLM"),
+        # Queries, keys and values in one projection.
+        Family("phi3", "Phi3Config", "Phi3ForCausalLM", fused="qkv_proj", plain_forward=True, sliding="all", tokenizer=_PLAIN),
+        Family(
+            "gpt2",
+            "GPT2Config",
+            "GPT2LMHeadModel",
+            **_GPT2,
+            fused="c_attn",
+            transposed=True,
+            module="gpt2",
+            tokenizer="GPT2Tokenizer",
+        ),
+        Family("gpt_bigcode", "GPTBigCodeConfig", "GPTBigCodeForCausalLM", **_GPT2, fused="c_attn", fused_order="groups", tokenizer="GPT2Tokenizer"),
+        Family(
+            "gpt_neox",
+            "GPTNeoXConfig",
+            "GPTNeoXForCausalLM",
+            layers="gpt_neox.layers",
+            attention="attention",
+            fused="query_key_value",
+            fused_order="groups",
+            output="dense",
+            plain_forward=True,
+            tokenizer="GPTNeoXTokenizer",
+        ),
+        # With attention code of their own.
+        Family(
+            "falcon",
+            "FalconConfig",
+            "FalconForCausalLM",
+            layers="transformer.h",
+            attention="self_attention",
+            fused="query_key_value",
+            fused_order="groups",
+            output="dense",
+            module="falcon",
+            exchange="context",
+            plain_forward=True,
+            dropout="attention_dropout",
+        ),
+        Family(
+            "bloom",
+            "BloomConfig",
+            "BloomForCausalLM",
+            layers="transformer.h",
+            attention="self_attention",
+            heads="n_head",
+            depth="n_layer",
+            fused="query_key_value",
+            fused_order="groups",
+            output="dense",
+            rotary="none",
+            module="bloom",
+            exchange="context",
+            plain_forward=True,
+        ),
+        Family(
+            "gptj",
+            "GPTJConfig",
+            "GPTJForCausalLM",
+            layers="transformer.h",
+            attention="attn",
+            heads="n_head",
+            depth="n_layer",
+            output="out_proj",
+            output_dropout="resid_dropout",
+            module="gptj",
+            exchange="context",
+            plain_forward=True,
+            dropout="attn_dropout",
+        ),
+        # Encoders.
+        Family("bert", "BertConfig", "BertForMaskedLM", **_BERT, layers="bert.encoder.layer"),
+        Family("roberta", "RobertaConfig", "RobertaForMaskedLM", **_BERT, layers="roberta.encoder.layer"),
+        Family("xlm-roberta", "XLMRobertaConfig", "XLMRobertaForMaskedLM", **_BERT, layers="roberta.encoder.layer"),
+        Family("camembert", "CamembertConfig", "CamembertForMaskedLM", **_BERT, layers="roberta.encoder.layer"),
+        Family("electra", "ElectraConfig", "ElectraForMaskedLM", **_BERT, layers="electra.encoder.layer"),
+        Family(
+            "distilbert",
+            "DistilBertConfig",
+            "DistilBertForMaskedLM",
+            layers="distilbert.transformer.layer",
+            attention="attention",
+            heads="n_heads",
+            depth="n_layers",
+            query="q_lin",
+            key="k_lin",
+            value="v_lin",
+            output="out_lin",
+            rotary="none",
+            bidirectional=True,
+            plain_forward=True,
+            transformers_5=True,
+            dropout="dropout",
+        ),
+        Family(
+            "modernbert",
+            "ModernBertConfig",
+            "ModernBertForMaskedLM",
+            layers="model.layers",
+            attention="attn",
+            fused="Wqkv",
+            output="Wo",
+            bidirectional=True,
+            sliding="periodic_first",
+            period=3,
+            period_key="global_attn_every_n_layers",
+            window=128,
+            window_key="local_attention",
+            plain_forward=True,
+            transformers_5=True,
+            output_dropout="out_drop",
+        ),
+        # Encoder-decoders.
+        Family("t5", "T5Config", "T5ForConditionalGeneration", **_T5),
+        Family("mt5", "MT5Config", "MT5ForConditionalGeneration", **_T5),
+        Family("bart", "BartConfig", "BartForConditionalGeneration", **_BART),
+        Family("mbart", "MBartConfig", "MBartForConditionalGeneration", **_BART),
+        Family("marian", "MarianConfig", "MarianMTModel", **_BART),
+        Family("pegasus", "PegasusConfig", "PegasusForConditionalGeneration", **_BART),
+        # Softmax attention in some layers only.
+        Family(
+            "qwen3_next",
+            "Qwen3NextConfig",
+            "Qwen3NextForCausalLM",
+            **_QK_NORM,
+            gate="query",
+            mixed=True,
+            plain_forward=True,
+        ),
+        Family("jamba", "JambaConfig", "JambaForCausalLM", mixed=True, rotary="none", transformers_5=True),
+        Family(
+            "recurrent_gemma",
+            "RecurrentGemmaConfig",
+            "RecurrentGemmaForCausalLM",
+            attention="temporal_block",
+            mixed=True,
+            sliding="all",
+            window_key="attention_window_size",
+            window=2048,
+            transformers_5=True,
+        ),
+        # Language models inside of multimodal ones.
+        Family(
+            "gemma3",
+            "Gemma3Config",
+            "Gemma3ForConditionalGeneration",
+            layers="model.language_model.layers",
+            files="language_model.model.layers",
+            text="text_config",
+            **_QK_NORM,
+            sliding="periodic",
+            period=6,
+            period_key="sliding_window_pattern",
+            window=4096,
+        ),
+        Family(
+            "qwen2_5_vl",
+            "Qwen2_5_VLConfig",
+            "Qwen2_5_VLForConditionalGeneration",
+            layers="model.language_model.layers",
+            files="model.layers",
+            text="text_config",
+            sliding="from_max_window_layers",
+            window=4096,
+            uses_window=False,
+        ),
         Family("vaultgemma", "VaultGemmaConfig", "VaultGemmaForCausalLM", sliding="periodic", period=2, window=4096),
     )
 }

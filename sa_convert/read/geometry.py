@@ -165,7 +165,7 @@ def _default_types(
     config: Mapping[str, Any], family: Family, depth: int, window: int | None, rotates: list[bool]
 ) -> list[str]:
     """The attention types of a config that does not list them; `Family.sliding` names the rule."""
-    if window is None and family.sliding != "periodic":
+    if window is None and not family.sliding.startswith("periodic"):
         return [FULL] * depth
     first_full = config.get("max_window_layers", 28)
     period = config.get(family.period_key, family.period) if family.period_key else family.period
@@ -175,6 +175,7 @@ def _default_types(
         "none": lambda layer: False,
         "all": lambda layer: True,
         "periodic": lambda layer: (layer + 1) % period != 0,
+        "periodic_first": lambda layer: layer % period != 0,
         "from_max_window_layers": lambda layer: layer >= first_full,
         "alternate_below_max_window_layers": lambda layer: layer % 2 == 0 and layer < first_full,
         "without_rotary": lambda layer: not rotates[layer],
