@@ -57,7 +57,7 @@ def save_converted(base: Path, folder: Path, source: int = 1, span: tuple[int, .
     heads = [[source, head] for head in range(model.config.num_attention_heads)]
     options["shared_attention"] = {"layers": {str(layer): heads for layer in span}}
     options.pop("model_type")
-    converted = model_class_of(family)(config_class_of(family)(**options)).to(model.dtype)
+    converted = model_class_of(family, family.default_class)(config_class_of(family)(**options)).to(model.dtype)
     kept = converted.state_dict().keys()
     converted.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in kept})
     converted.save_pretrained(folder)

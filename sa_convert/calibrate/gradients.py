@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 from sa_convert.calibrate.finite import not_finite
 from sa_convert.calibrate.probe import Probe, Rows, Seen
 from sa_convert.calibrate.sequences import Sample
-from sa_convert.run.device import input_device
 
 if TYPE_CHECKING:
     import torch
@@ -22,28 +21,29 @@ def fisher_gradients(
     from torch.nn import functional
 
     model, seen = probe.model, {}
-    tokens = sample.tokens[None].to(input_device(model))
+    inputs = sample.inputs(model)
 
     def note(layer: Seen) -> None:
+        # The model's weights have no gradients: the graph begins at the first attention of each stack.
+        if not layer.output.requires_grad:
+            layer.output.requires_grad_(True)
         observe(layer)
         seen[layer.layer] = layer.output
 
     base = None
     if rows:
         with torch.no_grad():
-            base = functional.log_softmax(model(input_ids=tokens, use_cache=False).logits[0].float(), dim=-1)
-    embedded = model.get_input_embeddings()(tokens).detach().requires_grad_(True)
+            base = functional.log_softmax(inputs.logits(model)[0].float(), dim=-1)
     with torch.enable_grad(), probe.sharing(rows), probe.observing(note):
-        logits = model(inputs_embeds=embedded, use_cache=False).logits[0]
-        chances = functional.log_softmax(logits.float(), dim=-1)  # (T, vocabulary)
+        chances = functional.log_softmax(inputs.logits(model)[0].float(), dim=-1)  # (P, vocabulary)
         if not bool(torch.isfinite(chances.sum())):
             raise not_finite(model)
-        scored = sample.scored[1:].to(chances.device)
+        scored = inputs.scored[0].to(chances.device)
         drawn = torch.multinomial(chances.detach().exp().cpu(), 1, generator=generator).to(chances.device)
-        losses = [("second", -chances.gather(1, drawn)[:-1, 0][scored].sum())]
+        losses = [("second", -chances.gather(1, drawn)[:, 0][scored].sum())]
         if base is not None:
             divergence = functional.kl_div(chances, base, log_target=True, reduction="none").sum(-1)
-            losses.insert(0, ("first", divergence[:-1][scored].sum()))
+            losses.insert(0, ("first", divergence[scored].sum()))
         for at, (order, loss) in enumerate(losses):
             outputs = list(seen.values())
             found = torch.autograd.grad(loss, outputs, retain_graph=at + 1 < len(losses))
@@ -101,9 +101,8 @@ def output_directions(
 
     try:
         with torch.enable_grad(), probe.sharing(rows), probe.observing(note):
-            probe.model.get_submodule(probe.family.layers.rpartition(".")[0])(
-                input_ids=sample.tokens[None].to(input_device(probe.model)), use_cache=False
-            )
+            # Without the language-modelling head, where the model has a part without it.
+            probe.model.base_model(**sample.inputs(probe.model).kwargs)
     finally:
         for hook in hooks:
             hook.remove()

@@ -7,7 +7,6 @@ from sa_convert.calibrate.probe import Probe, Rows
 from sa_convert.calibrate.sequences import Sample
 from sa_convert.data.calibrated import Distance
 from sa_convert.progress import progress
-from sa_convert.run.device import input_device
 
 if TYPE_CHECKING:
     import torch
@@ -26,9 +25,11 @@ class Reference:
     def __init__(self, probe: Probe, samples: Sequence[Sample], description: str = "base model") -> None:
         self.probe, self.samples = probe, samples
         self._base: list[torch.Tensor] = []
+        self._labels: list[torch.Tensor] = []
         with progress(len(samples), description, unit="seq") as bar:
             for sample in samples:
-                chances = self._chances(sample, {})
+                chances, labels = self._chances(sample, {})
+                self._labels.append(labels)
                 self._base.append(chances if 4 * chances.numel() * len(samples) < MOST_BYTES else chances.half())
                 bar.update()
         self.base = self._distance(iter(self._base))
@@ -39,25 +40,24 @@ class Reference:
 
             def chances() -> "Iterable[torch.Tensor]":
                 for sample in self.samples:
-                    yield self._chances(sample, rows)
+                    yield self._chances(sample, rows)[0]
                     bar.update()
 
             return self._distance(chances())
 
-    def _chances(self, sample: Sample, rows: Rows) -> "torch.Tensor":
-        """Log-probabilities (scored tokens, vocabulary) of the next token, float32 on the CPU."""
+    def _chances(self, sample: Sample, rows: Rows) -> "tuple[torch.Tensor, torch.Tensor]":
+        """Log-probabilities (scored tokens, vocabulary), float32, and the labels (scored tokens), on the CPU."""
         import torch
 
-        tokens = sample.tokens[None].to(input_device(self.probe.model))
         with torch.inference_mode(), self.probe.sharing(rows):
-            logits = self.probe.model(input_ids=tokens, use_cache=False).logits[0, :-1]
-            return torch.log_softmax(logits[sample.scored[1:].to(logits.device)].float(), dim=-1).cpu()
+            inputs = sample.inputs(self.probe.model)
+            ((predictions, labels),) = inputs.rows(inputs.logits(self.probe.model))
+            return torch.log_softmax(predictions.float(), dim=-1).cpu(), labels.cpu()
 
     def _distance(self, found: "Iterable[torch.Tensor]") -> Distance:
         losses: list[float] = []
         sums = {False: [0.0, 0.0, 0.0], True: [0.0, 0.0, 0.0]}  # loss, divergence, tokens; True: of repetition
-        for sample, base, chances in zip(self.samples, self._base, found, strict=True):
-            labels = sample.tokens[1:][sample.scored[1:]]
+        for sample, labels, base, chances in zip(self.samples, self._labels, self._base, found, strict=True):
             chances = chances.float()
             loss = -chances.gather(1, labels[:, None]).double().mean().item()
             certain = base.float()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sa_convert.calibrate.text import Text
 from sa_convert.calibrate.tokens import ordinary_tokens, start_tokens, token_sequences
+from sa_convert.run.task import NEXT_TOKEN, Frame, Inputs, Task
 
 if TYPE_CHECKING:
     import torch
@@ -30,12 +31,14 @@ _PERIODS = {"calibration": (100, 48, 170, 240, 24), "held out": (72, 200, 36)}
 @dataclass(frozen=True)
 class Sample:
     """One sequence. tokens: (T,) int64. kind: of text, or REPETITION. scored: (T,) bool, the tokens that count as
-    predictions: of a repetition, only those that can be predicted. weight: what it counts in sums of costs."""
+    predictions: of a repetition, only those that can be predicted. weight: what it counts in sums of costs. task: how
+    they are predicted."""
 
     tokens: "torch.Tensor"
     kind: str
     scored: "torch.Tensor"
     weight: float = 1.0
+    task: Task = NEXT_TOKEN
 
     @property
     def repetition(self) -> bool:
@@ -43,7 +46,11 @@ class Sample:
 
     @property
     def tokens_scored(self) -> int:
-        return max(1, int(self.scored[1:].sum()))
+        return max(1, self.task.count(self.scored))
+
+    def inputs(self, model: Any) -> Inputs:
+        """What a model is called with, a batch of one."""
+        return self.task.batch(model, self.tokens[None], self.scored[None])
 
 
 @dataclass(frozen=True)
@@ -63,19 +70,22 @@ def calibration_set(
     length: int,
     seed: int = 0,
     written: "torch.Tensor | None" = None,
+    task: Task = NEXT_TOKEN,
 ) -> CalibrationSet:
-    """`sequences` samples of `length` tokens from the calibration part of a text, a fifth of them random repetition.
+    """`sequences` samples of `length` tokens from the calibration part of a text, a fifth of them random repetition,
+    which only a model that predicts the next token can learn from.
 
     embeddings: how many tokens the model has. written: (N, length) tokens that the model itself wrote, which take the
-    place of as many of the text. No document is in both parts, and no repetition has a period of the other part. The
-    same arguments give the same samples. Raises DataError where the text is too short or makes no token.
+    place of as many of the text. task: how tokens are predicted. No document is in both parts, and no repetition has a
+    period of the other part. The same arguments give the same samples. Raises DataError where the text is too short or
+    makes no token.
     """
     import torch
 
-    repetitions = sequences // REPETITION_PART
+    repetitions = sequences // REPETITION_PART if task.copies else 0
     plain = sequences - repetitions
     own = [] if written is None else [(row, "written by the model") for row in written]
-    rows = [*_text_rows(tokenizer, text, plain - len(own), length), *own]
+    rows = [*_text_rows(tokenizer, text, plain - len(own), length, task.frame), *own]
     fit, held = _divide(rows)
     generator = torch.Generator().manual_seed(seed)
     vocabulary = torch.tensor(ordinary_tokens(tokenizer, embeddings))
@@ -91,20 +101,22 @@ def calibration_set(
     }
     return CalibrationSet(
         text.name,
-        tuple(_weighed(_plain(fit), repeated["calibration"])),
-        tuple(_weighed(_plain(held), repeated["held out"])),
+        tuple(_weighed(_plain(fit, task), repeated["calibration"])),
+        tuple(_weighed(_plain(held, task), repeated["held out"])),
     )
 
 
-def _text_rows(tokenizer: Any, text: Text, count: int, length: int) -> "list[tuple[torch.Tensor, str]]":
+def _text_rows(
+    tokenizer: Any, text: Text, count: int, length: int, frame: Frame | None
+) -> "list[tuple[torch.Tensor, str]]":
     """Rows of the calibration part. The built-in text: kinds in turn, so that few sequences hold all of them."""
     kinds = ("prose", "code", "prose", "table", "prose", "code", "repetition")
     calibration = text.split("calibration")
     if {document.kind for document in calibration.documents} == {"text"}:
-        return [(row, "text") for row in token_sequences(tokenizer, calibration, count, length)]
+        return [(row, "text") for row in token_sequences(tokenizer, calibration, count, length, frame)]
     order = list(islice(cycle(kinds), count))
     rows = {
-        kind: iter(token_sequences(tokenizer, text.split("calibration", (kind,)), order.count(kind), length))
+        kind: iter(token_sequences(tokenizer, text.split("calibration", (kind,)), order.count(kind), length, frame))
         for kind in set(order)
     }
     return [(next(rows[kind]), kind) for kind in order]
@@ -120,11 +132,9 @@ def _divide(rows: "list[tuple[torch.Tensor, str]]") -> "tuple[list[tuple[torch.T
     return [row for at, row in enumerate(rows) if at not in held], [rows[at] for at in sorted(held)]
 
 
-def _plain(rows: "list[tuple[torch.Tensor, str]]") -> "Iterator[Sample]":
-    import torch
-
+def _plain(rows: "list[tuple[torch.Tensor, str]]", task: Task) -> "Iterator[Sample]":
     for tokens, kind in rows:
-        yield Sample(tokens, kind, torch.ones(len(tokens), dtype=torch.bool))
+        yield Sample(tokens, kind, task.scored(tokens[None])[0], task=task)
 
 
 def _weighed(plain: Iterator[Sample], repeated: list[Sample]) -> Iterator[Sample]:

@@ -16,6 +16,7 @@ from sa_convert.errors import DataError
 from sa_convert.export.shared_attention_families import Family
 from sa_convert.run.load import load_base, load_tokenizer
 from sa_convert.run.placement import NO_MEMORY, Placement, place, positions
+from sa_convert.run.task import NEXT_TOKEN, task_of
 
 if TYPE_CHECKING:
     from sa_convert.data.recipe import Calibration
@@ -61,11 +62,13 @@ def open_session(
     """Load the base model in `checkpoint.folder` (safetensors or .bin) and make the calibration set.
 
     device, dtype: see `sa_convert.run.placement.place`. layer_by_layer: keep one layer's weights in memory at a
-    time even if all would fit. Raises DataError (text, tokenizer) and CheckpointError (model).
+    time even if all would fit. Raises DataError (text, tokenizer, no language-modelling head) and
+    CheckpointError (model).
     """
     if calibration.sequences < 2:
         raise DataError("Calibration needs at least 2 sequences, of which one is held out: write more in the recipe.")
     tokenizer = load_tokenizer(checkpoint.folder)
+    task = task_of(checkpoint.config, tokenizer, f"The model in {checkpoint.folder}")
     text = load_text(calibration.text)
     placement = place(checkpoint.folder, device, dtype, NO_MEMORY if layer_by_layer else None)
     length = min(calibration.length, positions(checkpoint.folder) or calibration.length)
@@ -73,11 +76,11 @@ def open_session(
         embeddings = loaded.model.get_input_embeddings().weight.shape[0]
         written = None
         own = calibration.sequences // WRITTEN_PART
-        if own and calibration.text == "builtin" and placement.max_memory is None:
+        if own and task is NEXT_TOKEN and calibration.text == "builtin" and placement.max_memory is None:
             from sa_convert.calibrate.written import written_by
 
             written = written_by(loaded.model, tokenizer, own, length, seed)
-        samples = calibration_set(tokenizer, embeddings, text, calibration.sequences, length, seed, written)
+        samples = calibration_set(tokenizer, embeddings, text, calibration.sequences, length, seed, written, task)
         probe = Probe(loaded.model, family)
         measure: Measure = "fisher" if placement.max_memory is None else "output error"
         yield Session(checkpoint, family, Units(geometry), probe, tokenizer, samples, measure, placement, seed)

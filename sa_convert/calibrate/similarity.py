@@ -4,8 +4,10 @@ Similarity of two layers (arXiv 2407.12866): the cosine between the weight matri
 index, averaged over heads and sequences. Isotropy of a layer: the mean of its similarity to all other layers; so the
 authors use the word ("attention weight isotropy: high similarity in attention distributions across layers", abstract of
 the journal version, Neurocomputing 648, 2025, 130587). It is not the isotropy of embeddings (Mu and Viswanath, 2018).
-Variance of a layer: that of the weights which a token gives to itself and the tokens before it, averaged over tokens
-and heads; attention spread evenly has none. It falls with the length of the sequences.
+Variance of a layer: that of the weights which a token gives to the tokens that it may see (itself and those before it;
+in an encoder and in cross-attention, all), averaged over tokens and heads; attention spread evenly has none. It falls
+with the length of the sequences. Layers of different stacks of an encoder-decoder attend to other pairs of tokens, and
+are not compared.
 
 Heads are not aligned across layers, so there is a second matrix: for each layer (row), the cosine between its heads and
 their best-matching heads in another layer (column), averaged over heads.
@@ -21,7 +23,6 @@ from sa_convert.data.analysis import AttentionStatistics
 from sa_convert.data.units import Units
 from sa_convert.errors import DataError
 from sa_convert.progress import progress
-from sa_convert.run.device import input_device
 
 if TYPE_CHECKING:
     import torch
@@ -39,29 +40,47 @@ def attention_statistics(
     text = [sample for sample in samples if not sample.repetition]
     if not text:
         raise DataError("Comparing the attention of layers needs at least one sequence of text; give more sequences.")
-    length, heads = len(text[0].tokens), units.offsets[-1]
-    seen = torch.ones(length, length, dtype=torch.bool).tril()
-    weights = torch.empty(heads, int(seen.sum()))  # (J, pairs of tokens): all that may differ from 0
-    cosines = torch.zeros(heads, heads, dtype=torch.float64)
-    variance = torch.zeros(len(units.geometry.layers), dtype=torch.float64)
+    heads, layers = units.offsets[-1], units.geometry.layers
+    seen: dict[int, torch.Tensor] = {}  # by layer (T, T) bool, the pairs of tokens whose weights may differ from 0
+    weights: dict[int, torch.Tensor] = {}  # by layer (H, pairs), of norm 1
+    cosines = torch.full((heads, heads), torch.nan, dtype=torch.float64)
+    variance = torch.zeros(len(layers), dtype=torch.float64)
+    places = _slices(units)
 
     def observe(layer: Seen) -> None:
         own = layer.weights[0].detach().to("cpu", torch.float32)
-        weights[units.offsets[layer.layer] : units.offsets[layer.layer + 1]] = own[:, seen]
-        variance[layer.layer] += float(_variance(own, seen))
+        if not bool(torch.isfinite(own.sum())):
+            raise not_finite(probe.model)
+        pairs = seen.setdefault(layer.layer, _pairs(own))
+        found = own[:, pairs]
+        weights[layer.layer] = found.div_(found.norm(dim=1, keepdim=True).clamp_min_(1e-30))
+        variance[layer.layer] += float(_variance(own, pairs))
 
     with progress(len(text), description, unit="seq") as bar, torch.no_grad(), probe.observing(observe):
-        for sample in text:
-            probe.model(input_ids=sample.tokens[None].to(input_device(probe.model)), use_cache=False)
-            weights.div_(weights.norm(dim=1, keepdim=True).clamp_min_(1e-30))
-            cosines += weights @ weights.T
+        for number, sample in enumerate(text):
+            probe.model(**sample.inputs(probe.model).kwargs)
+            for row, one in weights.items():
+                for column, other in weights.items():
+                    if column <= row and layers[row].stack == layers[column].stack:
+                        block = (one @ other.T).double()
+                        if number:
+                            block += cosines[places[row], places[column]]
+                        cosines[places[row], places[column]] = block
+                        cosines[places[column], places[row]] = block.T
             bar.update()
-    if not bool(torch.isfinite(cosines.sum() + variance.sum())):
-        raise not_finite(probe.model)
     similarity, matched = _by_layer(cosines / len(text), units)
     return AttentionStatistics(
         similarity, matched, tuple((variance / len(text)).tolist()), _isotropy(similarity), len(text)
     )
+
+
+def _pairs(weights: "torch.Tensor") -> "torch.Tensor":
+    """(T, T) bool: which pairs of tokens weights (H, T, T) are of: the causal ones, unless a token sees later ones."""
+    import torch
+
+    pairs = torch.ones(weights.shape[1:], dtype=torch.bool)
+    causal = weights.shape[1] == weights.shape[2] and not bool(weights.triu(1).any())
+    return pairs.tril() if causal else pairs
 
 
 def _variance(weights: "torch.Tensor", seen: "torch.Tensor") -> "torch.Tensor":
@@ -74,13 +93,15 @@ def _variance(weights: "torch.Tensor", seen: "torch.Tensor") -> "torch.Tensor":
 def _by_layer(
     cosines: "torch.Tensor", units: Units
 ) -> tuple[tuple[tuple[float | None, ...], ...], tuple[tuple[float | None, ...], ...]]:
-    """(L, L) twice, from (J, J): same index, and best match."""
+    """(L, L) twice, from (J, J): same index, and best match. None for layers that are not compared."""
     same: list[tuple[float | None, ...]] = []
     best: list[tuple[float | None, ...]] = []
     for row in _slices(units):
         blocks = [cosines[row, column] for column in _slices(units)]
-        same.append(tuple(float(b.diagonal().mean()) if b.shape[0] == b.shape[1] else None for b in blocks))
-        best.append(tuple(float(b.max(dim=1).values.mean()) for b in blocks))
+        known = [block.numel() > 0 and not bool(block.isnan().any()) for block in blocks]
+        pairs = list(zip(blocks, known, strict=True))
+        same.append(tuple(float(b.diagonal().mean()) if ok and b.shape[0] == b.shape[1] else None for b, ok in pairs))
+        best.append(tuple(float(b.max(dim=1).values.mean()) if ok else None for b, ok in pairs))
     return tuple(same), tuple(best)
 
 

@@ -5,21 +5,27 @@ from typing import TYPE_CHECKING, Any
 
 from sa_convert.calibrate.text import Text
 from sa_convert.errors import DataError
+from sa_convert.run.task import Frame
 
 if TYPE_CHECKING:
     import torch
 
 
-def token_sequences(tokenizer: Any, text: Text, sequences: int, length: int) -> "torch.Tensor":
+def token_sequences(
+    tokenizer: Any, text: Text, sequences: int, length: int, frame: Frame | None = None
+) -> "torch.Tensor":
     """Tokens (sequences, length), int64: the documents one after another, cut into equal sequences.
 
-    Each sequence starts with the token that the tokenizer puts before a text, if it does. Only as much text is read
-    as is needed. Raises DataError where the text is too short.
+    frame: what each sequence starts and ends with (`Task.frame`); None: it starts with the token that the tokenizer
+    puts before a text, if it does. Only as much text is read as is needed. Raises DataError where the text is too
+    short, or the length leaves no room for text.
     """
     import torch
 
-    start = start_tokens(tokenizer)
-    needed = sequences * (length - len(start))
+    start, end = frame or (start_tokens(tokenizer), ())
+    if length <= len(start) + len(end):
+        raise DataError(f"Sequences of {length} tokens have no room for text: give longer ones.")
+    needed = sequences * (length - len(start) - len(end))
     tokens: list[int] = []
     for document in text.documents:
         tokens += tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -33,7 +39,8 @@ def token_sequences(tokenizer: Any, text: Text, sequences: int, length: int) -> 
             f"which need {needed}: give a longer text."
         )
     rows = torch.tensor(tokens[:needed], dtype=torch.long).view(sequences, -1)
-    return torch.cat([torch.tensor(start, dtype=torch.long).expand(sequences, -1), rows], dim=1)
+    around = (torch.tensor(part, dtype=torch.long).expand(sequences, -1) for part in (start, end))
+    return torch.cat([next(around), rows, next(around)], dim=1)
 
 
 def start_tokens(tokenizer: Any) -> list[int]:

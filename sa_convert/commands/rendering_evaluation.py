@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from sa_convert.data.evaluation import Evaluation, ModelQuality
-from sa_convert.data.report import DecodeCheck
+from sa_convert.data.report import TASK_NAMES, DecodeCheck
 
 
 def render_evaluation(evaluation: Evaluation) -> str:
@@ -22,8 +22,14 @@ def _rows(evaluation: Evaluation) -> Iterator[tuple[str, list[str]]]:
     yield "", [model.name] if against is None else [model.name, against.name, "difference"]
     yield "Precision", [quality.dtype for quality in _both(evaluation)]
     change = [] if against is None else [f"{model.perplexity / against.perplexity - 1:+.2%}"]
-    yield "Perplexity", [f"{quality.perplexity:.3f}" for quality in _both(evaluation)] + change
-    yield "Cached decoding", [_decoding(quality.decode_check) for quality in _both(evaluation)]
+    yield (
+        f"Perplexity{TASK_NAMES[evaluation.task]}",
+        [f"{quality.perplexity:.3f}" for quality in _both(evaluation)] + change,
+    )
+    if checks := _checks(evaluation):
+        yield "Cached decoding", [_decoding(check) for check in checks]
+    if not model.copying:
+        return
     yield "Copying loss, nats", _losses([quality.headline.loss for quality in _both(evaluation)])
     for number, copying in enumerate(model.copying):
         losses = [quality.copying[number].second for quality in _both(evaluation)]
@@ -49,13 +55,23 @@ def _notes(evaluation: Evaluation) -> Iterator[str]:
         f"Text: {evaluation.text}; {evaluation.tokens:,} tokens in {evaluation.sequences} sequences of "
         f"{evaluation.length}"
     )
-    tolerance = model.decode_check.tolerance
-    yield f"Cached decoding: largest difference of a logit from a pass without a cache (tolerance {tolerance:.2g})"
+    if model.decode_check is not None:
+        tolerance = model.decode_check.tolerance
+        yield f"Cached decoding: largest difference of a logit from a pass without a cache (tolerance {tolerance:.2g})"
+    else:
+        yield "Cached decoding: not checked, since the model caches nothing"
+    if not model.copying:
+        yield "Copying: not probed, since the model does not predict each token from those before it in the same text"
+        return
     yield (
         f"Copying: {model.period} random tokens repeated to {evaluation.probe_length}, loss from the second occurrence "
         f"on, {evaluation.probes} probes (seed {evaluation.seed}); at a distance: so many random tokens, loss on their "
         "second occurrence"
     )
+
+
+def _checks(evaluation: Evaluation) -> list[DecodeCheck]:
+    return [check for quality in _both(evaluation) if (check := quality.decode_check) is not None]
 
 
 def _both(evaluation: Evaluation) -> list[ModelQuality]:

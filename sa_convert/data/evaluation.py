@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from sa_convert.data.report import DecodeCheck
+from sa_convert.data.report import DecodeCheck, PredictionTask
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,14 @@ class CopyingLoss:
 @dataclass(frozen=True)
 class ModelQuality:
     """One model. name: `org/name` or the name of a folder or file. dtype: in which it was computed. loss: of the text,
-    in nats per token. copying: at every distance; the one at `period` goes beyond the second occurrence."""
+    in nats per token. decode_check: None where the model caches nothing. copying: at every distance; the one at
+    `period` goes beyond the second occurrence; empty where the model does not predict the next token."""
 
     name: str
     dtype: str
     loss: float
     perplexity: float
-    decode_check: DecodeCheck
+    decode_check: DecodeCheck | None
     copying: tuple[CopyingLoss, ...]
     period: int
 
@@ -48,19 +49,17 @@ class ModelQuality:
             "dtype": self.dtype,
             "loss": digits(self.loss),
             "perplexity": digits(self.perplexity),
-            "decode_check": {
-                "max_abs_logit_difference": digits(self.decode_check.max_abs_logit_difference),
-                "same_greedy_tokens": self.decode_check.same_greedy_tokens,
-                "tolerance": digits(self.decode_check.tolerance),
-                "passed": self.decode_check.passed,
-            },
-            "copying": {
-                "period": self.period,
-                "loss": digits(self.headline.loss),
-                "tokens": self.headline.tokens,
-                "by_occurrence": [digits(loss) for loss in self.headline.by_occurrence],
-                "by_distance": [{"distance": one.distance, "loss": digits(one.second)} for one in self.copying],
-            },
+            "decode_check": self.decode_check and _decode_json(self.decode_check),
+            "copying": self._copying_json() if self.copying else None,
+        }
+
+    def _copying_json(self) -> dict[str, Any]:
+        return {
+            "period": self.period,
+            "loss": digits(self.headline.loss),
+            "tokens": self.headline.tokens,
+            "by_occurrence": [digits(loss) for loss in self.headline.by_occurrence],
+            "by_distance": [{"distance": one.distance, "loss": digits(one.second)} for one in self.copying],
         }
 
 
@@ -81,12 +80,14 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model, and with `against` another on the same tokens. text: its name. tokens: how many were predicted.
+    """A model, and with `against` another on the same tokens. text: its name. task: which tokens were predicted.
 
-    probes: how many of `probe_length` tokens were made for each distance, by `seed`.
+    tokens: how many. probes: how many of `probe_length` tokens were made for each distance, by `seed`, or 0 where
+    copying was not probed.
     """
 
     text: str
+    task: PredictionTask
     tokens: int
     sequences: int
     length: int
@@ -101,11 +102,21 @@ class Evaluation:
         """For --json. A number that is not finite is null."""
         return {
             "text": {"name": self.text, "tokens": self.tokens, "sequences": self.sequences, "length": self.length},
-            "probes": {"number": self.probes, "length": self.probe_length, "seed": self.seed},
+            "task": self.task,
+            "probes": {"number": self.probes, "length": self.probe_length, "seed": self.seed} if self.probes else None,
             "model": self.model.to_json(),
             "against": self.against and self.against.to_json(),
             "agreement": self.agreement and self.agreement.to_json(),
         }
+
+
+def _decode_json(check: DecodeCheck) -> dict[str, Any]:
+    return {
+        "max_abs_logit_difference": digits(check.max_abs_logit_difference),
+        "same_greedy_tokens": check.same_greedy_tokens,
+        "tolerance": digits(check.tolerance),
+        "passed": check.passed,
+    }
 
 
 def digits(value: float) -> float | None:

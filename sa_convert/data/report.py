@@ -4,10 +4,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sa_convert.data.calibrated import RefitReport
 from sa_convert.data.sharing_map import SharingMap
+
+PredictionTask = Literal["next-token", "masked-token", "teacher-forced"]
+"""What a loss or perplexity is of: tokens that follow those before them, masked ones, or a decoder's spans."""
+
+TASK_NAMES: Mapping[PredictionTask, str] = {
+    "next-token": "",
+    "masked-token": " (masked-token)",
+    "teacher-forced": " (teacher-forced)",
+}
+"""What follows the word perplexity, where it is not the usual one."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +68,15 @@ class Savings:
 
 @dataclass(frozen=True)
 class PerplexityReport:
-    """Perplexity of both models on the same tokens. dtype: in which both were computed. increase: 0.05 is 5%."""
+    """Perplexity of both models on the same tokens. dtype: in which both were computed. task: of which tokens.
+    increase: 0.05 is 5%."""
 
     text: str
     tokens: int
     before: float
     after: float
     dtype: str
+    task: PredictionTask = "next-token"
 
     @property
     def increase(self) -> float:
@@ -112,18 +124,20 @@ class GateResult:
 
 @dataclass(frozen=True)
 class Validation:
-    """What was measured by running both models. gate: None where no limit was set."""
+    """What was measured by running both models. decode_check: None where they cache nothing. gate: None where no limit
+    was set. copying: None where they do not predict the next token."""
 
     perplexity: PerplexityReport
-    decode_check: DecodeCheck
+    decode_check: DecodeCheck | None
     gate: GateResult | None
     cache_bytes_per_token: Change
-    copying: CopyingReport
+    copying: CopyingReport | None
 
 
 @dataclass(frozen=True)
 class Report:
-    """All of report.json. The parts that validation measures are None with --no-validate."""
+    """All of report.json. The parts that validation measures are None with --no-validate. auto_class: the class of
+    transformers that loads the model."""
 
     base_model: BaseModel
     family: str
@@ -138,6 +152,12 @@ class Report:
     refit: RefitReport | None = None
     recipe: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    auto_class: str = "AutoModelForCausalLM"
+
+    @property
+    def caches(self) -> bool:
+        """Whether the model caches anything at all."""
+        return self.savings.cache_bytes_per_token.before > 0
 
     def to_json(self) -> dict[str, Any]:
         """As in report.json. Floats are rounded to the digits that mean something."""
@@ -161,8 +181,10 @@ class Report:
 
 
 def _perplexity_json(perplexity: PerplexityReport) -> dict[str, Any]:
+    task = {} if perplexity.task == "next-token" else {"task": perplexity.task}
     return {
         "text": perplexity.text,
+        **task,
         "tokens": perplexity.tokens,
         "before": round(perplexity.before, 4),
         "after": round(perplexity.after, 4),

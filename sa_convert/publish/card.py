@@ -6,7 +6,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sa_convert.data.report import Change, PerplexityReport, Report
+from sa_convert.data.report import TASK_NAMES, Change, PerplexityReport, Report
 from sa_convert.data.sharing_map import Source
 from sa_convert.publish import figure
 from sa_convert.publish.report import refit_summary, sharing_summary
@@ -17,6 +17,21 @@ if TYPE_CHECKING:
 
 FILE = "README.md"
 PAPER = "https://arxiv.org/abs/2407.12866"
+PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForPreTraining": "fill-mask",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForMultipleChoice": "multiple-choice",
+    "AutoModelForTextEncoding": "feature-extraction",
+    "AutoModel": "feature-extraction",
+}
+"""The Hub's name of what a model does, by the auto class that loads it."""
+
 INHERITED = ("license", "license_name", "license_link", "language")
 
 METADATA = re.compile(r"\s*---\n(.*?)\n---[ \t]*(?:\n|\Z)", re.DOTALL)
@@ -59,18 +74,21 @@ def _inherited(base_card: Path | None) -> tuple[dict[str, Any], str | None]:
 def _metadata(report: Report, name: str, inherited: dict[str, Any]) -> "ModelCardData":
     from huggingface_hub import EvalResult, ModelCardData
 
-    results = None
+    results, pipeline = None, PIPELINES.get(report.auto_class)
     if report.perplexity is not None:
         kind, dataset = _dataset(report.perplexity)
         value = round(report.perplexity.after, 4)
+        name_of_metric = f"Perplexity{TASK_NAMES[report.perplexity.task]}"
         results = [
-            EvalResult("text-generation", kind, dataset, "perplexity", value, metric_name="Perplexity", verified=False)
+            EvalResult(
+                pipeline or "other", kind, dataset, "perplexity", value, metric_name=name_of_metric, verified=False
+            )
         ]
     return ModelCardData(
         model_name=name if results else None,
         base_model=report.base_model.id if report.base_model.on_hub else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=pipeline,
         tags=["shared-attention", "sa-convert", report.family, "custom_code"],
         eval_results=results,
         **inherited,
@@ -91,13 +109,13 @@ def _sections(report: Report, name: str, recipe: str, remark: str | None, drawn:
     yield f"# {name}"
     yield (
         f"This is {shown}{revision}, converted so that some attention heads reuse the attention weights of heads in "
-        f"earlier layers ([Shared Attention]({PAPER})). {sharing_summary(report)}; they have no key projections and "
-        "cache no keys."
+        f"earlier layers ([Shared Attention]({PAPER})). {sharing_summary(report)}; they have no key projections"
+        f"{' and cache no keys' if report.caches else ''}."
     )
     yield "## How to load it"
     yield (
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH_OR_REPO_ID", trust_remote_code=True)\n'
+        f"```python\nfrom transformers import {report.auto_class}, AutoTokenizer\n\n"
+        f'model = {report.auto_class}.from_pretrained("PATH_OR_REPO_ID", trust_remote_code=True)\n'
         'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO_ID", trust_remote_code=True)\n```'
     )
     yield "The code in this repository imports torch and transformers only."
@@ -152,8 +170,10 @@ def _savings_table(report: Report) -> Iterator[str]:
     yield "|---|---|---|---|"
     yield _line("parameters", savings.parameters)
     yield _line("weight files", savings.checkpoint_bytes, *sizes)
-    yield _line(f"cache bytes per token ({measured})", savings.cache_bytes_per_token)
-    yield f"| keys in the cache | | | {-savings.key_cache_removed:+.1%} |"
+    if report.caches:
+        yield _line(f"cache bytes per token ({measured})", savings.cache_bytes_per_token)
+    keys = "keys in the cache" if report.caches else "keys (the model caches nothing)"
+    yield f"| {keys} | | | {-savings.key_cache_removed:+.1%} |"
 
 
 def _line(label: str, change: Change, *texts: str) -> str:
@@ -162,14 +182,14 @@ def _line(label: str, change: Change, *texts: str) -> str:
 
 
 def _costs(report: Report) -> Iterator[str]:
-    if report.perplexity is None or report.decode_check is None:
+    if report.perplexity is None:
         yield "**Not measured:** this model was converted without validation, so nothing is known of its quality."
         return
     perplexity, check = report.perplexity, report.decode_check
     yield (
-        f"Perplexity on {perplexity.tokens:,} tokens that did not take part in calibration ({perplexity.text}; "
-        f"computed in {perplexity.dtype}): {perplexity.before:.3f} before, **{perplexity.after:.3f}** after "
-        f"({perplexity.increase:+.2%})."
+        f"Perplexity{TASK_NAMES[perplexity.task]} on {perplexity.tokens:,} tokens that did not take part in "
+        f"calibration ({perplexity.text}; computed in {perplexity.dtype}): "
+        f"{perplexity.before:.3f} before, **{perplexity.after:.3f}** after ({perplexity.increase:+.2%})."
     )
     if report.gate is not None:
         verdict = "stays within" if report.gate.passed else "exceeds"
@@ -181,6 +201,8 @@ def _costs(report: Report) -> Iterator[str]:
         )
     if report.refit is not None and report.refit.share:
         yield f"Output projections were refitted by ridge regression: {refit_summary(report.refit)}."
+    if check is None:
+        return
     tokens = "the same" if check.same_greedy_tokens else "other"
     yield (
         f"Decoding with a cache against one pass without: logits differ by at most "

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from sa_convert.data.calibrated import RefitReport
-from sa_convert.data.report import Change, CopyingReport, Report
+from sa_convert.data.report import TASK_NAMES, Change, CopyingReport, DecodeCheck, Report
 from sa_convert.units import format_percent, human_bytes, human_count
 
 FILE = "report.json"
@@ -58,25 +58,33 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
     yield "Checkpoint", _change(savings.checkpoint_bytes, *map(human_bytes, _values(savings.checkpoint_bytes)))
     per_token = [f"{value:,} bytes" for value in _values(savings.cache_bytes_per_token)]
     how = "measured" if report.perplexity else "computed from the map"
-    yield "Cache per token", f"{_change(savings.cache_bytes_per_token, *per_token)}, {how}"
-    yield "Key cache", f"{savings.key_cache_removed:.1%} removed"
+    if report.caches:
+        yield "Cache per token", f"{_change(savings.cache_bytes_per_token, *per_token)}, {how}"
+        yield "Key cache", f"{savings.key_cache_removed:.1%} removed"
+    else:
+        yield "Cache per token", "none: the model caches nothing"
+        yield "Keys", f"{savings.key_cache_removed:.1%} no longer computed"
     if report.refit:
         yield "Refit", refit_summary(report.refit)
-    if report.perplexity is None or report.decode_check is None:
+    if report.perplexity is None:
         yield "Quality", "not measured (--no-validate)"
         return
     perplexity, check = report.perplexity, report.decode_check
     change = f"{perplexity.before:.3f} -> {perplexity.after:.3f} ({perplexity.increase:+.2%})"
-    yield "Perplexity", f"{change}, {perplexity.tokens:,} tokens in {perplexity.dtype}"
+    yield f"Perplexity{TASK_NAMES[perplexity.task]}", f"{change}, {perplexity.tokens:,} tokens in {perplexity.dtype}"
     yield "Text", perplexity.text
     if report.copying:
         yield "Copying", copying_summary(report.copying)
-    same = "same greedy tokens" if check.same_greedy_tokens else "OTHER GREEDY TOKENS"
-    difference = f"{check.max_abs_logit_difference:.2g} (tolerance {check.tolerance:.2g})"
-    yield "Decode check", f"{'passed' if check.passed else 'FAILED'}: logits differ by at most {difference}, {same}"
+    yield "Decode check", _decode_summary(check) if check else "none: the model caches nothing"
     if report.gate:
         limit = format_percent(report.gate.max_perplexity_increase)
         yield "Gate", f"{'passed' if report.gate.passed else 'REFUSED'}: perplexity may rise by {limit}"
+
+
+def _decode_summary(check: DecodeCheck) -> str:
+    same = "same greedy tokens" if check.same_greedy_tokens else "OTHER GREEDY TOKENS"
+    difference = f"{check.max_abs_logit_difference:.2g} (tolerance {check.tolerance:.2g})"
+    return f"{'passed' if check.passed else 'FAILED'}: logits differ by at most {difference}, {same}"
 
 
 def refit_summary(refit: RefitReport) -> str:

@@ -8,11 +8,21 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.errors import CheckpointError, DataError
-from sa_convert.run.placement import Placement
+from sa_convert.run.auto_class import auto_class_name, headless, prediction_task
+from sa_convert.run.placement import Placement, read_config
 from sa_convert.run.quiet import keep_module_cache_clean, quiet
 
 if TYPE_CHECKING:
     import torch
+
+_MAPPINGS = {
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING",
+    "AutoModelForPreTraining": "MODEL_FOR_PRETRAINING_MAPPING",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+}
+"""The classes that an auto class of transformers knows, by configuration class."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +37,18 @@ class Loaded:
 def load_base(folder: Path, placement: Placement, trust_remote_code: bool = False) -> Iterator[Loaded]:
     """The base model, for as long as the context lasts. Code in its folder is not run, unless it is trusted.
 
-    Raises CheckpointError where transformers cannot load it, or finds that tensors are missing or of another shape.
+    Raises CheckpointError where transformers cannot load it, or finds that tensors are missing or of another shape, and
+    DataError where it has no language-modelling head.
     """
     keep_module_cache_clean()
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     who = f"The model in {folder}"
+    config = read_config(folder)
+    prediction_task(config, who)
+    auto_class = getattr(transformers, auto_class_name(config))
     options = {"trust_remote_code": trust_remote_code}
-    with _loaded(AutoModelForCausalLM, folder, placement, who, options) as (loaded, info):
+    with _loaded(auto_class, folder, placement, who, options) as (loaded, info):
         _refuse_incomplete(who, info, ("missing_keys", "mismatched_keys", "error_msgs"))
         yield loaded
 
@@ -50,9 +64,10 @@ def load_converted(
 
     unexpected: names of tensors that the base model does not know either; None: superfluous tensors are no fault, since
     the base model is not known. who: what messages call it. Raises CheckpointError where it cannot be loaded, or a
-    tensor is missing, superfluous or of another shape.
+    tensor is missing, superfluous or of another shape, and DataError where it has no language-modelling head.
     """
     keep_module_cache_clean()
+    prediction_task(read_config(folder), who)
     with quiet():
         config = _remote_config(folder, who)
     options = {"config": config, "trust_remote_code": True}
@@ -91,9 +106,12 @@ def first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def refuse_foreign_tokens(folder: Path, embeddings: int, tokens: "torch.Tensor") -> None:
-    """Raises CheckpointError for tokens that a model with so many embeddings does not have."""
-    if (largest := int(tokens.max())) >= embeddings:
+def refuse_foreign_tokens(
+    folder: Path, embeddings: int, tokens: "torch.Tensor", inserted: tuple[int, ...] = ()
+) -> None:
+    """Raises CheckpointError for tokens, or such as a task inserts, that a model with so many embeddings does not
+    have."""
+    if (largest := max(int(tokens.max()), *inserted, 0)) >= embeddings:
         raise CheckpointError(
             f"{folder}: the tokenizer makes token {largest}, but the model has embeddings of {embeddings} tokens "
             "only: the tokenizer is another model's."
@@ -130,6 +148,8 @@ def _loaded(
             model, info = auto_class.from_pretrained(folder, **options)
         except Exception as error:  # whatever a library finds wrong with the files is the user's to read
             raise CheckpointError(f"{who} cannot be loaded by transformers: {first_line(error)}") from error
+        if model.get_output_embeddings() is None:
+            raise headless(who, type(model).__name__)
         yield Loaded(model.eval(), frozenset(info["unexpected_keys"])), info
 
 
@@ -149,15 +169,16 @@ def _remote_config(folder: Path, who: str) -> Any:
 
 
 def _model_class(config: Any, folder: Path, who: str) -> Any:
-    """AutoModelForCausalLM, or the model class of the folder's code where a folder with the same configuration code was
-    loaded before: AutoModelForCausalLM would use the modeling code of that one."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+    """The auto class that the folder names, or the model class of the folder's code where a folder with the same
+    configuration code was loaded before: the auto class would use the modeling code of that one."""
+    import transformers
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return AutoModelForCausalLM
+    name = auto_class_name(read_config(folder))
+    if type(config) not in getattr(transformers, _MAPPINGS[name]):
+        return getattr(transformers, name)
     try:
-        return get_class_from_dynamic_module(config.auto_map["AutoModelForCausalLM"], folder)
+        return get_class_from_dynamic_module(config.auto_map[name], folder)
     except Exception as error:
         raise CheckpointError(f"{who}: its code cannot be loaded: {first_line(error)}") from error
 

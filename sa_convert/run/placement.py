@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.errors import CheckpointError, SaConvertError
+from sa_convert.run.auto_class import TASKS, auto_class_name
 
 if TYPE_CHECKING:
     import torch
 
 HEADROOM = 0.8
 """The part of free memory that weights may take; activations and the cache need the rest."""
+
+_POSITIONS = ("max_position_embeddings", "n_positions")
 
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -77,7 +80,7 @@ def stored_dtype(folder: Path) -> "torch.dtype":
     import torch
     from safetensors import safe_open
 
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     name = config.get("dtype") or config.get("torch_dtype")
     if isinstance(name, str) and isinstance(getattr(torch, name, None), torch.dtype):
         return getattr(torch, name)
@@ -90,10 +93,40 @@ def stored_dtype(folder: Path) -> "torch.dtype":
 
 
 def positions(folder: Path) -> int | None:
-    """Positions that the model has, as far as its config limits them."""
+    """Tokens of the longest sequence that the model certainly has positions for, as far as its config limits them."""
+    config = read_config(folder)
+    limit = most_positions(folder)
+    if limit is None or TASKS.get(auto_class_name(config)) != "masked-token":
+        return limit
+    # Some encoders (RoBERTa) count positions from behind the number of their padding token, 0 or 1.
+    padding = config.get("pad_token_id")
+    return limit - padding - 1 if padding in (0, 1) else limit
+
+
+def most_positions(folder: Path) -> int | None:
+    """Positions that config.json names, of which the model may not use the first one or two."""
+    config = read_config(folder)
+    text = config.get("text_config")
+    keys = ("max_position_embeddings",) if config.get("is_encoder_decoder") else _POSITIONS
+    found = (part[key] for part in (config, text) if isinstance(part, dict) for key in keys if part.get(key))
+    return int(limit) if (limit := next(found, None)) else None
+
+
+def usable_positions(model: Any) -> int | None:
+    """Positions of a model that counts them from behind its padding token, or None."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    for module in model.modules():
+        if limit and getattr(module, "num_embeddings", None) == limit and module is not model.get_input_embeddings():
+            padding = getattr(module, "padding_idx", None)
+            if padding is not None:
+                return int(limit) - int(padding) - 1
+    return None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json."""
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    limit = config.get("max_position_embeddings")
-    return int(limit) if limit else None
+    return config
 
 
 def _device(name: str) -> str:

@@ -22,7 +22,7 @@ _LOGITS = "logits"
 
 
 class KeptLogits:
-    """Logits of so many sequences, kept in an empty folder. `keep` and `take` both go from the first to the last."""
+    """Scored logits of so many sequences, kept in an empty folder. `keep` and `take` both go from first to last."""
 
     def __init__(self, folder: Path, sequences: int) -> None:
         self._folder = folder
@@ -30,7 +30,7 @@ class KeptLogits:
         self._kept = self._taken = 0
 
     def keep(self, logits: "torch.Tensor") -> None:
-        """Write the logits (L, vocabulary) of the next sequence. Raises OutputError where all will not fit on disk."""
+        """Write the logits (N, vocabulary) of the next sequence. Raises OutputError where all will not fit on disk."""
         from safetensors.torch import save_file
 
         if self._kept == 0:
@@ -62,7 +62,7 @@ class Comparison:
         self._same = self._tokens = 0
 
     def add(self, logits: "torch.Tensor") -> None:
-        """The model's logits (L, vocabulary) of the next sequence; the last position predicts none of its tokens.
+        """The model's logits (N, vocabulary) of the next sequence, those that the reference has.
 
         Raises CheckpointError where the models have vocabularies of different sizes.
         """
@@ -72,7 +72,7 @@ class Comparison:
                 f"The models have different vocabularies, of {logits.shape[-1]} and {reference.shape[-1]} tokens, so "
                 "their predictions cannot be compared: evaluate them one at a time, without --against."
             )
-        for expected, got in zip(reference[:-1].split(ROWS), logits[:-1].split(ROWS), strict=True):
+        for expected, got in zip(reference.split(ROWS), logits.split(ROWS), strict=True):
             expected = expected.to(got.device)
             self._kl += kl_divergence(expected, got).sum().item()
             self._same += int((expected.argmax(dim=-1) == got.argmax(dim=-1)).sum())

@@ -1,26 +1,46 @@
 """Bytes that a model caches for each token, measured on a cache that it has filled."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from sa_convert.run.device import input_device
+from sa_convert.run.steps import Steps
+from sa_convert.run.task import Decoding
 
 if TYPE_CHECKING:
     import torch
 
 
-def cache_bytes_per_token(model: Any, tokens: "torch.Tensor", dtype: "torch.dtype | None" = None) -> int:
+def cache_bytes_per_token(
+    model: Any, tokens: "torch.Tensor", dtype: "torch.dtype | None" = None, source: "torch.Tensor | None" = None
+) -> int:
     """Bytes of all cached tensors for one token of one sequence, from a forward pass over `tokens` (T).
 
-    A layer that keeps fewer tokens than it was given (a sliding window) counts by the tokens that it keeps. dtype:
-    count as if the cache had this dtype, for a model that is computed in another one than its weights have.
+    A layer that keeps fewer tokens than it was given (a sliding window) counts by the tokens that it keeps; one that
+    keeps a state of fixed size does not count. dtype: count as if the cache had this dtype, for a model that is
+    computed in another one than its weights have. source: (S,), what an encoder reads: then the bytes are those for one
+    token of the decoder, and in cross-attention for one of the encoder.
     """
     import torch
 
+    steps = Steps(model, Decoding(tokens, source))
     with torch.inference_mode():
-        cache = model(input_ids=tokens[None].to(input_device(model)), use_cache=True).past_key_values
+        cache = steps.first(steps.tokens).past_key_values
     total = 0
-    for layer in cache.layers:
+    for layer in _layers(cache):
         for states in (layer.keys, layer.values):  # (1, heads, tokens, head size), the last may be 0
             size = dtype.itemsize if dtype is not None else states.element_size()
             total += states.numel() // states.shape[-2] * size
     return total
+
+
+def _layers(cache: Any) -> Iterator[Any]:
+    """All layers that keep keys and values of tokens."""
+    from transformers import EncoderDecoderCache
+
+    if isinstance(cache, EncoderDecoderCache):
+        yield from _layers(cache.self_attention_cache)
+        yield from _layers(cache.cross_attention_cache)
+        return
+    for layer in cache.layers:
+        if getattr(layer, "keys", None) is not None:
+            yield layer

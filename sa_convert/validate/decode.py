@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from sa_convert.data.report import DecodeCheck
 from sa_convert.progress import progress
-from sa_convert.run.device import input_device
+from sa_convert.run.steps import Steps
+from sa_convert.run.task import Decoding
 
 if TYPE_CHECKING:
     import torch
@@ -24,29 +25,33 @@ GENERATED = 32
 PREFIXES = 8
 
 
-def decode_check(model: Any, sequence: "torch.Tensor", rounding: float = 0.0) -> DecodeCheck:
+def decode_check(
+    model: Any, sequence: "torch.Tensor", rounding: float = 0.0, source: "torch.Tensor | None" = None
+) -> DecodeCheck:
     """Compare cached with uncached decoding of one sequence (L) of tokens.
 
     Logits: the first half of the sequence in one cached pass and then token by token, against the whole sequence in one
     pass without a cache. Tokens: up to GENERATED tokens that generate() adds to the first half, greedily and with a
     cache, must each be the best one in a pass without a cache; one that is worse by less than the tolerance counts as
-    the best. rounding: the difference of logits that the base model shows on this sequence in this dtype.
+    the best. rounding: the difference of logits that the base model shows on this sequence in this dtype. source: (S,),
+    what an encoder reads; the sequence is then the decoder's.
     """
     import torch
 
+    steps = Steps(model, Decoding(sequence, source))
     half = len(sequence) // 2
     generated = min(GENERATED, len(sequence) - half)  # a model may have no further positions
     with torch.inference_mode(), progress(len(sequence) - half + generated, "decode check", unit="tok") as bar:
-        difference, largest = _compare_logits(model, sequence, bar)
+        difference, largest = _compare_logits(steps, bar)
         tolerance = max(TOLERANCE * max(1.0, largest / LOGIT_SCALE), ROUNDING_MARGIN * rounding)
-        text = _generate(model, sequence[None, :half].to(input_device(model)), generated, bar)
-        logits = model(input_ids=text[:, :-1], use_cache=False).logits[0, half - 1 :].float()
+        text = steps.generate(steps.tokens[:, :half], generated, _Ticks(bar))
+        logits = steps.whole(text[:, :-1])[half - 1 :].float()
         chosen = logits.gather(1, text[0, half:, None].to(logits.device))[:, 0]
         same = bool((logits.amax(1) - chosen <= tolerance).all())
     return DecodeCheck(difference, same, tolerance)
 
 
-def rounding_difference(model: Any, sequence: "torch.Tensor") -> float:
+def rounding_difference(model: Any, sequence: "torch.Tensor", source: "torch.Tensor | None" = None) -> float:
     """What rounding alone does to the logits of a model that is known to decode rightly: 0 in float32, where
     TOLERANCE is known to hold."""
     import torch
@@ -55,10 +60,10 @@ def rounding_difference(model: Any, sequence: "torch.Tensor") -> float:
         return 0.0
     steps = len(sequence) - len(sequence) // 2
     with torch.inference_mode(), progress(steps, "decode check of the base model", unit="tok") as bar:
-        return _compare_logits(model, sequence, bar)[0]
+        return _compare_logits(Steps(model, Decoding(sequence, source)), bar)[0]
 
 
-def rounding_without_cache(model: Any, sequence: "torch.Tensor") -> float:
+def rounding_without_cache(model: Any, sequence: "torch.Tensor", source: "torch.Tensor | None" = None) -> float:
     """What rounding does to the logits of a model that nothing is known of: those of prefixes of the sequence (L)
     against those of the whole, all without a cache. 0 in float32, where TOLERANCE is known to hold.
 
@@ -69,63 +74,37 @@ def rounding_without_cache(model: Any, sequence: "torch.Tensor") -> float:
 
     if model.dtype.itemsize >= torch.float32.itemsize:
         return 0.0
+    steps = Steps(model, Decoding(sequence, source))
     half, largest = len(sequence) // 2, 0.0
     lengths = sorted({(half + (len(sequence) - half) * part // PREFIXES) | 1 for part in range(PREFIXES)})
-    tokens = sequence[None].to(input_device(model))
     with torch.inference_mode(), progress(len(lengths), "rounding", unit="pass") as bar:
-        whole = model(input_ids=tokens, use_cache=False).logits[0].float()
+        whole = steps.whole(steps.tokens).float()
         for length in lengths:
-            part = model(input_ids=tokens[:, :length], use_cache=False).logits[0].float()
+            part = steps.whole(steps.tokens[:, :length]).float()
             largest = max(largest, (part - whole[: part.shape[0]]).abs().max().item())
             bar.update()
     return largest
 
 
-def _compare_logits(model: Any, sequence: "torch.Tensor", bar: Any) -> tuple[float, float]:
+def _compare_logits(steps: Steps, bar: Any) -> tuple[float, float]:
     """The largest difference between cached and uncached logits, and the largest logit."""
-    tokens = sequence[None].to(input_device(model))
-    whole = model(input_ids=tokens, use_cache=False).logits[0].float().cpu()
-    cached = _cached_logits(model, tokens, len(sequence) // 2, bar)
+    whole = steps.whole(steps.tokens).float().cpu()
+    cached = _cached_logits(steps, bar)
     return (cached - whole).abs().max().item(), whole.abs().max().item()
 
 
-def _cached_logits(model: Any, tokens: "torch.Tensor", half: int, bar: Any) -> "torch.Tensor":
-    """Logits (L, vocabulary) of tokens (1, L): the first half at once, the others one by one, float32 on the CPU."""
+def _cached_logits(steps: Steps, bar: Any) -> "torch.Tensor":
+    """Logits (L, vocabulary): the first half of the tokens at once, the others one by one, float32 on the CPU."""
     import torch
 
-    output = model(input_ids=tokens[:, :half], use_cache=True)
+    length = steps.tokens.shape[1]
+    output = steps.first(steps.tokens[:, : length // 2])
     logits = [output.logits[0].float().cpu()]
-    for place in range(half, tokens.shape[1]):
-        mask = torch.ones_like(tokens[:, : place + 1])
-        output = model(
-            input_ids=tokens[:, place : place + 1],
-            attention_mask=mask,
-            past_key_values=output.past_key_values,
-            use_cache=True,
-        )
+    for place in range(length // 2, length):
+        output = steps.next(output, place)
         logits.append(output.logits[0].float().cpu())
         bar.update()
     return torch.cat(logits)
-
-
-def _generate(model: Any, prompt: "torch.Tensor", generated: int, bar: Any) -> "torch.Tensor":
-    """The prompt (1, T) and `generated` greedy tokens after it, decoded with a cache as transformers does it."""
-    import torch
-    from transformers import GenerationConfig
-
-    # The model's own may sample, stop early, or forbid tokens.
-    preferred, model.generation_config = model.generation_config, GenerationConfig(pad_token_id=0)
-    try:
-        return model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=generated,
-            do_sample=False,
-            use_cache=True,
-            streamer=_Ticks(bar),
-        )
-    finally:
-        model.generation_config = preferred
 
 
 class _Ticks:

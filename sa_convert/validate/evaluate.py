@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from sa_convert.calibrate.text import Text
 from sa_convert.calibrate.tokens import token_sequences
-from sa_convert.data.evaluation import Evaluation, ModelQuality
+from sa_convert.data.evaluation import CopyingLoss, Evaluation, ModelQuality
 from sa_convert.errors import CheckpointError, SaConvertError
 from sa_convert.rewrite.signals import termination_as_exit
 from sa_convert.run.load import embedded_tokens, refuse_foreign_tokens, release_memory
-from sa_convert.run.placement import place, positions
+from sa_convert.run.placement import most_positions, place, positions, read_config, usable_positions
 from sa_convert.run.quiet import keep_module_cache_clean
+from sa_convert.run.task import Task, task_of
 from sa_convert.validate import copying
 from sa_convert.validate.agreement import Comparison, KeptLogits
 from sa_convert.validate.decode import decode_check, rounding_without_cache
@@ -45,9 +46,12 @@ def evaluate(model: str, against: str | None, text: Text, options: Options | Non
     """Measure `model`, and `against` if it is given, on the validation part of `text` and on copying probes.
 
     model, against: folders, ordinary or converted, or .gguf files. Converted models run by the code in their folders.
-    Raises DataError (no tokenizer, text too short), CheckpointError (a model that cannot be loaded, two that cannot be
-    compared), OutputError (no room for temporary files), and SaConvertError where a perplexity is not finite or
-    `length` is more than a model has positions.
+    What they predict is what `sa_convert.run.task.task_of` says: the next token, masked ones, or spans; the copying
+    probe is for the first, the decode check for models with a cache.
+
+    Raises DataError (no language-modelling head, no tokenizer, text too short), CheckpointError (a model that cannot be
+    loaded, two that cannot be compared), OutputError (no room for temporary files), and SaConvertError where a
+    perplexity is not finite or `length` is more than a model has positions.
     """
     options = options or Options()
     keep_module_cache_clean()
@@ -64,16 +68,24 @@ def _evaluate(subject: Subject, against: Subject | None, text: Text, options: Op
     subjects = [subject] if against is None else [subject, against]
     held_out = text.split("validation", KINDS)
     tokenizer = subject.tokenizer()
-    tokens = token_sequences(tokenizer, held_out, options.sequences, _length(options.length, subjects))
+    task = task_of(read_config(subject.folder), tokenizer, subject.name)
+    tokens = token_sequences(tokenizer, held_out, options.sequences, _length(options.length, subjects), task.frame)
     if against is not None:
-        other_tokens = token_sequences(against.tokenizer(), held_out, *tokens.shape)
-        if not tokens.equal(other_tokens):
+        other_tokenizer = against.tokenizer()
+        other_task = task_of(read_config(against.folder), other_tokenizer, against.name)
+        if task.name != other_task.name:
+            raise CheckpointError(
+                f"{subject.name} does {task.name} prediction and {against.name} {other_task.name} prediction, so they "
+                "cannot be compared: evaluate them one at a time, without --against."
+            )
+        other_tokens = token_sequences(other_tokenizer, held_out, len(tokens), tokens.shape[1], other_task.frame)
+        if task != other_task or not tokens.equal(other_tokens):
             raise CheckpointError(
                 f"The tokenizers of {subject.name} and {against.name} make different tokens of the same text, so the "
                 "models cannot be compared: evaluate them one at a time, without --against."
             )
     probe_length = min([copying.LENGTH, *_limits(subjects)])
-    measure = _Measure(tokenizer, tokens, probe_length, options)
+    measure = _Measure(tokenizer, tokens, task, probe_length, options)
     other = agreement = None
     if against is None:
         quality = measure(subject)
@@ -88,11 +100,12 @@ def _evaluate(subject: Subject, against: Subject | None, text: Text, options: Op
         agreement = comparison.agreement
     return Evaluation(
         text=held_out.name,
-        tokens=tokens[:, 1:].numel(),
+        task=task.name,
+        tokens=task.count(task.scored(tokens)),
         sequences=tokens.shape[0],
         length=tokens.shape[1],
         seed=options.seed,
-        probes=copying.PROBES,
+        probes=copying.PROBES if task.copies else 0,
         probe_length=probe_length,
         model=quality,
         against=other,
@@ -106,27 +119,33 @@ class _Measure:
 
     tokenizer: Any
     tokens: "torch.Tensor"
+    task: Task
     probe_length: int
     options: Options
 
     def __call__(
         self, subject: Subject, observe: "Callable[[torch.Tensor], None]" = lambda logits: None
     ) -> ModelQuality:
-        """observe: called with the logits of each sequence of the text."""
+        """observe: called with the scored logits of each sequence of the text."""
         placement = place(subject.folder, self.options.device, self.options.dtype)
         with subject.load(placement) as loaded:
             model = loaded.model
-            refuse_foreign_tokens(subject.folder, embedded_tokens(model), self.tokens)
-            measured = perplexity(model, self.tokens, f"perplexity of {subject.name}", observe=observe)
+            refuse_foreign_tokens(subject.folder, embedded_tokens(model), self.tokens, self.task.inserted)
+            _check_length(self.tokens.shape[1], usable_positions(model))
+            measured = perplexity(model, self.tokens, f"perplexity of {subject.name}", observe=observe, task=self.task)
             if not measured.finite:
                 raise SaConvertError(
                     f"{subject.name}: the perplexity is not finite: its weights are damaged, or overflow in "
                     f"{placement.dtype_name}: get the model anew, or give a wider --dtype."
                 )
-            start = self.tokens[0, :DECODED]
-            check = decode_check(model, start, rounding_without_cache(model, start))
-            probes = copying.Probes.of(self.tokenizer, embedded_tokens(model), self.probe_length, self.options.seed)
-            losses = probes.losses(model)
+            check, period = None, 0
+            losses: tuple[CopyingLoss, ...] = ()
+            if (decoding := self.task.decoding(model, self.tokens[0, :DECODED])) is not None:
+                rounding = rounding_without_cache(model, decoding.tokens, decoding.source)
+                check = decode_check(model, decoding.tokens, rounding, decoding.source)
+            if self.task.copies:
+                probes = copying.Probes.of(self.tokenizer, embedded_tokens(model), self.probe_length, self.options.seed)
+                losses, period = probes.losses(model), probes.period
         return ModelQuality(
             name=subject.name,
             dtype=placement.dtype_name,
@@ -134,20 +153,22 @@ class _Measure:
             perplexity=measured.perplexity,
             decode_check=check,
             copying=losses,
-            period=probes.period,
+            period=period,
         )
 
 
 def _length(asked: int | None, subjects: list[Subject]) -> int:
     """Tokens of a sequence. Raises SaConvertError for more than a model has positions."""
-    limits = _limits(subjects)
     if asked is None:
-        return min([LENGTH, *limits])
-    if limits and asked > min(limits):
-        raise SaConvertError(
-            f"--length {asked} is more than the {min(limits)} positions of the model: give that or less."
-        )
+        return min([LENGTH, *_limits(subjects)])
+    for subject in subjects:
+        _check_length(asked, most_positions(subject.folder))
     return asked
+
+
+def _check_length(length: int, limit: int | None) -> None:
+    if limit is not None and length > limit:
+        raise SaConvertError(f"--length {length} is more than the {limit} positions of the model: give that or less.")
 
 
 def _limits(subjects: list[Subject]) -> list[int]:

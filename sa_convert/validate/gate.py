@@ -19,8 +19,9 @@ from sa_convert.run.load import (
     refuse_foreign_tokens,
     release_memory,
 )
-from sa_convert.run.placement import Placement, place, positions
+from sa_convert.run.placement import Placement, place, positions, read_config
 from sa_convert.run.quiet import keep_module_cache_clean
+from sa_convert.run.task import Task, task_of
 from sa_convert.validate.cache import cache_bytes_per_token
 from sa_convert.validate.copying import Probes, copying_loss
 from sa_convert.validate.decode import decode_check, rounding_difference
@@ -49,54 +50,63 @@ def validate(
 ) -> Validation:
     """Measure the base model and then the converted one, never both in memory, on the validation part of `text`.
 
+    What the models predict is what `sa_convert.run.task.task_of` says of them: the next token, masked ones, or spans.
+    The copying probe is for the first, the decode check for models with a cache.
+
     base, converted: folders; the converted model runs by the code in its folder. max_perplexity_increase: the gate,
     0.05 is 5%, or None for no limit. device, dtype, max_memory: see `placement.place`. sequences of `length` tokens,
     fewer tokens where the model has fewer positions.
 
-    Raises DataError (no tokenizer, text too short), CheckpointError (a model that cannot be loaded), and GateRefused
-    where a perplexity is not finite; every other verdict is in the result, for `refuse_if_failed`.
+    Raises DataError (no language-modelling head, no tokenizer, text too short), CheckpointError (a model that cannot be
+    loaded), and GateRefused where a perplexity is not finite; every other verdict is in the result, for
+    `refuse_if_failed`.
     """
     keep_module_cache_clean()
     held_out = text.split("validation", KINDS)
     limit = positions(base)
     tokenizer = load_tokenizer(base)
-    tokens = token_sequences(tokenizer, held_out, sequences, min(length, limit or length))
-    if not tokens.equal(token_sequences(load_tokenizer(converted, True), held_out, *tokens.shape)):
+    task = task_of(read_config(base), tokenizer, f"The model in {base}")
+    tokens = token_sequences(tokenizer, held_out, sequences, min(length, limit or length), task.frame)
+    other = load_tokenizer(converted, True)
+    same = task == task_of(read_config(converted), other, "The converted model")
+    if not (same and tokens.equal(token_sequences(other, held_out, len(tokens), tokens.shape[1], task.frame))):
         raise CheckpointError("The tokenizer in the converted folder makes other tokens than the base model's.")
     placement = place(base, device, dtype, max_memory)
-    measured = _measure_base(base, placement, tokens, tokenizer, min(LENGTH, limit or LENGTH))
+    measured = _measure_base(base, placement, tokens, task, tokenizer, min(LENGTH, limit or LENGTH))
     release_memory()
     with load_converted(converted, placement, measured.unexpected) as loaded:
-        after = perplexity(loaded.model, tokens, "perplexity of the converted model")
+        after = perplexity(loaded.model, tokens, "perplexity of the converted model", task=task)
         if not after.finite:
             raise GateRefused(
                 "The converted model's perplexity is not finite, though the base model's is: try a recipe that shares "
                 "less, or a wider --dtype."
             )
-        check = decode_check(loaded.model, tokens[0, :DECODED], measured.rounding)
-        cache_after = cache_bytes_per_token(loaded.model, tokens[0, :CACHED], placement.stored)
-        copied = copying_loss(loaded.model, measured.probes, measured.copying.distance, "copying, converted model")
+        check, cache_after, copying = None, 0, None
+        if (decoding := task.decoding(loaded.model, tokens[0, :DECODED])) is not None:
+            check = decode_check(loaded.model, decoding.tokens, measured.rounding, decoding.source)
+            cache_after = cache_bytes_per_token(
+                loaded.model, decoding.tokens[:CACHED], placement.stored, decoding.source
+            )
+        if measured.copying is not None:
+            before, probes = measured.copying
+            copied = copying_loss(loaded.model, probes, before.distance, "copying, converted model")
+            copying = CopyingReport(copied.distance, copied.tokens, before.loss, copied.loss)
         del loaded
     release_memory()
     report = PerplexityReport(
-        held_out.name, after.tokens, measured.perplexity.perplexity, after.perplexity, placement.dtype_name
+        held_out.name, after.tokens, measured.perplexity.perplexity, after.perplexity, placement.dtype_name, task.name
     )
     gate = None
     if max_perplexity_increase is not None:
-        gate = GateResult(max_perplexity_increase, report.increase <= max_perplexity_increase and check.passed)
-    return Validation(
-        report,
-        check,
-        gate,
-        Change(measured.cache, cache_after),
-        CopyingReport(copied.distance, copied.tokens, measured.copying.loss, copied.loss),
-    )
+        decodes = check is None or check.passed
+        gate = GateResult(max_perplexity_increase, report.increase <= max_perplexity_increase and decodes)
+    return Validation(report, check, gate, Change(measured.cache, cache_after), copying)
 
 
 def refuse_if_failed(validation: Validation) -> None:
     """Raises GateRefused where the converted model decodes wrongly or its perplexity rises beyond the gate."""
     check = validation.decode_check
-    if not check.passed:
+    if check is not None and not check.passed:
         problem = (
             f"logits differ by {check.max_abs_logit_difference:.2g} (tolerance {check.tolerance:.2g})"
             if not check.max_abs_logit_difference <= check.tolerance
@@ -120,36 +130,34 @@ def refuse_if_failed(validation: Validation) -> None:
 class _Base:
     """What was measured of the base model. rounding: difference of logits in decoding. cache: bytes per token.
 
-    unexpected: tensors in its files that it does not know. probes: those of `copying`, for the other model, too.
+    unexpected: tensors in its files that it does not know. copying: with the probes, for the other model, too.
     """
 
     perplexity: Perplexity
     rounding: float
     cache: int
     unexpected: frozenset[str]
-    copying: CopyingLoss
-    probes: "torch.Tensor"
+    copying: "tuple[CopyingLoss, torch.Tensor] | None"
 
 
 def _measure_base(
-    folder: Path, placement: Placement, tokens: "torch.Tensor", tokenizer: Any, probe_length: int
+    folder: Path, placement: Placement, tokens: "torch.Tensor", task: Task, tokenizer: Any, probe_length: int
 ) -> _Base:
     with load_base(folder, placement) as loaded:
         model = loaded.model
-        refuse_foreign_tokens(folder, embedded_tokens(model), tokens)
-        before = perplexity(model, tokens, "perplexity of the base model")
+        refuse_foreign_tokens(folder, embedded_tokens(model), tokens, task.inserted)
+        before = perplexity(model, tokens, "perplexity of the base model", task=task)
         if not before.finite:
             raise GateRefused(
                 f"{folder}: the base model's perplexity is not finite: its weights are damaged, or overflow in "
                 f"{placement.dtype_name}: get the model anew, or give a wider --dtype."
             )
-        probes = Probes.of(tokenizer, embedded_tokens(model), probe_length)
-        probe = probes.tokens(probes.period)
-        return _Base(
-            perplexity=before,
-            rounding=rounding_difference(model, tokens[0, :DECODED]),
-            cache=cache_bytes_per_token(model, tokens[0, :CACHED], placement.stored),
-            unexpected=loaded.unexpected,
-            copying=copying_loss(model, probe, probes.period, "copying, base model"),
-            probes=probe,
-        )
+        rounding, cache, copying = 0.0, 0, None
+        if (decoding := task.decoding(model, tokens[0, :DECODED])) is not None:
+            rounding = rounding_difference(model, decoding.tokens, decoding.source)
+            cache = cache_bytes_per_token(model, decoding.tokens[:CACHED], placement.stored, decoding.source)
+        if task.copies:
+            probes = Probes.of(tokenizer, embedded_tokens(model), probe_length)
+            probe = probes.tokens(probes.period)
+            copying = copying_loss(model, probe, probes.period, "copying, base model"), probe
+        return _Base(before, rounding, cache, loaded.unexpected, copying)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.progress import progress
-from sa_convert.run.device import input_device
+from sa_convert.run.task import NEXT_TOKEN, Task
 
 if TYPE_CHECKING:
     import torch
@@ -34,12 +34,13 @@ def perplexity(
     description: str = "perplexity",
     batch: int = 1,
     observe: "Callable[[torch.Tensor], None]" = lambda logits: None,
+    task: Task = NEXT_TOKEN,
 ) -> Perplexity:
     """Perplexity over sequences (N, L) of tokens, `batch` at a time, without a cache.
 
-    Every token but the first of a sequence is predicted from those before it in the sequence. The log-probabilities are
-    computed in float32 and added up in float64. Stops at the first loss that is not finite. observe: called with the
-    logits (L, vocabulary) of each sequence, in order, in the dtype and on the device of the model.
+    task: which tokens are predicted, and from what. The log-probabilities are computed in float32 and added up in
+    float64. Stops at the first loss that is not finite. observe: called with the scored logits (predictions,
+    vocabulary) of each sequence, in order, in the dtype and on the device of the model.
     """
     import torch
     from torch.nn import functional
@@ -47,12 +48,12 @@ def perplexity(
     total, tokens = 0.0, 0
     with torch.inference_mode(), progress(len(sequences), description, unit="seq") as bar:
         for chunk in sequences.split(batch):
-            logits = model(input_ids=chunk.to(input_device(model)), use_cache=False).logits
-            for row, targets in zip(logits, chunk, strict=True):
-                losses = functional.cross_entropy(row[:-1].float(), targets[1:].to(row.device), reduction="none")
+            inputs = task.batch(model, chunk)
+            for predictions, targets in inputs.rows(inputs.logits(model)):
+                losses = functional.cross_entropy(predictions.float(), targets, reduction="none")
                 total += losses.cpu().double().sum().item()
                 tokens += losses.numel()
-                observe(row)
+                observe(predictions)
             bar.update(len(chunk))
             if not math.isfinite(total):
                 break
