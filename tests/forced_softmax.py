@@ -1,7 +1,9 @@
 """A second reference, for models of any make: probabilities are forced where they are made, at the softmax.
 
 It shares no code with sa_convert, and unlike `forced_attention` asks nothing of the model but that its attention calls
-a softmax of torch while the attention module runs (in eager mode).
+a softmax of torch, or torch's scaled dot product attention, while the attention module runs. Eager and SDPA each have
+a reference of their own, since some models compute different things by them (ALiBi of Falcon, padding before a
+recurrent layer).
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +15,31 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 SOFTMAX = (nn.functional.softmax, torch.softmax, Tensor.softmax)
+SDPA = nn.functional.scaled_dot_product_attention
+
+
+def _probabilities(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What torch's scaled dot product attention multiplies with the values: (B, H, T, S), as its documentation says."""
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    # A row that sees nothing is zero.
+    return scores.softmax(dim=-1).nan_to_num(0.0)
 
 
 class _Forced(TorchFunctionMode):
@@ -25,10 +52,18 @@ class _Forced(TorchFunctionMode):
         self.probabilities: dict[int, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if self.running and func is SDPA:
+            made = self.force(_probabilities(*args, **kwargs))
+            value = args[2] if len(args) > 2 else kwargs["value"]
+            return made @ value.repeat_interleave(made.shape[1] // value.shape[1], dim=1)
+        result = func(*args, **kwargs)
         # Routers and gates make smaller ones: attention's are (B, H, T, S), or (B * H, T, S).
-        if func not in SOFTMAX or not self.running or result.dim() < 3:
-            return result
+        if self.running and func in SOFTMAX and result.dim() > 2:
+            return self.force(result)
+        return result
+
+    def force(self, result: Tensor) -> Tensor:
         layer = self.running[-1]
         assert layer not in self.probabilities, f"two softmaxes in the attention of layer {layer}"
         row = self.rows.get(layer) or ()
@@ -37,9 +72,8 @@ class _Forced(TorchFunctionMode):
         for head, source in enumerate(row):
             if source is not None:
                 forced[:, head] = self.of(source[0], len(row))[:, source[1]]
-        forced = forced.reshape(result.shape)
-        self.probabilities[layer] = forced
-        return forced
+        self.probabilities[layer] = forced.reshape(result.shape)
+        return self.probabilities[layer]
 
     def of(self, layer: int, heads: int) -> Tensor:
         """(B, H, T, S) of a layer that ran."""
@@ -70,7 +104,7 @@ def _watched(mode: _Forced, attentions: Sequence[nn.Module | None]) -> Iterator[
 
 @contextmanager
 def forced(model: nn.Module, attentions: Sequence[nn.Module | None], rows: dict[int, list]) -> Iterator[None]:
-    """While open, one forward pass of `model` (in eager mode) attends by the map.
+    """While open, one forward pass of `model` attends by the map.
 
     attentions: the attention module of each layer, None for a layer without. rows: {layer: [None or
     [source layer, source head], ...]}. AssertionError where attention of a layer in the map made no probabilities.

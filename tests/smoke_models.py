@@ -233,6 +233,7 @@ def smoke_map(geometry: ModelGeometry, layers: list[int]) -> dict[int, list]:
     classes: dict = {}
     for index in layers:
         layer = geometry.layers[index]
+        assert layer.heads, f"layer {index} has attention, but the geometry says that it has none"
         kind = (layer.attention, layer.window, layer.rotary, layer.stack, layer.heads, layer.groups, layer.head_dim)
         classes.setdefault(kind, []).append(index)
     rows: dict[int, list] = {}

@@ -27,10 +27,10 @@ groups (only whole layers where the family allows no less).
 | not built by `AutoModelForCausalLM.from_config` at any size | {not_built} |
 | converted wrongly, or crashed | {failed} |
 
-*Converted* means: the converted model, loaded by the code in its folder, has the logits of the unmodified base with the
-probabilities of reusing heads overwritten at the softmax by those of their sources (1e-4, float32, padded rows
-included), in eager mode and, where the base has it, with SDPA; the map changes the logits; cached decoding equals
-uncached (1e-4), except where a remark below says that the base's does not.
+*Converted* means: in eager mode and, where the base has it, with SDPA, the converted model, loaded by the code in its
+folder, has the logits of the unmodified base whose attention probabilities of reusing heads are overwritten, inside the
+attention, by those of their sources (1e-4, float32, padded rows included); the map changes the logits; cached decoding
+equals uncached (1e-4), except where a remark below says that the base's does not.
 """
 
 
