@@ -18,6 +18,7 @@ from sa_convert.rewrite.refitted import check_refittable, refit_edits
 from sa_convert.rewrite.rewrite import needed_bytes, rewrite_checkpoint
 from sa_convert.rewrite.shards import Written
 from sa_convert.rewrite.staging import Stage, staging
+from sa_convert.run.auto_class import auto_class_name, prediction_task
 
 if TYPE_CHECKING:
     from sa_convert.calibrate.calibrate import Calibrated
@@ -83,6 +84,8 @@ def convert(
     recipe = _with_text(recipe, options)
     subject = Subject.of(open_model(model, None, options.stored_dtype))
     described = subject.checkpoint
+    if options.validate:
+        prediction_task(described.config, model)
     conversion = None if recipe.sharing.search else plan_conversion(subject, recipe)
     _check_calibration(subject, recipe)
     space = needed_bytes(described, conversion.edits if conversion else {})
@@ -190,6 +193,7 @@ def _report(
         copying=validation.copying if validation else None,
         recipe=recipe_name,
         versions=installed_versions(),
+        auto_class=auto_class_name(checkpoint.config),
     )
 
 

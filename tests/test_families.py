@@ -7,8 +7,8 @@ import torch
 from conftest import run_cli
 from forced_softmax import forced
 from safetensors import safe_open
-from transformers import DynamicCache, EncoderDecoderCache
 from tiny_models import geometry_of_folder, kinds_of, load_converted, make_map, save_tiny, write_recipe
+from transformers import DynamicCache, EncoderDecoderCache
 
 from sa_convert.export.shared_attention_families import FAMILIES
 from sa_convert.read.names import stack_of
@@ -67,6 +67,15 @@ def cached_logits(model, ids, entry):
     return torch.cat(logits, dim=1), cache
 
 
+@torch.no_grad()
+def rows_alike(base, folder, kernel, ids, inputs, eager, seen):
+    """For each sequence, whether the base says the same with this kernel as in eager mode: where padding comes before
+    a recurrent layer, what kernels make of it differs by far more than rounding."""
+    same = type(base).from_pretrained(folder, attn_implementation=kernel, dtype=torch.float32).eval()
+    close = torch.isclose(same(ids, **inputs).logits, eager, atol=1e-2, rtol=1e-2).all(-1)
+    return (close | ~seen).all(-1)
+
+
 @pytest.mark.parametrize(("family", "kind"), CASES, ids=lambda value: value)
 def test_family(bases, tmp_path, family, kind):
     folder, base = bases(family)
@@ -98,6 +107,9 @@ def test_family(bases, tmp_path, family, kind):
         model = load_converted(tmp_path / "out", attn_implementation=kernel, dtype=torch.float32)
         with torch.no_grad():
             logits = model(ids, **inputs).logits
+        alike = rows_alike(base, folder, kernel, ids, inputs, unshared, seen)
+        assert alike.any()
+        seen = seen & alike[:, None]
         torch.testing.assert_close(logits[seen], expected[seen], atol=1e-4, rtol=1e-4)
         if entry.bidirectional:
             continue

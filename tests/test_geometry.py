@@ -21,22 +21,28 @@ VARIANTS = [
 def test_defaults_agree_with_transformers(model_type, variant):
     from transformers import AutoConfig
 
+    entry = FAMILIES[model_type]
     known = AutoConfig.for_model(model_type)
-    if not all(hasattr(known, key) or key == "sliding_window_pattern" for key in variant):
+    known = getattr(known, entry.text) if entry.text else known
+    other = entry.window_key != "sliding_window" and "sliding_window" in variant
+    if other or not all(hasattr(known, key) or key == "sliding_window_pattern" for key in variant):
         variant = {}
     if model_type == "exaone4" and "sliding_window" in variant:
         variant = {**variant, "layer_types": ["full_attention"] * DEPTH}  # transformers divides by its pattern of 0
-    raw = {"model_type": model_type, "num_hidden_layers": DEPTH, **variant}
-    config = AutoConfig.for_model(**raw)
-    kinds = attention_kinds(raw, FAMILIES[model_type], DEPTH)
+    raw = {"num_hidden_layers": DEPTH, **variant}
+    config = AutoConfig.for_model(model_type, **({entry.text: raw} if entry.text else raw))
+    config = getattr(config, entry.text) if entry.text else config
+    kinds = attention_kinds(raw, entry, DEPTH)
 
-    window = getattr(config, "sliding_window", None) or None
+    window = getattr(config, entry.window_key, None) or None
     types = getattr(config, "layer_types", None)
-    if types is None:
+    if types is None or "attention" in types:  # Jamba's word for any kind of attention
         types = ["sliding_attention" if window else "full_attention"] * DEPTH
-    assert [kind for kind, _, _ in kinds] == list(types)
-    assert {size for kind, size, _ in kinds if kind == "sliding_attention"} <= {window}
-    assert {size for kind, size, _ in kinds if kind == "full_attention"} <= {None}
+    # Of layers without softmax attention, the tensors tell.
+    seen = [at for at, kind in enumerate(types) if kind != "linear_attention"]
+    assert [kinds[at][0] for at in seen] == [types[at] for at in seen]
+    assert {kinds[at][1] for at in seen if kinds[at][0] == "sliding_attention"} <= {window}
+    assert {kinds[at][1] for at in seen if kinds[at][0] == "full_attention"} <= {None}
     if FAMILIES[model_type].rotary == "no_rope_layers":
         assert [rotary for _, _, rotary in kinds] == [bool(flag) for flag in config.no_rope_layers]
 
@@ -44,7 +50,7 @@ def test_defaults_agree_with_transformers(model_type, variant):
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_listed_types_win(model_type):
     types = ["full_attention", "sliding_attention"] * 2
-    raw = {"layer_types": types, "sliding_window": 64, "use_sliding_window": True}
+    raw = {"layer_types": types, FAMILIES[model_type].window_key: 64, "use_sliding_window": True}
     kinds = attention_kinds(raw, FAMILIES[model_type], 4)
     assert [kind for kind, _, _ in kinds] == types
     assert [size for _, size, _ in kinds] == [None, 64, None, 64]

@@ -138,7 +138,10 @@ def test_auto_tokenizer_chooses_what_it_chose_for_the_base(tmp_path, tokenizer_j
 
     base_folder = tiny_llama(tmp_path / "base")
     config = json.loads((base_folder / "config.json").read_text())
-    (base_folder / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+    architectures = [FAMILIES[model_type].default_class]
+    (base_folder / "config.json").write_text(
+        json.dumps({**config, "model_type": model_type, "architectures": architectures})
+    )
     shutil.copy(tokenizer_json, base_folder)
     content = {"unk_token": "<unk>", "tokenizer_class": declared} if declared else {"unk_token": "<unk>"}
     (base_folder / "tokenizer_config.json").write_text(json.dumps(content))
@@ -147,12 +150,17 @@ def test_auto_tokenizer_chooses_what_it_chose_for_the_base(tmp_path, tokenizer_j
     rewrite_checkpoint(base, FAMILIES[model_type], SharingMap(), {}, out)
     declared_now = json.loads((out / "tokenizer_config.json").read_text()).get("tokenizer_class")
     assert declared_now not in (None, "TokenizersBackend"), "transformers 4 could not load it"
-    before = AutoTokenizer.from_pretrained(base_folder)
+    try:
+        before = AutoTokenizer.from_pretrained(base_folder)
+    except Exception as error:  # the family's class reads unigram vocabularies only, and this one is none
+        with pytest.raises(type(error)):
+            AutoTokenizer.from_pretrained(out, trust_remote_code=True)
+        return
     after = AutoTokenizer.from_pretrained(out, trust_remote_code=True)
     assert type(after) is type(before)
     text = "abc 1212 ab"
     assert after(text)["input_ids"] == before(text)["input_ids"]
-    assert "token_type_ids" not in after(text)
+    assert list(after(text)) == list(before(text))
 
 
 def test_a_tokenizer_that_is_fine_or_absent_is_left_alone(tmp_path):

@@ -1,8 +1,8 @@
 """Names of layers where a model has several kinds of attention.
 
-Inside of sa_convert all layers of a model are numbered through: first those of the encoder, then the decoder's own, then
-its cross-attention. People, recipes and config.json name the stack: `encoder.3`, `decoder.3`, `decoder.cross.3`, and
-count from 0 in each; a model with one kind of attention has plain numbers either way.
+Inside of sa_convert all layers of a model are numbered through: first those of the encoder, then the decoder's own,
+then its cross-attention. People, recipes and config.json name the stack (`encoder.3`, `decoder.3`, `decoder.cross.3`)
+and count from 0 in each; a model with one kind of attention has plain numbers either way.
 """
 
 Stacks = tuple[tuple[str, int], ...]

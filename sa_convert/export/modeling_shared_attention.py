@@ -1,8 +1,8 @@
 """Models that share attention across layers.
 
 The class `SharedAttention<Base>` exists for every model class `<Base>` of the families in `shared_attention_families`,
-whatever its head; it is made when it is first asked for. It is the base class, with the attention of sharing layers changed as
-`config.shared_attention` says: see `shared_attention`.
+whatever its head; it is made when it is first asked for. It is the base class, with the attention of sharing layers
+changed as `config.shared_attention` says: see `shared_attention`.
 """
 
 from functools import cache

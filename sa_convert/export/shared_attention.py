@@ -110,6 +110,12 @@ def _gather(runs, own, borrowed):
     return torch.cat([piece.to(device).expand(batch, *piece.shape[1:]) for piece in pieces], dim=1)
 
 
+def _rescaled(loan, arguments):
+    """The loan's query for a kernel that scales scores as `arguments` say: layers may differ in that."""
+    wanted, scaling = arguments.get("scaling"), loan.arguments.get("scaling")
+    return loan.query if wanted == scaling else loan.query * (scaling / wanted)
+
+
 def _weigh(weights, value):
     """Weights (B, H, T, S) times values (B, G, S, D) -> (B, T, H, D), without repeating the values."""
     batch, heads, tokens, length = weights.shape
@@ -320,7 +326,7 @@ class SharedAttention(nn.Module):
         lenders = [run.layer for run in plan.query_runs if run.layer is not None]
         if own_mask is not None or borrow(lenders[0]).mask is not None:
             mask = _gather(plan.query_runs, own_mask, lambda layer: borrow(layer).mask)
-        query = _gather(plan.query_runs, query, lambda layer: borrow(layer).query)
+        query = _gather(plan.query_runs, query, lambda layer: _rescaled(borrow(layer), arguments))
         key = _gather(plan.key_runs, key, lambda layer: borrow(layer).key)
         if plan.key_group != plan.group:
             value = value.repeat_interleave(plan.group, dim=1)

@@ -12,11 +12,11 @@ PREFIX = "shared_attention_"
 
 @dataclass(frozen=True)
 class Stack:
-    """Attention of one kind in a model that has several: encoder, decoder, and cross-attention of an encoder-decoder.
+    """Attention of one kind in a model that has several: encoder, decoder and cross-attention.
 
-    name: as sharing maps name it ("decoder.cross"). layers: module path of the layers; attention: the attention module's
-    path in a layer. heads, depth: config keys of the number of query heads and of layers. cross: its keys and values come
-    from the encoder. caches: it keeps keys and values from one generated token to the next.
+    name: as sharing maps name it ("decoder.cross"). layers: module path of the layers; attention: the attention
+    module's path in a layer. heads, depth: config keys of the number of query heads and of layers. cross: its keys and
+    values come from the encoder. caches: it keeps keys and values from one generated token to the next.
     """
 
     name: str
@@ -215,7 +215,9 @@ _T5 = {
     "stacks": (
         Stack("encoder", "encoder.block", "layer.0.SelfAttention", "num_heads", "num_layers", caches=False),
         Stack("decoder", "decoder.block", "layer.0.SelfAttention", "num_heads", "num_decoder_layers"),
-        Stack("decoder.cross", "decoder.block", "layer.1.EncDecAttention", "num_heads", "num_decoder_layers", cross=True),
+        Stack(
+            "decoder.cross", "decoder.block", "layer.1.EncDecAttention", "num_heads", "num_decoder_layers", cross=True
+        ),
     ),
     "query": "q",
     "key": "k",
@@ -480,7 +482,15 @@ FAMILIES: dict[str, Family] = {
         Family("seed_oss", "SeedOssConfig", "SeedOssForCausalLM"),
         Family("solar_open", "SolarOpenConfig", "SolarOpenForCausalLM"),
         # Queries, keys and values in one projection.
-        Family("phi3", "Phi3Config", "Phi3ForCausalLM", fused="qkv_proj", plain_forward=True, sliding="all", tokenizer=_PLAIN),
+        Family(
+            "phi3",
+            "Phi3Config",
+            "Phi3ForCausalLM",
+            fused="qkv_proj",
+            plain_forward=True,
+            sliding="all",
+            tokenizer=_PLAIN,
+        ),
         Family(
             "gpt2",
             "GPT2Config",
@@ -491,7 +501,15 @@ FAMILIES: dict[str, Family] = {
             module="gpt2",
             tokenizer="GPT2Tokenizer",
         ),
-        Family("gpt_bigcode", "GPTBigCodeConfig", "GPTBigCodeForCausalLM", **_GPT2, fused="c_attn", fused_order="groups", tokenizer="GPT2Tokenizer"),
+        Family(
+            "gpt_bigcode",
+            "GPTBigCodeConfig",
+            "GPTBigCodeForCausalLM",
+            **_GPT2,
+            fused="c_attn",
+            fused_order="groups",
+            tokenizer=_PLAIN,
+        ),
         Family(
             "gpt_neox",
             "GPTNeoXConfig",
@@ -549,13 +567,49 @@ FAMILIES: dict[str, Family] = {
             exchange="context",
             plain_forward=True,
             dropout="attn_dropout",
+            tokenizer="GPT2Tokenizer",
         ),
         # Encoders.
-        Family("bert", "BertConfig", "BertForMaskedLM", **_BERT, layers="bert.encoder.layer"),
-        Family("roberta", "RobertaConfig", "RobertaForMaskedLM", **_BERT, layers="roberta.encoder.layer"),
-        Family("xlm-roberta", "XLMRobertaConfig", "XLMRobertaForMaskedLM", **_BERT, layers="roberta.encoder.layer"),
-        Family("camembert", "CamembertConfig", "CamembertForMaskedLM", **_BERT, layers="roberta.encoder.layer"),
-        Family("electra", "ElectraConfig", "ElectraForMaskedLM", **_BERT, layers="electra.encoder.layer"),
+        Family(
+            "bert",
+            "BertConfig",
+            "BertForMaskedLM",
+            **_BERT,
+            layers="bert.encoder.layer",
+            tokenizer="BertTokenizer",
+        ),
+        Family(
+            "roberta",
+            "RobertaConfig",
+            "RobertaForMaskedLM",
+            **_BERT,
+            layers="roberta.encoder.layer",
+            tokenizer="RobertaTokenizer",
+        ),
+        Family(
+            "xlm-roberta",
+            "XLMRobertaConfig",
+            "XLMRobertaForMaskedLM",
+            **_BERT,
+            layers="roberta.encoder.layer",
+            tokenizer="XLMRobertaTokenizer",
+        ),
+        Family(
+            "camembert",
+            "CamembertConfig",
+            "CamembertForMaskedLM",
+            **_BERT,
+            layers="roberta.encoder.layer",
+            tokenizer="CamembertTokenizer",
+        ),
+        Family(
+            "electra",
+            "ElectraConfig",
+            "ElectraForMaskedLM",
+            **_BERT,
+            layers="electra.encoder.layer",
+            tokenizer="BertTokenizer",
+        ),
         Family(
             "distilbert",
             "DistilBertConfig",
@@ -573,6 +627,7 @@ FAMILIES: dict[str, Family] = {
             plain_forward=True,
             transformers_5=True,
             dropout="dropout",
+            tokenizer="BertTokenizer",
         ),
         Family(
             "modernbert",
@@ -591,14 +646,51 @@ FAMILIES: dict[str, Family] = {
             plain_forward=True,
             transformers_5=True,
             output_dropout="out_drop",
+            tokenizer=_PLAIN,
         ),
         # Encoder-decoders.
-        Family("t5", "T5Config", "T5ForConditionalGeneration", **_T5),
-        Family("mt5", "MT5Config", "MT5ForConditionalGeneration", **_T5),
-        Family("bart", "BartConfig", "BartForConditionalGeneration", **_BART),
-        Family("mbart", "MBartConfig", "MBartForConditionalGeneration", **_BART),
-        Family("marian", "MarianConfig", "MarianMTModel", **_BART),
-        Family("pegasus", "PegasusConfig", "PegasusForConditionalGeneration", **_BART),
+        Family(
+            "t5",
+            "T5Config",
+            "T5ForConditionalGeneration",
+            **_T5,
+            tokenizer="T5Tokenizer",
+        ),
+        Family(
+            "mt5",
+            "MT5Config",
+            "MT5ForConditionalGeneration",
+            **_T5,
+            tokenizer="T5Tokenizer",
+        ),
+        Family(
+            "bart",
+            "BartConfig",
+            "BartForConditionalGeneration",
+            **_BART,
+            tokenizer="RobertaTokenizer",
+        ),
+        Family(
+            "mbart",
+            "MBartConfig",
+            "MBartForConditionalGeneration",
+            **_BART,
+            tokenizer="MBartTokenizer",
+        ),
+        Family(
+            "marian",
+            "MarianConfig",
+            "MarianMTModel",
+            **_BART,
+            tokenizer="MarianTokenizer",
+        ),
+        Family(
+            "pegasus",
+            "PegasusConfig",
+            "PegasusForConditionalGeneration",
+            **_BART,
+            tokenizer="PegasusTokenizer",
+        ),
         # Softmax attention in some layers only.
         Family(
             "qwen3_next",
@@ -608,8 +700,17 @@ FAMILIES: dict[str, Family] = {
             gate="query",
             mixed=True,
             plain_forward=True,
+            tokenizer="Qwen2Tokenizer",
         ),
-        Family("jamba", "JambaConfig", "JambaForCausalLM", mixed=True, rotary="none", transformers_5=True),
+        Family(
+            "jamba",
+            "JambaConfig",
+            "JambaForCausalLM",
+            mixed=True,
+            rotary="none",
+            transformers_5=True,
+            tokenizer=_PLAIN,
+        ),
         Family(
             "recurrent_gemma",
             "RecurrentGemmaConfig",
@@ -620,6 +721,7 @@ FAMILIES: dict[str, Family] = {
             window_key="attention_window_size",
             window=2048,
             transformers_5=True,
+            tokenizer="GemmaTokenizer",
         ),
         # Language models inside of multimodal ones.
         Family(
@@ -634,6 +736,7 @@ FAMILIES: dict[str, Family] = {
             period=6,
             period_key="sliding_window_pattern",
             window=4096,
+            tokenizer="GemmaTokenizer",
         ),
         Family(
             "qwen2_5_vl",
@@ -645,6 +748,7 @@ FAMILIES: dict[str, Family] = {
             sliding="from_max_window_layers",
             window=4096,
             uses_window=False,
+            tokenizer="Qwen2Tokenizer",
         ),
         Family("vaultgemma", "VaultGemmaConfig", "VaultGemmaForCausalLM", sliding="periodic", period=2, window=4096),
     )

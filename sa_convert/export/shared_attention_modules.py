@@ -30,7 +30,7 @@ class FalconAttention(SharedAttention):
         if alibi is not None:
             position_embeddings = None
             if (self.model_config._attn_implementation or "eager") == "eager":
-                # The mask holds ALiBi as well; with eager attention Falcon adds it twice, and models of it do here, too.
+                # The mask holds ALiBi as well: with eager attention Falcon adds it twice, and so its models do here.
                 bias = alibi.view(hidden_states.shape[0], len(self.plan.heads), 1, -1) * self.size**-0.5
                 attention_mask = bias + attention_mask
         return self._plain(hidden_states, attention_mask, position_embeddings, layer_past, **kwargs)

@@ -101,9 +101,7 @@ def layer_geometry(
     if not groups or rows["key"] % head_dim or heads % groups:
         raise CheckpointError(f"'{key}' has {rows['key']} rows; they do not fit {heads} query heads of {head_dim}.")
     if config.get(family.groups) not in (None, groups):
-        raise CheckpointError(
-            f"config.json: '{family.groups}' is {config[family.groups]}, but '{key}' holds {groups}."
-        )
+        raise CheckpointError(f"config.json: '{family.groups}' is {config[family.groups]}, but '{key}' holds {groups}.")
     return LayerGeometry(heads, groups, head_dim)
 
 

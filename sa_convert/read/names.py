@@ -53,7 +53,7 @@ def layers_prefix(checkpoint: Checkpoint, family: Family, stack: Stack) -> str:
 
 
 def prefixes(family: Family, stack: Stack) -> list[str]:
-    """Module path of the layers in a checkpoint, the likeliest first: models saved without a head lack the first part."""
+    """Module path of the layers in a checkpoint, the likeliest first: a model without a head lacks the first part."""
     paths = [family.files, stack.layers] if family.files else [stack.layers]
     return list(dict.fromkeys([*paths, *(path.partition(".")[2] for path in paths if "." in path)]))
 
