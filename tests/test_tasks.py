@@ -9,6 +9,7 @@ import torch
 import transformers
 from cli_cases import refused
 from conftest import run_cli
+from tiny_models import write_recipe
 from torch.nn import functional
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5ForConditionalGeneration
 from validation_models import tokenizer as byte_tokenizer
@@ -440,3 +441,41 @@ def test_reports_say_what_was_measured(tmp_path):
     plain = report_of("next-token", 8, "AutoModelForCausalLM")
     assert "task" not in plain.to_json()["perplexity"]
     assert "pipeline_tag: text-generation" in write_card(plain, "sharing: {}", tmp_path).read_text()
+
+
+def test_converting_a_model_without_a_language_modelling_head(tmp_path):
+    folder = save(tmp_path / "classifier", "bert", "BertForSequenceClassification")
+    recipe = write_recipe(tmp_path / "map.json", {1: [[0, 1], [0, 0], None, None]})
+    out = tmp_path / "out"
+    result = run_cli("convert", folder, "--recipe", recipe, "-o", out)
+    refused(result, 1, r"BertForSequenceClassification has no language-modelling head.*--no-validate", out)
+    done = run_cli("convert", folder, "--recipe", recipe, "-o", out, "--no-validate")
+    assert done.returncode == 0, done.stderr
+    assert "AutoModelForSequenceClassification.from_pretrained" in (out / "README.md").read_text()
+    assert json.loads((out / "report.json").read_text())["perplexity"] is None
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5"])
+def test_a_conversion_is_validated_and_evaluated(folders, tmp_path, kind):
+    rows = {"1": [[0, 1], [0, 0], None, None]}
+    if kind == "t5":
+        rows = {f"{stack}.1": [[0, head] for head in range(4)] for stack in ("encoder", "decoder.cross")}
+    recipe, out = tmp_path / "map.json", tmp_path / "out"
+    recipe.write_text(json.dumps({"sharing": {"map": rows}, "gate": {"max_perplexity_increase": "100%"}}))
+    result = run_cli("convert", folders[kind], "--recipe", recipe, "-o", out)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((out / "report.json").read_text())
+    assert report["copying"] is None
+    cache = report["savings"]["cache_bytes_per_token"]
+    if kind == "bert":
+        assert report["perplexity"]["task"] == "masked-token"
+        assert report["decode_check"] is None
+        assert cache == {"before": 0, "after": 0}
+    else:
+        assert report["perplexity"]["task"] == "teacher-forced"
+        assert report["decode_check"]["same_greedy_tokens"] is True
+        # 8 keys and values of 4 heads, 4 bytes each: one of four layers' keys are gone.
+        assert cache == {"before": 4 * 2 * 128, "after": 4 * 2 * 128 - 128}
+    found = evaluate(str(out), str(folders[kind]), load_text("builtin"), OPTIONS)
+    assert found.agreement.kl > 0
+    assert found.task == report["perplexity"]["task"]
