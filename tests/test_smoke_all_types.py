@@ -181,7 +181,7 @@ def test_as_a_process(model_type, status, tmp_path):
         assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "gpt_oss", "olmo2"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "gpt_oss", "olmo2", "gpt2", "gpt_neox"])
 def test_both_references_agree(model_type, tmp_path):
     """Forced where the attention function is called, and forced at the softmax."""
     base = save_tiny(model_type, tmp_path / "base")
