@@ -48,6 +48,9 @@ def command(
     With --against also KL divergence and top-1 agreement, and the other model's numbers. A converted model runs by the
     code in its folder, once that is found to be what sa-convert writes. The two models are never both in memory.
 
+    Of a masked language model the perplexity is that of masked tokens, of an encoder-decoder that of spans which its
+    encoder does not see (teacher-forced); what does not apply to it is left out.
+
     \b
     Examples:
       sa-convert evaluate ./Llama-3-8B-shared --against ./Llama-3-8B
