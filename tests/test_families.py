@@ -7,7 +7,15 @@ import torch
 from conftest import run_cli
 from forced_softmax import forced
 from safetensors import safe_open
-from tiny_models import geometry_of_folder, kinds_of, load_converted, make_map, save_tiny, write_recipe
+from tiny_models import (
+    attentions_of,
+    geometry_of_folder,
+    kinds_of,
+    load_converted,
+    make_map,
+    save_tiny,
+    write_recipe,
+)
 from transformers import DynamicCache, EncoderDecoderCache
 
 from sa_convert.export.shared_attention_families import FAMILIES
@@ -35,19 +43,6 @@ def names_in(folder):
         with safe_open(file, "pt") as shard:
             for name in shard.keys():  # noqa: SIM118
                 yield name, tuple(shard.get_slice(name).get_shape())
-
-
-def attentions_of(model, entry):
-    """The attention modules of all layers, in the order in which layers are numbered; None where there is none."""
-    found = []
-    for stack in entry.all_stacks:
-        for layer in model.get_submodule(stack.layers):
-            try:
-                module = layer.get_submodule(stack.attention)
-            except AttributeError:
-                module = None
-            found.append(module if hasattr(module, entry.fused or entry.value) else None)
-    return found
 
 
 @torch.no_grad()

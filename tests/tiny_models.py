@@ -111,6 +111,19 @@ def save_tiny(model_type: str, folder: Path, seed: int = 0, max_shard_size: str 
     return type(model).from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
 
 
+def attentions_of(model, entry):
+    """The attention modules of all layers, in the order in which layers are numbered; None where there is none."""
+    found = []
+    for stack in entry.all_stacks:
+        for layer in model.get_submodule(stack.layers):
+            try:
+                module = layer.get_submodule(stack.attention)
+            except AttributeError:
+                module = None
+            found.append(module if hasattr(module, entry.fused or entry.value) else None)
+    return found
+
+
 def classes_of_layers(geometry: ModelGeometry) -> list[list[int]]:
     """Layers that can share with each other."""
     classes: dict = {}
@@ -181,11 +194,16 @@ def save_tokenizer(folder: Path, words: int = 120) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     text = "The quick brown fox jumps over the lazy dog while forty words of English are counted here. " * 3
-    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
     trainer = trainers.BpeTrainer(vocab_size=words, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator([text], trainer)
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        mask_token="<mask>",
     ).save_pretrained(folder)
 
 

@@ -91,9 +91,10 @@ def output_directions(
         return hook
 
     hooks = []
-    for index, (layer, output) in enumerate(zip(probe.layers, probe.output_projections, strict=True)):
-        hooks.append(layer.register_forward_pre_hook(cut(index), with_kwargs=True))
-        hooks.append(output.register_forward_hook(direct(index)))
+    for block in probe.blocks:
+        for index in block.attentions:
+            hooks.append(block.module.register_forward_pre_hook(cut(index), with_kwargs=True))
+            hooks.append(probe.output_projections[index].register_forward_hook(direct(index)))
 
     def note(layer: Seen) -> None:
         layer.output.requires_grad_(True)

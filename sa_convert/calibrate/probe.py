@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.data.sharing_map import Source
-from sa_convert.export.shared_attention_families import Family
+from sa_convert.export.shared_attention_families import Family, Stack
 
 if TYPE_CHECKING:
     import torch
@@ -78,39 +78,93 @@ class Seen:
     output: "torch.Tensor"
 
 
+@dataclass(frozen=True)
+class Block:
+    """One layer of the model, and the numbers of its attentions in the order in which they run."""
+
+    module: Any
+    attentions: tuple[int, ...]
+
+
 class Probe:
     """Lets a base model run with its heads' attention observed, or replaced by that of a sharing map.
 
     model: a base model of `family`, which keeps every weight. Afterwards it runs through our attention function; its
-    results without a map are those of eager attention.
+    results without a map are those of eager attention. attentions: the attention module of every layer as layers are
+    numbered, None where there is none; output_projections: likewise. blocks: the layers as they run.
     """
 
     def __init__(self, model: Any, family: Family) -> None:
-        from transformers import AttentionInterface
-        from transformers.masking_utils import AttentionMaskInterface, eager_mask
+        from sa_convert.export.shared_attention_apply import submodule
 
         self.model, self.family = model, family
-        self.layers = model.get_submodule(family.layers)
-        self.attentions = [getattr(layer, family.attention) for layer in self.layers]
+        self.attentions: list[Any] = []
+        self.output_projections: list[Any] = []
+        self.blocks: list[Block] = []
         self._rows: Rows = {}
         self._sources: frozenset[int] = frozenset()
         self._observer: Callable[[Seen], None] | None = None
         self._loans: Loans = {}
         self._keep_weights = True
         model.requires_grad_(False)
+        paths = dict.fromkeys(stack.layers for stack in family.all_stacks if _has_stack(model, family, stack))
+        for path in paths:
+            self._find([stack for stack in family.all_stacks if stack.layers == path])
+            parent = submodule(model, path.rpartition(".")[0]) if "." in path else model
+            # What was lent in one pass is never seen in the next, and is not kept after it.
+            parent.register_forward_pre_hook(lambda *_: self._loans.clear())
+            parent.register_forward_hook(lambda *_: self._loans.clear())
+        if family.interface:
+            self._enter_interface()
+        else:
+            self._replace_attention()
+
+    def _find(self, stacks: list[Stack]) -> None:
+        """Note the attentions of stacks that lie in the same layers."""
+        from sa_convert.export.shared_attention_apply import attentions_of, submodule
+
+        layers: list[Any] = list(submodule(self.model, stacks[0].layers).children())
+        numbers: list[list[int]] = [[] for _ in layers]
+        for stack in stacks:
+            for layer, attention, order in zip(
+                layers, attentions_of(self.model, self.family, stack), numbers, strict=True
+            ):
+                output = None
+                if attention is not None:
+                    order.append(len(self.attentions))
+                    attention.sa_convert_probe, attention.sa_convert_layer = self, len(self.attentions)
+                    output = (layer if self.family.output_outside else attention).get_submodule(self.family.output)
+                self.attentions.append(attention)
+                self.output_projections.append(output)
+        self.blocks += [Block(layer, tuple(order)) for layer, order in zip(layers, numbers, strict=True)]
+
+    def _enter_interface(self) -> None:
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
         AttentionInterface.register(NAME, _attend)
         AttentionMaskInterface.register(NAME, eager_mask)
-        model.set_attn_implementation(NAME)
-        for attention in self.attentions:
-            attention.sa_convert_probe = self
-        stack = model.get_submodule(family.layers.rpartition(".")[0])
-        # What was lent in one pass is never seen in the next, and is not kept after it.
-        stack.register_forward_pre_hook(lambda *_: self._loans.clear())
-        stack.register_forward_hook(lambda *_: self._loans.clear())
+        self.model.set_attn_implementation(NAME)
 
-    @property
-    def output_projections(self) -> list[Any]:
-        return [getattr(attention, self.family.output) for attention in self.attentions]
+    def _replace_attention(self) -> None:
+        """Families whose own code does not call the interface run ours, each layer with all its own heads."""
+        from sa_convert.export.shared_attention_apply import shape_of, shared_class
+        from sa_convert.export.shared_attention_plan import whole_layer
+
+        self.model.set_attn_implementation("eager")
+        stack = self.family.all_stacks[0]
+        for layer, attention in enumerate(self.attentions):
+            config = getattr(attention, "config", self.model.config)
+            heads, attention.group, attention.size = shape_of(attention, self.family, stack, config)
+            attention.plan = whole_layer(layer, heads, attention.group)
+            attention.names, attention.stack = self.family, ""
+            attention.model_config, attention.num_key_value_groups = config, attention.group
+            own: Any = type(attention)
+            attention.__class__ = _probed(shared_class(own, self.family))
+
+    def order(self) -> list[int]:
+        """The numbers of all attentions, as they run."""
+        return [number for block in self.blocks for number in block.attentions]
 
     @contextmanager
     def sharing(self, rows: Rows) -> Iterator[None]:
@@ -145,7 +199,7 @@ class Probe:
     def attend(self, module: Any, query: Any, key: Any, value: Any, mask: Any, arguments: dict[str, Any]) -> Any:
         import torch
 
-        layer = module.layer_idx
+        layer = module.sa_convert_layer
         row = self._rows.get(layer)
         weights = _weights(module, query, key, mask, arguments)
         if layer in self._sources:
@@ -168,11 +222,31 @@ class Probe:
 
 
 def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **arguments: Any) -> Any:
+    if not hasattr(module, "sa_convert_probe"):  # such as an image encoder's
+        return _eager(module)(module, query, key, value, attention_mask, **arguments)
     return module.sa_convert_probe.attend(module, query, key, value, attention_mask, arguments)
 
 
+def _probed(shared: type) -> type:
+    """Our attention class, whose attention function is the probe's."""
+
+    def attend(
+        self: Any, exchange: Any, implementation: str, query: Any, key: Any, value: Any, mask: Any, arguments: Any
+    ) -> Any:
+        return self.sa_convert_probe.attend(self, query, key, value, mask, arguments)
+
+    return type(f"Probed{shared.__name__}", (shared,), {"attend": attend})
+
+
+def _has_stack(model: Any, family: Family, stack: Stack) -> bool:
+    """An encoder may stand alone."""
+    from sa_convert.export.shared_attention_apply import has_part
+
+    return not family.encoder_decoder or has_part(model, stack.layers)
+
+
 def _weights(module: Any, query: Any, key: Any, mask: Any, arguments: Mapping[str, Any]) -> "torch.Tensor":
-    """Attention weights (B, H, T, T) by the family's own eager function, which applies its softcap and sinks."""
+    """Attention weights (B, H, T, S) by the family's own eager function, which applies its softcap and sinks."""
     # Zero-width values: only the weights are wanted here.
     nothing = key[..., :0]
     weights: torch.Tensor = _eager(module)(module, query, key, nothing, mask, **arguments)[1]
@@ -180,6 +254,9 @@ def _weights(module: Any, query: Any, key: Any, mask: Any, arguments: Mapping[st
 
 
 def _eager(module: Any) -> Callable[..., Any]:
+    ours: Callable[..., Any] | None = getattr(module, "family_eager", None)
+    if ours is not None:
+        return ours
     for kind in type(module.module if isinstance(module, Recomputed) else module).__mro__:
         function = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
         if function is not None:

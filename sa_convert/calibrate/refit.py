@@ -61,10 +61,19 @@ def fit_layers(
     probe: Probe, rows: Rows, fit: tuple[Sample, ...], held_out: tuple[Sample, ...]
 ) -> "tuple[dict[int, torch.Tensor], dict[int, LayerRefit]]":
     """The changes (output, input) that help on held-out samples, by layer, and what was found for every layer."""
+    if probe.family.encoder_decoder:
+        return _fit_in_passes(probe, rows, fit, held_out)
+    return _fit_in_replay(probe, rows, fit, held_out)
+
+
+def _fit_in_replay(
+    probe: Probe, rows: Rows, fit: tuple[Sample, ...], held_out: tuple[Sample, ...]
+) -> "tuple[dict[int, torch.Tensor], dict[int, LayerRefit]]":
+    """Base and shared model side by side, layer by layer."""
     import torch
 
     samples = (*fit, *held_out)
-    replay = Replay(probe, torch.stack([sample.tokens for sample in samples]))
+    replay = Replay(probe, samples)
     shared = base = replay.states
     chunks = [slice(start, start + replay.batch) for start in range(0, len(samples), replay.batch)]
     loans: list[Loans] = [{} for _ in chunks]
@@ -76,9 +85,13 @@ def fit_layers(
             if layer == first:
                 base = shared.clone()
             if layer in rows:
-                work = _LayerFit(probe, replay, rows, layer, samples, len(fit))
+                work = _LayerFit(len(fit))
                 for chunk, loan in zip(chunks, loans, strict=True):
-                    base[chunk] = work.add(base[chunk], shared[chunk], dict(loan), chunk)
+                    with captured(probe.output_projections[layer], work.note):
+                        base[chunk] = replay.run(layer, base[chunk])
+                        with probe.sharing(rows), probe.lending(dict(loan)):
+                            replay.run(layer, shared[chunk])
+                    work.add(samples, chunk)
                 change, found[layer] = work.solve()
                 if change is not None:
                     changes[layer] = change
@@ -94,38 +107,59 @@ def fit_layers(
     return changes, found
 
 
+def _fit_in_passes(
+    probe: Probe, rows: Rows, fit: tuple[Sample, ...], held_out: tuple[Sample, ...]
+) -> "tuple[dict[int, torch.Tensor], dict[int, LayerRefit]]":
+    """Whole passes of the base and of the shared model for every layer: for models in which layers are not one chain,
+    but read what an encoder has made of the text."""
+    import torch
+
+    samples = (*fit, *held_out)
+    found: dict[int, LayerRefit] = {}
+    changes: dict[int, torch.Tensor] = {}
+    order = [layer for layer in probe.order() if layer in rows]
+    with progress(len(order), "refit", unit="layer") as bar, torch.no_grad():
+        for layer in order:
+            work = _LayerFit(len(fit))
+            for at, sample in enumerate(samples):
+                inputs = sample.inputs(probe.model)
+                with captured(probe.output_projections[layer], work.note):
+                    inputs.logits(probe.model)
+                    with probe.sharing(rows), changed(probe, changes):
+                        inputs.logits(probe.model)
+                work.add(samples, slice(at, at + 1))
+            change, found[layer] = work.solve()
+            if change is not None:
+                changes[layer] = change
+            bar.update()
+    return changes, found
+
+
 @dataclass
 class _LayerFit:
-    """The regression of one layer: sums over fitted and held-out samples, of text and of repetition."""
+    """The regression of one layer: sums over fitted and held-out samples, of text and of repetition.
 
-    probe: Probe
-    replay: Replay
-    rows: Rows
-    layer: int
-    samples: tuple[Sample, ...]
+    fitted: how many of the samples are learned from.
+    """
+
     fitted: int
     sums: dict[tuple[bool, bool], Sums] = field(default_factory=dict)
+    seen: "list[tuple[torch.Tensor, torch.Tensor]]" = field(default_factory=list)
 
-    def add(self, base: "torch.Tensor", shared: "torch.Tensor", loan: Loans, chunk: slice) -> "torch.Tensor":
-        """Add a chunk's states (B, T, hidden) before the layer; return the base's after it."""
-        import torch
+    def note(self, inputs: "torch.Tensor", output: "torch.Tensor") -> None:
+        """Input and output of the layer's projection: first in the base model, then in the shared one."""
+        self.seen.append((inputs.reshape(*output.shape[:-1], -1).float().cpu(), output.float().cpu()))
 
-        projection = self.probe.output_projections[self.layer]
-        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-        def take(inputs: "torch.Tensor", output: "torch.Tensor") -> None:
-            seen.append((inputs.reshape(*output.shape[:-1], -1).float().cpu(), output.float().cpu()))
-
-        with captured(projection, take):
-            after = self.replay.run(self.layer, base)
-            with self.probe.sharing(self.rows), self.probe.lending(loan):
-                self.replay.run(self.layer, shared)
-        (_, wanted), (inputs, output) = seen
-        for at, sample in enumerate(self.samples[chunk]):
+    def add(self, samples: tuple[Sample, ...], chunk: slice) -> None:
+        """Add what was noted of a chunk of the samples."""
+        (_, wanted), (inputs, output) = self.seen
+        self.seen.clear()
+        for at, sample in enumerate(samples[chunk]):
             key = (chunk.start + at < self.fitted, sample.repetition)
-            x, error = inputs[at][sample.scored], (wanted - output)[at][sample.scored]
+            x, error = inputs[at], (wanted - output)[at]
+            if sample.repetition:  # only what comes with tokens that can be predicted
+                x, error = x[sample.scored], error[sample.scored]
             self.sums.setdefault(key, Sums()).add(x, error)
-        return after
 
     def solve(self) -> "tuple[torch.Tensor | None, LayerRefit]":
         """The change (output, input), or None where no strength helps on all held-out samples."""

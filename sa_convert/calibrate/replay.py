@@ -4,7 +4,7 @@ A layer is called as the model itself calls it: with the keywords (masks, positi
 forward pass over sequences of the same length.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,23 +12,26 @@ if TYPE_CHECKING:
     import torch
 
     from sa_convert.calibrate.probe import Probe
+    from sa_convert.calibrate.sequences import Sample
 
 
 class Replay:
     """The states (N, T, hidden) of N sequences before the next layer, and how to call each layer.
 
-    tokens: (N, T), all of one length and without padding. Sequences run `batch` at a time.
+    samples: all of one length and without padding. Sequences run `batch` at a time, one by one where the model hands
+    its layers something that is made for each sequence.
     """
 
-    def __init__(self, probe: "Probe", tokens: "torch.Tensor", batch: int = 4) -> None:
+    def __init__(self, probe: "Probe", samples: "Sequence[Sample]", batch: int = 4) -> None:
         import torch
 
-        self.probe, self.batch = probe, batch
-        self._calls: list[dict[str, Any]] = []
-        states = [self._trace(chunk, keep=start == 0) for start, chunk in enumerate(tokens.split(1))]
+        self.probe = probe
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        states = [self._trace(sample, keep=at == 0) for at, sample in enumerate(samples)]
         self.states = torch.cat(states)
+        self.batch = batch if probe.family.interface else 1
 
-    def _trace(self, tokens: "torch.Tensor", keep: bool) -> "torch.Tensor":
+    def _trace(self, sample: "Sample", keep: bool) -> "torch.Tensor":
         """The input (1, T, hidden) of the first layer; keep: note how every layer is called."""
         import torch
 
@@ -40,12 +43,12 @@ class Replay:
                 found.append(hidden.detach().clone())
                 if not keep:
                     raise _Enough
-            self._calls.append({key: value for key, value in kwargs.items() if key != "hidden_states"})
+            self._calls.append((args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"}))
 
-        hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in self.probe.layers]
+        hooks = [block.module.register_forward_pre_hook(note, with_kwargs=True) for block in self.probe.blocks]
         try:
             with torch.no_grad():
-                self.probe.model(input_ids=tokens, use_cache=False)
+                self.probe.model(**sample.inputs(self.probe.model).kwargs)
         except _Enough:
             pass
         finally:
@@ -55,7 +58,8 @@ class Replay:
 
     def run(self, layer: int, states: "torch.Tensor") -> "torch.Tensor":
         """States (B, T, hidden) after a layer."""
-        output = self.probe.layers[layer](states, **self._calls[layer])
+        args, kwargs = self._calls[layer]
+        output = self.probe.blocks[layer].module(states, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
 

@@ -126,12 +126,17 @@ def _pass(
     """For each layer, e (T, J, H) at the scored tokens, and the summed first-order term (J, H)."""
     import torch
 
-    stack = torch.empty(len(sample.tokens), units.offsets[-1], len(sample.tokens))  # (T, J, T) weights of all heads
+    layers = units.geometry.layers
+    stacks: dict[str, torch.Tensor] = {}  # (T, J, S) weights of all heads, in each stack
     seen: dict[int, Seen] = {}
 
     def observe(layer: Seen) -> None:
         start, stop = units.offsets[layer.layer : layer.layer + 2]
-        stack[:, start:stop] = layer.weights.detach()[0].transpose(0, 1).float()
+        name = layers[layer.layer].stack
+        if name not in stacks:
+            _, _, tokens, length = layer.weights.shape
+            stacks[name] = torch.zeros(tokens, units.offsets[-1], length)
+        stacks[name][:, start:stop] = layer.weights.detach()[0].transpose(0, 1).float()
         layer.output.retain_grad()
         seen[layer.layer] = layer
 
@@ -142,9 +147,11 @@ def _pass(
     first: dict[int, torch.Tensor] = {}
     for order, gradients in losses:
         for layer in sorted(allowed):
+            stack = stacks[layers[layer].stack]
             e = _changes(stack[:, : units.offsets[layer + 1]], seen[layer], gradients[layer])
             if order == "first":
-                first[layer] = e[:-1][sample.scored[1:]].sum(0)
+                # Of random repetition, only what comes with tokens that can be predicted.
+                first[layer] = (e[:-1][sample.scored[1:]] if sample.repetition else e).sum(0)
                 continue
             yield layer, e, first.get(layer, torch.zeros(e.shape[1:]))
 

@@ -184,7 +184,10 @@ class Recipe(_Frozen):
         """The same recipe with the sharing that came of it, as an explicit map."""
         rows = cast(
             "dict[int | str, Any]",
-            {int(label) if label.isdigit() else label: row for label, row in sharing.to_json().items()},
+            {
+                int(label) if label.isdigit() else label: tuple(source and tuple(source) for source in row)
+                for label, row in sharing.to_json().items()
+            },
         )
         return self.model_copy(update={"sharing": Sharing.model_construct(map=rows)})
 

@@ -14,15 +14,16 @@ _HEAD_SIZES = ("head_dim", "head_size", "attention_head_size", "key_value_proj_d
 
 
 @cache
-def _shared_class(attention: type, module: str | None, plain: bool) -> type:
+def shared_class(attention: type, names) -> type:
+    """The attention class of a family that shares: ours, then the family's own."""
     family = sys.modules[attention.__module__]
     eager = getattr(family, "eager_attention_forward", eager_attention)
     members = {
-        "family_eager": staticmethod(eager_attention if plain else eager),
+        "family_eager": staticmethod(eager_attention if names.fused or names.module else eager),
         "rotate": staticmethod(getattr(family, "apply_rotary_pos_emb", None)),
         "__module__": __name__,
     }
-    ours = MODULES[module] if module else SharedAttention
+    ours = MODULES[names.module] if names.module else SharedAttention
     return type(f"Shared{attention.__name__}", (ours, attention), members)
 
 
@@ -82,7 +83,7 @@ def _shrink(attention: nn.Module, plan: LayerPlan, names, size: int) -> None:
             setattr(attention, names.sinks, nn.Parameter(sinks.detach()[list(plan.own)]))
 
 
-def _shape(attention: nn.Module, names, stack, config) -> tuple[int, int, int]:
+def shape_of(attention: nn.Module, names, stack, config) -> tuple[int, int, int]:
     """Query heads, query heads per key/value group, and head size of an attention module."""
     size = next(getattr(attention, name) for name in _HEAD_SIZES if hasattr(attention, name))
     axis = 1 if names.transposed else 0
@@ -104,15 +105,15 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
 def attentions_of(model: nn.Module, names, stack) -> list[nn.Module | None]:
     """The attention modules of a stack, layer by layer; None in layers without softmax attention."""
     layers = submodule(model, stack.layers)
-    found = [layer.get_submodule(stack.attention) if _has(layer, stack.attention) else None for layer in layers]
+    found = [layer.get_submodule(stack.attention) if has_part(layer, stack.attention) else None for layer in layers]
     return [module if module is not None and hasattr(module, names.fused or names.query) else None for module in found]
 
 
-def _has(layer: nn.Module, path: str) -> bool:
+def has_part(module: nn.Module, path: str) -> bool:
     for name in path.split("."):
-        if not hasattr(layer, name):
+        if not hasattr(module, name):
             return False
-        layer = getattr(layer, name)
+        module = getattr(module, name)
     return True
 
 
@@ -132,9 +133,9 @@ def share_attention(model: nn.Module, names, layers: dict) -> None:
     names: the model's `Family`. layers: for each reusing layer, per query head, None or (source layer, source head).
     Raises ValueError where the map does not fit the model.
     """
-    stacks = [stack for stack in names.all_stacks if not names.encoder_decoder or _has(model, stack.layers)]
+    stacks = [stack for stack in names.all_stacks if not names.encoder_decoder or has_part(model, stack.layers)]
     if not stacks:  # saved without the base model's name before its parts
-        stacks = [stack for stack in names.all_stacks if _has(model, stack.layers.partition(".")[2])]
+        stacks = [stack for stack in names.all_stacks if has_part(model, stack.layers.partition(".")[2])]
     known = {stack.name for stack in stacks}
     for label in layers:
         if str(label).rpartition(".")[0] not in known:
@@ -152,7 +153,7 @@ def _share_stack(model: nn.Module, names, stack, sharing: dict[int, tuple]) -> b
     attentions = attentions_of(model, names, stack)
     configs = [getattr(attention, "config", model.config) for attention in attentions]
     shapes = [
-        (0, 1, 0) if attention is None else _shape(attention, names, stack, config)
+        (0, 1, 0) if attention is None else shape_of(attention, names, stack, config)
         for attention, config in zip(attentions, configs, strict=True)
     ]
     plans = plan_layers(sharing, [heads for heads, _, _ in shapes], [group for _, group, _ in shapes])
@@ -160,7 +161,7 @@ def _share_stack(model: nn.Module, names, stack, sharing: dict[int, tuple]) -> b
         plan = plans.get(layer)
         if attention is None or (plan is None and names.exchange != "positions"):
             continue
-        attention.__class__ = _shared_class(type(attention), names.module, bool(names.fused or names.module))
+        attention.__class__ = shared_class(type(attention), names)
         attention.plan, attention.names, attention.stack = plan, names, stack.name
         _, attention.group, attention.size = shapes[layer]
         attention.model_config = configs[layer]

@@ -65,6 +65,7 @@ class Family:
         ("positions"), or, for families that pass on neither, in a context variable ("context").
     plain_forward: use our own attention forward, for families whose own one fixes the number of heads.
     module: the class of ours (`shared_attention_modules`) that runs the attention of a family with special steps.
+    interface: its own code calls the attention interface of transformers 5.
     transformers_5: the family shares attention in transformers 5 only; in 4 its code does not call the interface.
     tokenizer: the class that transformers 5 registers for the type (_PLAIN: tokenizer.json as it stands), None: none;
         tokenizer_wins: it is taken whatever tokenizer_config.json declares; vocabulary_tokenizer: the class that reads
@@ -111,6 +112,7 @@ class Family:
     exchange: str = "kwargs"
     plain_forward: bool = False
     module: str | None = None
+    interface: bool = True
     transformers_5: bool = False
     tokenizer: str | None = None
     tokenizer_wins: bool = False
@@ -533,6 +535,7 @@ FAMILIES: dict[str, Family] = {
             fused_order="groups",
             output="dense",
             module="falcon",
+            interface=False,
             exchange="context",
             plain_forward=True,
             dropout="attention_dropout",
@@ -550,6 +553,7 @@ FAMILIES: dict[str, Family] = {
             output="dense",
             rotary="none",
             module="bloom",
+            interface=False,
             exchange="context",
             plain_forward=True,
         ),
@@ -564,6 +568,7 @@ FAMILIES: dict[str, Family] = {
             output="out_proj",
             output_dropout="resid_dropout",
             module="gptj",
+            interface=False,
             exchange="context",
             plain_forward=True,
             dropout="attn_dropout",
