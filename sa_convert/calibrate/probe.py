@@ -126,9 +126,8 @@ class Probe:
         layers: list[Any] = list(submodule(self.model, stacks[0].layers).children())
         numbers: list[list[int]] = [[] for _ in layers]
         for stack in stacks:
-            for layer, attention, order in zip(
-                layers, attentions_of(self.model, self.family, stack), numbers, strict=True
-            ):
+            found: list[Any] = list(attentions_of(self.model, self.family, stack))
+            for layer, attention, order in zip(layers, found, numbers, strict=True):
                 output = None
                 if attention is not None:
                     order.append(len(self.attentions))
@@ -160,7 +159,8 @@ class Probe:
             attention.names, attention.stack = self.family, ""
             attention.model_config, attention.num_key_value_groups = config, attention.group
             own: Any = type(attention)
-            attention.__class__ = _probed(shared_class(own, self.family))
+            with _unhooked(attention):
+                attention.__class__ = _probed(shared_class(own, self.family))
 
     def order(self) -> list[int]:
         """The numbers of all attentions, as they run."""
@@ -236,6 +236,20 @@ def _probed(shared: type) -> type:
         return self.sa_convert_probe.attend(self, query, key, value, mask, arguments)
 
     return type(f"Probed{shared.__name__}", (shared,), {"attend": attend})
+
+
+@contextmanager
+def _unhooked(module: Any) -> Iterator[None]:
+    """Hooks of accelerate, which fetch weights from the disk, hold on to the module's forward as it was."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        yield
+        return
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+    remove_hook_from_module(module)
+    yield
+    add_hook_to_module(module, hook)
 
 
 def _has_stack(model: Any, family: Family, stack: Stack) -> bool:

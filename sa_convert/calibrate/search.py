@@ -42,7 +42,7 @@ class Sharing:
     def moves(self, state: "State") -> Iterator[Move]:
         removed = state.sharing_units
         for unit in state.costs.second:
-            if unit in removed:
+            if unit in removed or not state.units.keys_of(unit):
                 continue
             after = removed | {unit}
             offers = {}

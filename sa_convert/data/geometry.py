@@ -13,7 +13,8 @@ class LayerGeometry:
     query heads. head_dim: elements of one head's query and key. attention: type in the words of transformers
     ("full_attention", "sliding_attention"), "none" without softmax attention. window: tokens in the sliding window, or
     None. rotary: whether queries and keys are rotated by position. stack: which kind of attention of an encoder-decoder
-    ("encoder", "decoder", "decoder.cross"); "" where a model has one kind.
+    ("encoder", "decoder", "decoder.cross"); "" where a model has one kind. cached: whether its keys and values are kept
+    from one generated token to the next; an encoder's are not.
     """
 
     heads: int
@@ -23,6 +24,7 @@ class LayerGeometry:
     window: int | None = None
     rotary: bool = True
     stack: str = ""
+    cached: bool = True
 
     @property
     def group_size(self) -> int:
@@ -46,6 +48,12 @@ class ModelGeometry:
     @property
     def total_groups(self) -> int:
         return sum(layer.groups for layer in self.layers)
+
+    def keys(self, layer: int, groups: int) -> int:
+        """Elements that so many KV groups of a layer add to the key cache for each token: none in an encoder beside a
+        decoder. In a model that caches nothing, the keys that are computed count instead."""
+        counted = self.layers[layer].cached or not any(other.cached and other.heads for other in self.layers)
+        return groups * self.layers[layer].head_dim if counted else 0
 
     @property
     def stacks(self) -> Stacks:

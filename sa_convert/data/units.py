@@ -64,8 +64,8 @@ class Units:
         return self._unit_of[place]
 
     def keys_of(self, unit: Unit) -> int:
-        """Elements of one token's keys that the unit caches."""
-        return len(unit.groups) * self.geometry.layers[unit.layer].head_dim
+        """Elements of one token's keys that the unit caches; see `ModelGeometry.keys`."""
+        return self.geometry.keys(unit.layer, len(unit.groups))
 
     @cached_property
     def all_keys(self) -> int:

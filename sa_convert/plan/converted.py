@@ -10,7 +10,7 @@ from sa_convert.data.sharing_map import SharingMap
 from sa_convert.errors import CheckpointError, UnsupportedModelError
 from sa_convert.export.shared_attention_families import FAMILIES, PREFIX, Family
 from sa_convert.plan.rules import check_map
-from sa_convert.read.geometry import DEPTHS, attention_kinds, has_stack, layer_geometry, number
+from sa_convert.read.geometry import DEPTHS, attention_kinds, caches, has_stack, layer_geometry, number
 from sa_convert.read.names import attention_config
 
 
@@ -45,7 +45,7 @@ def _geometry(checkpoint: Checkpoint, family: Family, rows: Mapping[str, Any]) -
     for stack in family.all_stacks:
         if family.encoder_decoder and not has_stack(checkpoint, stack):
             continue
-        depth = number(config, stack.depth, *DEPTHS)
+        depth, cached = number(config, stack.depth, *DEPTHS), caches(config, family, stack)
         own = [f"{stack.name}.{at}".removeprefix(".") not in rows for at in range(depth)]
         found = [
             layer_geometry(checkpoint, config, family, stack, at, depth) if own[at] else None for at in range(depth)
@@ -56,5 +56,5 @@ def _geometry(checkpoint: Checkpoint, family: Family, rows: Mapping[str, Any]) -
         for at, (kind, window, rotary) in enumerate(attention_kinds(config, family, depth)):
             layer = found[at] or (LayerGeometry(0, 0, 0) if own[at] else whole)
             kind = kind if layer.heads else "none"
-            layers.append(replace(layer, attention=kind, window=window, rotary=rotary, stack=stack.name))
+            layers.append(replace(layer, attention=kind, window=window, rotary=rotary, stack=stack.name, cached=cached))
     return ModelGeometry(tuple(layers), family.granularity)

@@ -8,7 +8,7 @@ from sa_convert.data.geometry import ModelGeometry
 from sa_convert.data.report import Change, Savings
 from sa_convert.data.sharing_map import SharingMap
 from sa_convert.export.shared_attention_families import Family
-from sa_convert.read.names import attention_prefix, projection, stack_of
+from sa_convert.read.names import attention_prefix, projection
 
 
 def plan_savings(
@@ -32,8 +32,10 @@ def plan_savings(
         cache_bytes(checkpoint, family, geometry, SharingMap()),
         cache_bytes(checkpoint, family, geometry, sharing),
     )
-    keys = sum(layer.groups * layer.head_dim for layer in geometry.layers)
-    kept = sum(len(sharing.own_groups(index, layer)) * layer.head_dim for index, layer in enumerate(geometry.layers))
+    keys = sum(geometry.keys(index, layer.groups) for index, layer in enumerate(geometry.layers))
+    kept = sum(
+        geometry.keys(index, len(sharing.own_groups(index, layer))) for index, layer in enumerate(geometry.layers)
+    )
     return Savings(
         parameters=Change(parameters, parameters - removed),
         checkpoint_bytes=Change(size, size - removed_size),
@@ -49,7 +51,7 @@ def cache_bytes(checkpoint: Checkpoint, family: Family, geometry: ModelGeometry,
     """
     tensors, total = checkpoint.tensors, 0
     for index, layer in enumerate(geometry.layers):
-        if not layer.heads or not stack_of(family, geometry.stacks, index)[0].caches:
+        if not layer.heads or not layer.cached:
             continue
         prefix = attention_prefix(checkpoint, family, geometry.stacks, index)
         value = tensors[f"{prefix}{projection(family, 'value')}.weight"]

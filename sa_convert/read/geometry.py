@@ -37,7 +37,7 @@ def geometry_of(checkpoint: Checkpoint, family: Family) -> ModelGeometry:
     for stack in family.all_stacks:
         if family.encoder_decoder and not has_stack(checkpoint, stack):
             continue  # an encoder saved alone
-        depth = number(config, stack.depth, *DEPTHS)
+        depth, cached = number(config, stack.depth, *DEPTHS), caches(config, family, stack)
         kinds = attention_kinds(config, family, depth)
         found = [
             layer_geometry(checkpoint, config, family, stack, index, depth) or LayerGeometry(0, 0, 0, "none")
@@ -46,10 +46,17 @@ def geometry_of(checkpoint: Checkpoint, family: Family) -> ModelGeometry:
         if not any(layer.heads for layer in found):
             raise _missing(checkpoint, family, stack, 0, depth)
         layers += [
-            replace(layer, attention=kind, window=window, rotary=rotary, stack=stack.name) if layer.heads else layer
+            replace(layer, attention=kind, window=window, rotary=rotary, stack=stack.name, cached=cached)
+            if layer.heads
+            else layer
             for layer, (kind, window, rotary) in zip(found, kinds, strict=True)
         ]
     return ModelGeometry(tuple(layers), family.granularity)
+
+
+def caches(config: Mapping[str, Any], family: Family, stack: Stack) -> bool:
+    """Whether keys and values are cached: by an encoder, only where it is set up as a decoder."""
+    return stack.caches or (family.bidirectional and bool(config.get("is_decoder")))
 
 
 def has_stack(checkpoint: Checkpoint, stack: Stack) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sa_convert.errors import CheckpointError, DataError
 from sa_convert.run.auto_class import auto_class_name, headless, prediction_task
-from sa_convert.run.placement import Placement, read_config
+from sa_convert.run.placement import NO_MEMORY, Placement, read_config
 from sa_convert.run.quiet import keep_module_cache_clean, quiet
 
 if TYPE_CHECKING:
@@ -143,7 +143,12 @@ def _loaded(
         if placement.max_memory is None:
             options["device_map"] = {"": placement.device}
         else:
-            options |= {"device_map": "auto", "max_memory": dict(placement.max_memory), "offload_folder": offload}
+            # "auto" fails for some models with tied weights, and is not needed where everything goes to the disk.
+            bounds = dict(placement.max_memory)
+            options |= (
+                {"device_map": {"": "disk"}} if bounds == NO_MEMORY else {"device_map": "auto", "max_memory": bounds}
+            )
+            options["offload_folder"] = offload
         try:
             model, info = auto_class.from_pretrained(folder, **options)
         except Exception as error:  # whatever a library finds wrong with the files is the user's to read
