@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
 
 assert transformers.__version__.startswith("4."), transformers.__version__
 assert "sa_convert" not in sys.modules
@@ -17,9 +16,11 @@ assert "sa_convert" not in sys.modules
 
 def attempt(folder, job):
     config = json.loads((Path(folder) / "config.json").read_text())
-    if not hasattr(transformers, config["architectures"][0].removeprefix("SharedAttention")):
-        return {"absent": config["architectures"][0]}
-    model, info = AutoModelForCausalLM.from_pretrained(
+    name = config["architectures"][0].removeprefix("SharedAttention")
+    if not hasattr(transformers, name):
+        return {"absent": name}
+    named = [key for key in config.get("auto_map", ()) if key.startswith("AutoModel")]
+    model, info = getattr(transformers, named[0] if named else name).from_pretrained(
         folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
     )
     missing = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
@@ -27,20 +28,28 @@ def attempt(folder, job):
         return {"error": f"keys do not fit: {missing}"}
     model.eval()
     ids = torch.tensor(job["ids"])
-    options = {"max_new_tokens": job["new_tokens"], "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    generates = model.can_generate()
+    inputs = {"use_cache": False} if generates else {}
+    inputs |= {"decoder_input_ids": ids.flip(1)} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
-        logits = model(ids, use_cache=False).logits[:, -1].tolist()
-    if "shared_attention" not in config:
-        return {"logits": logits}
-    cached = model.generate(ids, **options)
-    uncached = model.generate(ids, **options, use_cache=False)
-    static = model.generate(ids, **options, cache_implementation="static")
-    return {
-        "cached": cached.tolist(),
-        "uncached": uncached.tolist(),
-        "static": static.tolist(),
-        "logits": logits,
-    }
+        found = {"logits": model(ids, **inputs).logits[:, -1].tolist()}
+    if "shared_attention" not in config or not generates:
+        return found
+    options = {"max_new_tokens": job["new_tokens"], "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    for way, extra in (
+        ("cached", {}),
+        ("uncached", {"use_cache": False}),
+        ("static", {"cache_implementation": "static"}),
+    ):
+        if way == "static" and not supports_static(model):
+            continue
+        found[way] = model.generate(ids, **options, **extra).tolist()
+    return found
+
+
+def supports_static(model):
+    """Whether the base model takes a static cache."""
+    return getattr(model, "_can_compile_fullgraph", getattr(model, "_supports_static_cache", False))
 
 
 def main(jobs, output):

@@ -9,9 +9,9 @@ import subprocess
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT, run_cli
 from tiny_models import geometry_of_folder, kinds_of, load_converted, make_map, save_tiny, write_recipe
-from transformers import AutoModelForCausalLM
 
 from sa_convert.export.shared_attention_families import FAMILIES
 
@@ -38,8 +38,9 @@ def results(tmp_path_factory):
         save_tiny(family, root / family)
         folders[family, "base"] = str(root / family)
         for kind in kinds(family):
-            rows = make_map(kind, geometry_of_folder(root / family), seed=3)
-            recipe = write_recipe(root / f"{family}-{kind}.json", rows)
+            geometry = geometry_of_folder(root / family)
+            rows = make_map(kind, geometry, seed=3)
+            recipe = write_recipe(root / f"{family}-{kind}.json", rows, geometry.stacks)
             out = root / f"{family}-{kind}"
             done = run_cli("convert", root / family, "--recipe", recipe, "-o", out, "--no-validate")
             assert done.returncode == 0, done.stderr
@@ -71,17 +72,21 @@ def test_same_tokens(results, family, kind):
         return
     assert "error" not in result, result["error"]
     model = load_converted(folders[family, kind], dtype=torch.float32)
-    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-    expected = model.generate(ids, **options).tolist()
-    assert result["cached"] == expected
-    assert result["uncached"] == expected
-    assert result["static"] == expected
+    entry = FAMILIES[family]
+    inputs = {} if entry.bidirectional else {"use_cache": False}
+    inputs |= {"decoder_input_ids": ids.flip(1)} if entry.encoder_decoder else {}
+    if not entry.bidirectional:
+        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+        expected = model.generate(ids, **options).tolist()
+        assert result["cached"] == expected
+        assert result["uncached"] == expected
+        assert result.get("static", expected) == expected
     with torch.no_grad():
-        difference = (torch.tensor(result["logits"]) - model(ids, use_cache=False).logits[:, -1]).abs().max()
+        difference = (torch.tensor(result["logits"]) - model(ids, **inputs).logits[:, -1]).abs().max()
         if difference > 1e-4:
             # The two versions of transformers compute some families differently; then the base model tells how much.
-            base = AutoModelForCausalLM.from_pretrained(folders[family, "base"], dtype=torch.float32).eval()
-            expected = base(ids, use_cache=False).logits[:, -1]
-            versions = (torch.tensor(found[folders[family, "base"]]["logits"]) - expected).abs().max()
-            assert versions < 0.01
-            assert difference <= 3 * versions
+            base = getattr(transformers, entry.default_class)
+            base = base.from_pretrained(folders[family, "base"], dtype=torch.float32).eval()
+            versions = torch.tensor(found[folders[family, "base"]]["logits"]) - base(ids, **inputs).logits[:, -1]
+            assert versions.abs().max() < 0.01
+            assert difference <= 3 * versions.abs().max()

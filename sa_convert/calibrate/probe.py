@@ -150,7 +150,6 @@ class Probe:
         from sa_convert.export.shared_attention_apply import shape_of, shared_class
         from sa_convert.export.shared_attention_plan import whole_layer
 
-        self.model.set_attn_implementation("eager")
         stack = self.family.all_stacks[0]
         for layer, attention in enumerate(self.attentions):
             config = getattr(attention, "config", self.model.config)
@@ -233,9 +232,21 @@ def _probed(shared: type) -> type:
     def attend(
         self: Any, exchange: Any, implementation: str, query: Any, key: Any, value: Any, mask: Any, arguments: Any
     ) -> Any:
-        return self.sa_convert_probe.attend(self, query, key, value, mask, arguments)
+        return self.sa_convert_probe.attend(self, query, key, value, _eager_mask(mask, query, key), arguments)
 
     return type(f"Probed{shared.__name__}", (shared,), {"attend": attend})
+
+
+def _eager_mask(mask: Any, query: Any, key: Any) -> Any:
+    """A mask that is added to scores, from what a causal model hands to its kernel: boolean, or none at all."""
+    import torch
+
+    from sa_convert.export.shared_attention import additive
+
+    tokens, length = query.shape[-2], key.shape[-2]
+    if mask is None:
+        mask = torch.ones(1, 1, tokens, length, dtype=torch.bool, device=query.device).tril(length - tokens)
+    return additive(mask, query, length)
 
 
 @contextmanager
@@ -248,6 +259,7 @@ def _unhooked(module: Any) -> Iterator[None]:
     from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 
     remove_hook_from_module(module)
+    module.__dict__.pop("forward", None)  # it put that there, and it is the former class's
     yield
     add_hook_to_module(module, hook)
 
