@@ -5,6 +5,7 @@ whatever its head; it is made when it is first asked for. It is the base class, 
 changed as `config.shared_attention` says: see `shared_attention`.
 """
 
+from contextlib import contextmanager
 from functools import cache
 
 import transformers
@@ -21,12 +22,24 @@ from .shared_attention_modules import MODULES  # noqa: F401
 from .shared_attention_plan import LayerPlan  # noqa: F401
 
 
+@contextmanager
+def _as_base(config, family: Family):
+    """While open, the config is of its base's class: some heads ask an auto class for their base model."""
+    ours = type(config)
+    config.__class__ = getattr(transformers, family.config_class)
+    try:
+        yield
+    finally:
+        config.__class__ = ours
+
+
 class SharedAttentionMixin:
     """Builds the base model, then makes it share attention."""
 
     def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
         family = FAMILIES[config.model_type.removeprefix(PREFIX)]
+        with _as_base(config, family):
+            super().__init__(config, *args, **kwargs)
         share_attention(self, family, config.shared_attention["layers"])
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):

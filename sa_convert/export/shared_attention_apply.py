@@ -56,6 +56,9 @@ def _shrink(attention: nn.Module, plan: LayerPlan, names, size: int) -> None:
     if names.fused:
         kept = (len(plan.own) + len(plan.own_groups) + groups) * size
         _keep_first(getattr(attention, names.fused), kept, 1 if names.transposed else 0)
+        for norm in (names.query_norm, names.key_norm):
+            if norm and not plan.own and hasattr(attention, norm):
+                delattr(attention, norm)
         return
     if names.gate == "query":
         _keep_first(getattr(attention, names.query), (len(plan.own) + total) * size, 0)
@@ -96,10 +99,16 @@ def shape_of(attention: nn.Module, names, stack, config) -> tuple[int, int, int]
     return heads, heads // groups, size
 
 
+def path_in(model: nn.Module, path: str) -> str | None:
+    """Where a model has this part, or None. The path is that in a language model, and may begin with the name of the
+    base model: a model without a head lacks that name, and some heads have another."""
+    rest, base = path.partition(".")[2], model.base_model_prefix
+    return next((found for found in (path, rest, f"{base}.{rest}", f"{base}.{path}") if has_part(model, found)), None)
+
+
 def submodule(model: nn.Module, path: str) -> nn.Module:
-    """A part of a model by its path, which begins with the base model's name; a model without a head lacks that."""
-    first, _, rest = path.partition(".")
-    return model.get_submodule(path) if hasattr(model, first) else model.get_submodule(rest)
+    """A part of a model by its path in a language model. Raises AttributeError where there is none."""
+    return model.get_submodule(path_in(model, path) or path)
 
 
 def attentions_of(model: nn.Module, names, stack) -> list[nn.Module | None]:
@@ -110,10 +119,11 @@ def attentions_of(model: nn.Module, names, stack) -> list[nn.Module | None]:
 
 
 def has_part(module: nn.Module, path: str) -> bool:
+    """Whether there is such a part; some layers name a part that they lack, as None."""
     for name in path.split("."):
-        if not hasattr(module, name):
+        module = getattr(module, name, None)
+        if module is None:
             return False
-        module = getattr(module, name)
     return True
 
 
@@ -133,9 +143,8 @@ def share_attention(model: nn.Module, names, layers: dict) -> None:
     names: the model's `Family`. layers: for each reusing layer, per query head, None or (source layer, source head).
     Raises ValueError where the map does not fit the model.
     """
-    stacks = [stack for stack in names.all_stacks if not names.encoder_decoder or has_part(model, stack.layers)]
-    if not stacks:  # saved without the base model's name before its parts
-        stacks = [stack for stack in names.all_stacks if has_part(model, stack.layers.partition(".")[2])]
+    # An encoder may stand alone.
+    stacks = [stack for stack in names.all_stacks if not names.encoder_decoder or path_in(model, stack.layers)]
     known = {stack.name for stack in stacks}
     for label in layers:
         if str(label).rpartition(".")[0] not in known:
@@ -143,9 +152,9 @@ def share_attention(model: nn.Module, names, layers: dict) -> None:
     opened = set()
     for stack in stacks:
         if _share_stack(model, names, stack, _rows_of(stack.name, layers)):
-            opened.add(stack.layers.rpartition(".")[0])
+            opened.add((path_in(model, stack.layers) or stack.layers).rpartition(".")[0])
     for path in sorted(opened):
-        _open_exchange(submodule(model, path) if path else model, names)
+        _open_exchange(model.get_submodule(path), names)
 
 
 def _share_stack(model: nn.Module, names, stack, sharing: dict[int, tuple]) -> bool:

@@ -10,8 +10,8 @@ from sa_convert.data.sharing_map import SharingMap
 from sa_convert.errors import CheckpointError, UnsupportedModelError
 from sa_convert.export.shared_attention_families import FAMILIES, PREFIX, Family
 from sa_convert.plan.rules import check_map
-from sa_convert.read.geometry import DEPTHS, attention_kinds, caches, has_stack, layer_geometry, number
-from sa_convert.read.names import attention_config
+from sa_convert.read.geometry import DEPTHS, attention_kinds, caches, layer_geometry, number
+from sa_convert.read.names import attention_config, has_stack
 
 
 def converted_parts(checkpoint: Checkpoint) -> tuple[Family, ModelGeometry, SharingMap]:
@@ -43,7 +43,7 @@ def _geometry(checkpoint: Checkpoint, family: Family, rows: Mapping[str, Any]) -
     config = attention_config(checkpoint.config, family)
     layers: list[LayerGeometry] = []
     for stack in family.all_stacks:
-        if family.encoder_decoder and not has_stack(checkpoint, stack):
+        if family.encoder_decoder and not has_stack(checkpoint, family, stack):
             continue
         depth, cached = number(config, stack.depth, *DEPTHS), caches(config, family, stack)
         own = [f"{stack.name}.{at}".removeprefix(".") not in rows for at in range(depth)]

@@ -8,7 +8,7 @@ from sa_convert.data.checkpoint import Checkpoint, TensorEntry
 from sa_convert.data.geometry import LayerGeometry, ModelGeometry
 from sa_convert.errors import CheckpointError, UnsupportedModelError
 from sa_convert.export.shared_attention_families import Family, Stack
-from sa_convert.read.names import attention_config, attention_start, projection
+from sa_convert.read.names import attention_config, attention_start, has_stack, projection
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 DEPTHS = ("num_hidden_layers", "num_layers")
@@ -35,7 +35,7 @@ def geometry_of(checkpoint: Checkpoint, family: Family) -> ModelGeometry:
     config = attention_config(checkpoint.config, family)
     layers = []
     for stack in family.all_stacks:
-        if family.encoder_decoder and not has_stack(checkpoint, stack):
+        if family.encoder_decoder and not has_stack(checkpoint, family, stack):
             continue  # an encoder saved alone
         depth, cached = number(config, stack.depth, *DEPTHS), caches(config, family, stack)
         kinds = attention_kinds(config, family, depth)
@@ -57,12 +57,6 @@ def geometry_of(checkpoint: Checkpoint, family: Family) -> ModelGeometry:
 def caches(config: Mapping[str, Any], family: Family, stack: Stack) -> bool:
     """Whether keys and values are cached: by an encoder, only where it is set up as a decoder."""
     return stack.caches or (family.bidirectional and bool(config.get("is_decoder")))
-
-
-def has_stack(checkpoint: Checkpoint, stack: Stack) -> bool:
-    """Whether a stack of an encoder-decoder was saved: an encoder may stand alone."""
-    start = f"{stack.layers}."
-    return any(name.startswith(start) or f".{start}" in name for name in checkpoint.tensors)
 
 
 def _missing(checkpoint: Checkpoint, family: Family, stack: Stack, index: int, depth: int) -> CheckpointError:

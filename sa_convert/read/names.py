@@ -8,6 +8,9 @@ from sa_convert.data.stacks import Stacks, place_of
 from sa_convert.errors import CheckpointError
 from sa_convert.export.shared_attention_families import Family, Stack
 
+OTHER_BASE = "transformer"
+"""Name of the base model in heads that do not call it as the language model does, such as LlamaForQuestionAnswering."""
+
 
 def attention_config(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
     """The part of config.json that describes the attention: the language model's of a multimodal model.
@@ -52,10 +55,18 @@ def layers_prefix(checkpoint: Checkpoint, family: Family, stack: Stack) -> str:
     )
 
 
+def has_stack(checkpoint: Checkpoint, family: Family, stack: Stack) -> bool:
+    """Whether a stack of an encoder-decoder was saved: an encoder may stand alone."""
+    starts = tuple(f"{prefix}." for prefix in prefixes(family, stack))
+    return any(name.startswith(starts) and f".{stack.attention}." in name for name in checkpoint.tensors)
+
+
 def prefixes(family: Family, stack: Stack) -> list[str]:
-    """Module path of the layers in a checkpoint, the likeliest first: a model without a head lacks the first part."""
+    """Module path of the layers in a checkpoint, the likeliest first: a model without a head lacks the first part, and
+    some heads have another name for the base model."""
     paths = [family.files, stack.layers] if family.files else [stack.layers]
-    return list(dict.fromkeys([*paths, *(path.partition(".")[2] for path in paths if "." in path)]))
+    rests = [path.partition(".")[2] for path in paths if "." in path]
+    return list(dict.fromkeys([*paths, *rests, *(f"{OTHER_BASE}.{path}" for path in (*rests, *paths))]))
 
 
 def projection(family: Family, side: str) -> str:
