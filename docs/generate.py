@@ -7,35 +7,66 @@ python docs/generate.py --check   # fails where the file is not what would be wr
 import sys
 from pathlib import Path
 
-from sa_convert.export.shared_attention_families import FAMILIES, Family
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
+
+from tiny_models import kinds_of  # noqa: E402
+
+from sa_convert.export.shared_attention_families import FAMILIES, Family  # noqa: E402
 
 PAGE = Path(__file__).parent / "families.md"
 HEAD = """# Supported families
 
 This page is generated from `sa_convert/export/shared_attention_families.py` by `python docs/generate.py`; a test
-fails where the two differ. The family is chosen by `model_type` in config.json, never by a model's name.
+fails where the two differ. The family is chosen by `model_type` in config.json, never by a model's name; the class that
+is converted is the one that config.json names under `architectures` (LlamaForSequenceClassification and BertModel as
+well as those below), and the converted class derives from it.
 
-Every family below is converted through the command line by `tests/test_families.py`, from a tiny random model: the
-first 25 with maps of each kind that they can run (whole layers with the same heads, as the paper's spans; whole layers
-with other heads; whole KV groups; single heads), the others with the most demanding kind. The logits equal the base
-model's under forced attention weights (1e-4, float32), cached equals uncached decoding, and the files hold no query and
-key rows of reusing heads. `tests/test_transformers_4.py` runs converted folders on transformers 4.57 as well, for every
-family that 4.57 has, except where the table says otherwise. What was tested is the type of model, not every published
-checkpoint of it.
+Every family is converted through the command line by `tests/test_families.py`, from a tiny random model. *Maps* says with
+which: *span* (whole layers, same heads, as in the paper), *layers* (whole layers, other heads), *groups* (whole KV
+groups), *heads* (single heads, the most demanding). In each case the logits equal the unmodified base's under forced
+attention weights (1e-4, float32; with eager attention, and with SDPA where the family has it), cached equals uncached
+decoding where the model caches, and the files hold no query and key rows of reusing heads. *Runs on* says on which
+versions of transformers converted folders were loaded and generated the same tokens (`tests/test_transformers_4.py`).
+`tests/test_calibrate_families.py` runs search and refit in every family. What was tested is the type of model, not every
+published checkpoint of it.
 
-| `model_type` | class | smallest unit that reuses | attention types | norms of queries and keys | remarks |
-|---|---|---|---|---|---|
+| `model_type` | class | kind | smallest unit that reuses | attention | maps | runs on | remarks |
+|---|---|---|---|---|---|---|---|
 """
 TAIL = """
-A model of another type is refused with the reason: fused projections (`qkv_proj`, `c_attn`, `query_key_value`), latent
-attention (MLA), state-space layers, encoders, multimodal models, code outside of transformers, quantised projections.
+A model of another type is refused with the reason. [smoke.md](smoke.md) has what becomes of every causal language model
+that transformers knows: converted, or refused and why.
 
 ## Rules that follow from the family
 
-- A source and its reusing head have the same attention type, window, head size and treatment of positions.
+- A source and its reusing head have the same attention type, window, head size and treatment of positions. In an
+  encoder-decoder, encoder self-attention, decoder self-attention and cross-attention share within their own kind.
 - Keys of a KV group go when all query heads of the group reuse; queries go head by head.
 - Where one norm runs over the queries (and one over the keys) of all heads together, only whole layers reuse.
+- Of a fused projection, a reusing layer keeps its own queries, its own keys and all values, in this order.
+- In a mixed model, layers without softmax attention stay as they are, and spans pass over them.
+- In a multimodal model, only the language model shares; everything else is copied byte by byte.
+- An encoder caches nothing: sharing saves its parameters and the time of Q.K and softmax.
+
+## To add a family
+
+1. Look at the attention class in `transformers/models/<type>/modeling_<type>.py`: how it names its projections, whether
+   one makes queries, keys and values together (and in which order its rows lie), what norms them, what masks them.
+2. Write one entry in `shared_attention_families.py`: model type, config class, the class that most checkpoints name,
+   and what differs from Llama's names. The docstring of `Family` explains every field. Give `tokenizer` what
+   `TOKENIZER_MAPPING_NAMES` of transformers has for the type.
+3. If its own forward fixes the number of heads, or does not call the attention interface, add `plain_forward=True`; if
+   it takes steps of its own (ALiBi, tables of positions), a small class in `shared_attention_modules.py`, named by
+   `module`.
+4. Run `pytest tests/test_families.py tests/test_geometry.py tests/test_rewrite_model.py tests/test_calibrate_families.py
+   -k <type>`. They find the entry by themselves. If the default config is no small one, or hides what is special, add
+   the options that bring it out to `SPECIAL` in `tests/tiny_models.py`: data, not code.
+5. Run `pytest tests/test_transformers_4.py -k <type>`; where transformers 4.57 computes the family by code of its own,
+   write `transformers_5=True`, and converted folders say so there.
+6. Run `python docs/generate.py` and `python docs/benchmarks/smoke.py`.
 """
+# Types that transformers 4.57 does not have; a test compares with it.
+NOT_IN_4: frozenset[str] = frozenset()
 NORMS = {
     "shared": "one for all heads",
     "rows": "one row per head",
@@ -46,35 +77,59 @@ SLIDING = {
     "none": "full",
     "all": "sliding where config.json gives a window, else full",
     "periodic": "sliding, every {period}th full",
+    "periodic_first": "sliding, every {period}th full, from the first on",
     "from_max_window_layers": "full; sliding from `max_window_layers` on if `use_sliding_window`",
     "alternate_below_max_window_layers": "full; every other sliding if `use_sliding_window`",
     "without_rotary": "full; layers without rotation sliding if `use_sliding_window`",
+    "chunked_with_rotary": "in chunks; layers without rotation full",
 }
-ORDINAL = {"2th": "2nd"}
+ORDINAL = {"2th": "2nd", "3th": "3rd"}
+
+
+def kind(family: Family) -> str:
+    if family.encoder_decoder:
+        return "encoder-decoder"
+    if family.text:
+        return "language model in a multimodal one"
+    what = "encoder" if family.bidirectional else "decoder"
+    return f"{what}, some layers" if family.mixed else what
+
+
+def remarks(family: Family) -> list[str]:
+    found = []
+    if family.query_norm:
+        found.append(f"norms of queries and keys: {NORMS[family.norm]}")
+    if family.fused:
+        found.append(f"fused `{family.fused}`")
+    if family.gate:
+        found.append("gated output")
+    if family.sinks:
+        found.append("attention sinks of reusing heads go too")
+    if family.rotary == "sliding":
+        found.append("only sliding layers rotate queries and keys")
+    if family.rotary == "no_rope_layers":
+        found.append("layers with and without rotation do not share")
+    if family.module:
+        found.append("our own attention forward, for this family")
+    elif family.plain_forward:
+        found.append("our own attention forward")
+    return found
 
 
 def row(family: Family) -> str:
-    remarks = []
-    if family.sinks:
-        remarks.append("attention sinks of reusing heads go too")
-    if family.rotary == "sliding":
-        remarks.append("only sliding layers rotate queries and keys")
-    if family.rotary == "no_rope_layers":
-        remarks.append("layers with and without rotation do not share")
-    if family.transformers_5:
-        remarks.append("on transformers 5 only")
-    if family.plain_forward:
-        remarks.append("runs our own attention forward")
     sliding = SLIDING[family.sliding].format(period=family.period)
     for wrong, right in ORDINAL.items():
         sliding = sliding.replace(wrong, right)
+    unit = "layer" if family.granularity == "layer" else "head (keys: KV group)"
     cells = (
         f"`{family.model_type}`",
         family.default_class,
-        family.granularity,
+        kind(family),
+        unit,
         sliding,
-        NORMS[family.norm] if family.query_norm else "",
-        "; ".join(remarks),
+        ", ".join(kinds_of(family.model_type)),
+        "5.23" if family.transformers_5 or family.model_type in NOT_IN_4 else "4.57, 5.23",
+        "; ".join(remarks(family)),
     )
     return f"| {' | '.join(cells)} |"
 
