@@ -6,6 +6,7 @@
 import json
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def test_same_tokens(results, family, kind):
         assert "need transformers 5, this is 4.57" in result["error"]
         return
     assert "error" not in result, result["error"]
-    model = load_converted(folders[family, kind], dtype=torch.float32)
+    model = load_converted(Path(folders[family, kind]), dtype=torch.float32)
     entry = FAMILIES[family]
     inputs = {} if entry.bidirectional else {"use_cache": False}
     inputs |= {"decoder_input_ids": ids.flip(1)} if entry.encoder_decoder else {}

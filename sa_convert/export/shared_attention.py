@@ -146,8 +146,7 @@ class SharedAttention(nn.Module):
             mask = kwargs.pop("attention_mask", args[0] if args else None)
             return self._plain(hidden_states, mask, positions, cache, **kwargs)
         if plan is None:
-            if not self.names.plain_forward:
-                kwargs.pop(EXCHANGE, None)
+            kwargs.pop(EXCHANGE, None)
         elif cache is not None and plan.packs_cache:
             kwargs["past_key_values"] = PackedCache(cache)
         return super().forward(hidden_states, *args, **kwargs)

@@ -175,6 +175,8 @@ def _share_stack(model: nn.Module, names, stack, sharing: dict[int, tuple]) -> b
         _, attention.group, attention.size = shapes[layer]
         attention.model_config = configs[layer]
         attention.config = ConfigView(configs[layer])
+        if not hasattr(attention, "is_causal"):  # kernels take it for granted where a module does not say
+            attention.is_causal = not names.bidirectional or getattr(configs[layer], "is_decoder", False)
         if plan is not None and plan.reuses:
             _shrink(attention, plan, names, attention.size)
     return bool(plans)
