@@ -16,7 +16,7 @@ from tiny_models import (
     save_tiny,
     write_recipe,
 )
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import DynamicCache
 
 from sa_convert.export.shared_attention_families import FAMILIES
 from sa_convert.read.names import stack_of
@@ -53,11 +53,17 @@ def cached_logits(model, ids, entry):
         encoded = {"encoder_outputs": model.get_encoder()(ids)}
         ids = ids.flip(1)
     name = "decoder_input_ids" if entry.encoder_decoder else "input_ids"
-    cache = DynamicCache(config=model.config)
-    cache = EncoderDecoderCache(cache, DynamicCache(config=model.config)) if entry.encoder_decoder else cache
-    logits = [model(**{name: ids[:, :5]}, **encoded, past_key_values=cache, use_cache=True).logits]
+    first = {name: ids[:, :5], **encoded, "use_cache": True}
+    output = model(**first)
+    cache = getattr(output, "past_key_values", None)
+    if cache is None:  # its output does not name it
+        cache = DynamicCache(config=model.config)
+        output = model(**first, past_key_values=cache)
+    logits = [output.logits]
     for token in range(5, ids.shape[1]):
         given = {name: ids[:, token : token + 1], "past_key_values": cache}
+        if entry.rotary != "none" and not entry.text:  # Bamba counts from 0 where it is not told
+            given["position_ids"] = torch.tensor([[token]])
         logits.append(model(**given, **encoded, use_cache=True).logits)
     return torch.cat(logits, dim=1), cache
 

@@ -30,11 +30,24 @@ SIZES = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "intermediate_size_mlp": 96,
+    # Layers without softmax attention.
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "mamba_d_state": 8,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_chunk_size": 8,
     # Encoders and encoder-decoders.
     "d_model": 64,
     "d_kv": 8,
     "d_ff": 96,
     "num_heads": 8,
+    "attention_heads": 8,
     "num_layers": 4,
     "num_decoder_layers": 4,
     "encoder_layers": 4,
@@ -45,6 +58,8 @@ SIZES = {
     "decoder_ffn_dim": 96,
     "decoder_start_token_id": 2,
 }
+_MIXED = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+_LINEAR = ["linear_attention", "full_attention", "full_attention"] * 2
 # Options that bring out what is special in a family.
 SPECIAL = {
     "llama": {"attention_bias": True},
@@ -53,7 +68,7 @@ SPECIAL = {
     "phi": {"qk_layernorm": True},
     "opt": {"num_key_value_heads": 8},
     "exaone4": {"sliding_window_pattern": 2},
-    "gemma3_text": {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2},
+    "gemma3_text": {"layer_types": _MIXED},
     "olmo": {"clip_qkv": 0.3},
     "olmoe": {"clip_qkv": 0.3},
     "glm4_moe": {"use_qk_norm": True},
@@ -65,9 +80,38 @@ SPECIAL = {
     "gpt2": {"scale_attn_by_inverse_layer_idx": True},
     "gptj": {"rotary_dim": 4},
     "modernbert": {"global_attn_every_n_layers": 2, "local_attention": 8},
-    "qwen3_next": {"layer_types": ["linear_attention", "full_attention", "full_attention"] * 2},
+    "qwen3_next": {"layer_types": _LINEAR},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "attention_window_size": 8},
+    "mellum": {"layer_types": _MIXED},
+    "exaone_moe": {"sliding_window_pattern": 2},
+    "kolibri1": {"layer_types": _MIXED},
+    "cohere_compass_text": {
+        "layer_types": _MIXED,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
+            "full_attention": None,
+        },
+    },
+    "llama4_text": {
+        # Positions of the test sequences lie beyond where queries begin to be scaled by position.
+        "attention_chunk_size": 8,
+        "floor_scale": 4,
+        "no_rope_layer_interval": 2,
+        "num_experts_per_tok": 1,
+    },
+    "qwen3_5_text": {"layer_types": _LINEAR},
+    "qwen3_5_moe_text": {"layer_types": _LINEAR},
+    "lfm2": {"layer_types": ["conv", "full_attention", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "full_attention"] * 2},
+    "olmo_hybrid": {"layer_types": _LINEAR},
+    # transformers counts MiniMax's cached tokens in the first layer.
+    "minimax": {"layer_types": ["full_attention", "linear_attention", "full_attention"] * 2, "block_size": 8},
+    "bamba": {"attn_layer_indices": [1, 2, 4, 5]},
+    "granitemoehybrid": {"layer_types": _LINEAR, "shared_intermediate_size": 32},
+    "persimmon": {"qk_layernorm": True},
+    "plbart": {"decoder_start_token_id": 2},
+    "xmod": {"default_language": "en_XX"},
     "gpt_oss": {
         # The default stretches positions beyond this tiny model's.
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},

@@ -14,7 +14,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 DEPTHS = ("num_hidden_layers", "num_layers")
 """Config keys of the number of layers that stand in where a family's own key is missing."""
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 
 
 def number(config: Mapping[str, Any], key: str, *others: str) -> int:
@@ -164,6 +164,8 @@ def _default_types(
     config: Mapping[str, Any], family: Family, depth: int, window: int | None, rotates: list[bool]
 ) -> list[str]:
     """The attention types of a config that does not list them; `Family.sliding` names the rule."""
+    if family.sliding == "chunked_with_rotary":
+        return [CHUNKED if rotated else FULL for rotated in rotates]
     if window is None and not family.sliding.startswith("periodic"):
         return [FULL] * depth
     first_full = config.get("max_window_layers", 28)

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from sa_convert.export.shared_attention_families import FAMILIES, PREFIX
 from sa_convert.run.device import input_device
 from sa_convert.run.task import Decoding
 
@@ -15,6 +16,9 @@ class Steps:
     def __init__(self, model: Any, decoding: Decoding) -> None:
         self.model = model
         self.tokens = decoding.tokens[None].to(input_device(model))
+        # As generate() tells them; Bamba counts from 0 in every pass that is not told.
+        family = FAMILIES.get(model.config.model_type.removeprefix(PREFIX))
+        self._told_positions = family is not None and family.mixed and family.rotary != "none"
         self._source = None if decoding.source is None else decoding.source[None].to(input_device(model))
 
     def whole(self, tokens: "torch.Tensor") -> "torch.Tensor":
@@ -35,6 +39,8 @@ class Steps:
         inputs: dict[str, Any]
         if self._source is None:
             inputs = {"input_ids": token, "attention_mask": torch.ones_like(self.tokens[:, : place + 1])}
+            if self._told_positions:
+                inputs["position_ids"] = torch.full_like(token, place)
         else:
             read = BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)
             inputs = {"decoder_input_ids": token, "encoder_outputs": read}
