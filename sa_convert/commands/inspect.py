@@ -1,15 +1,16 @@
 """`sa-convert inspect`: what a model is, and what of it can be shared."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import click
 
 from sa_convert.commands.options import echo_json, json_option, model_argument
+from sa_convert.data.stacks import layer_names, stack_ranges
 from sa_convert.units import human_bytes, human_count
 
 if TYPE_CHECKING:
-    from sa_convert.data.geometry import LayerGeometry
+    from sa_convert.data.geometry import LayerGeometry, ModelGeometry
     from sa_convert.plan.inspection import Inspection, Kind
 
 _LONGEST_PERIOD = 16
@@ -42,23 +43,22 @@ def _rows(inspection: "Inspection") -> Iterator[tuple[str, str]]:
     yield "Model", inspection.model + (f" at {inspection.revision}" if inspection.revision else "")
     yield "Type", inspection.model_type
     yield "Family", inspection.family or "none that can be converted"
-    yield "Layers", _or_unknown(inspection.layers)
-    yield "Query heads", _or_unknown(inspection.query_heads, "{} per layer")
-    total = f", {geometry.total_groups:,} in all" if geometry else ""
-    yield "KV groups", _or_unknown(inspection.kv_groups, "{} per layer") + total
-    yield "Head size", _or_unknown(inspection.head_dim)
     if geometry:
-        yield "Attention", _attention(geometry.layers)
+        yield from _shape(geometry)
+    else:
+        yield "Layers", _or_unknown(inspection.layers)
+        yield "Query heads", _or_unknown(inspection.query_heads, "{} per layer")
+        yield "KV groups", _or_unknown(inspection.kv_groups, "{} per layer")
+        yield "Head size", _or_unknown(inspection.head_dim)
     shards = "1 file" if inspection.shards == 1 else f"{inspection.shards} shards"
     yield "Tensors", f"{inspection.tensors:,} in {shards}"
     yield "Parameters", _with_exact(human_count(inspection.parameters), inspection.parameters)
     dequantised = ", once dequantised" if inspection.model.lower().endswith(".gguf") else ""
     yield "Data types", ", ".join(_dtypes(inspection)) + dequantised
     yield "Size", _with_exact(human_bytes(inspection.checkpoint_bytes), inspection.checkpoint_bytes, " bytes")
-    cache = inspection.cache_bytes_per_token
-    yield "Cache per token", "unknown" if cache is None else f"{cache:,} bytes in the data type of the weights"
+    yield "Cache per token", _cache(inspection)
     if inspection.shared and geometry:
-        layers = format_layers(tuple(inspection.shared.layers))
+        layers = layer_names(geometry.stacks, inspection.shared.layers)
         reused = inspection.shared.reused_groups(geometry)
         yield "Shares already", f"{reused} of {geometry.total_groups} KV groups, in layers {layers}"
     yield from _sharing(inspection)
@@ -69,21 +69,58 @@ def _sharing(inspection: "Inspection") -> Iterator[tuple[str, str]]:
     if inspection.reason or geometry is None:
         yield "Can share", f"no: {inspection.reason}"
         return
-    yield "Can share", "yes, by " + ("query head" if geometry.granularity == "head" else "whole layers only")
+    within = ", within each stack" if len(geometry.stacks) > 1 else ""
+    yield "Can share", "yes, by " + ("query head" if geometry.granularity == "head" else "whole layers only") + within
     for kind in inspection.kinds:
         name = _kind(geometry.layers[kind.layers[0]])
-        yield "", f"{name}: {_reach(kind)}"
+        yield "", f"{name}: {_reach(kind, geometry)}"
     groups, total = inspection.shareable_groups, geometry.total_groups
     yield "At most", f"{groups} of {total} KV groups can lose their keys ({groups / total:.1%})"
 
 
-def _reach(kind: "Kind") -> str:
+def _shape(geometry: "ModelGeometry") -> Iterator[tuple[str, str]]:
+    """Layers, heads and groups, stack by stack where there are several."""
+    stacks = stack_ranges(geometry.stacks, len(geometry.layers))
+    found = [[geometry.layers[index] for index in members] for _, members in stacks]
+
+    def each(value: "Callable[[LayerGeometry], int]") -> str:
+        """Such as "8", "4-8" (where layers differ), or "16 encoder, 8 decoder"."""
+        ranges = [sorted({value(layer) for layer in layers if layer.heads}) for layers in found]
+        texts = [f"{sizes[0]}-{sizes[-1]}" if len(sizes) > 1 else str(sizes[0]) for sizes in ranges]
+        if len(set(texts)) == 1:
+            return texts[0]
+        return ", ".join(f"{text} {name}" for text, (name, _) in zip(texts, stacks, strict=True))
+
+    if geometry.stacks:
+        yield "Layers", ", ".join(f"{len(members)} {name}" for name, members in stacks)
+    else:
+        attending = [index for index, layer in enumerate(geometry.layers) if layer.heads]
+        some = f" (softmax attention in {layer_names((), attending)})"
+        yield "Layers", str(len(geometry.layers)) + (some if len(attending) < len(geometry.layers) else "")
+    yield "Query heads", f"{each(lambda layer: layer.heads)} per layer"
+    yield "KV groups", f"{each(lambda layer: layer.groups)} per layer, {geometry.total_groups:,} in all"
+    yield "Head size", each(lambda layer: layer.head_dim)
+    for (name, _), layers in zip(stacks, found, strict=True):
+        yield "Attention" if layers is found[0] else "", (f"{name}: " if name else "") + _attention(layers)
+
+
+def _cache(inspection: "Inspection") -> str:
+    geometry, cache = inspection.geometry, inspection.cache_bytes_per_token
+    if cache is None:
+        return "unknown"
+    if not cache:
+        return "none: an encoder caches nothing; sharing saves parameters and compute"
+    pair = ", of one token read and one written" if geometry and len(geometry.stacks) > 1 else ""
+    return f"{cache:,} bytes in the data type of the weights{pair}"
+
+
+def _reach(kind: "Kind", geometry: "ModelGeometry") -> str:
     """Which layers of a kind can reuse which."""
-    first = f"layer {kind.layers[0]} cannot, no earlier layer is of its kind"
+    first = f"layer {geometry.label(kind.layers[0])} cannot, no earlier layer is of its kind"
     if not kind.reusing:
         return first
     plural = "layer" if len(kind.reusing) == 1 else "layers"
-    return f"{plural} {format_layers(kind.reusing)} can reuse earlier ones of this kind; {first}"
+    return f"{plural} {layer_names(geometry.stacks, kind.reusing)} can reuse earlier ones of this kind; {first}"
 
 
 def _attention(layers: "Sequence[LayerGeometry]") -> str:
@@ -109,23 +146,11 @@ def _runs(names: Sequence[str]) -> str:
 
 def _kind(layer: "LayerGeometry") -> str:
     """Such as "full" or "sliding(512)"."""
-    name = layer.attention.removesuffix("_attention")
+    name = "no softmax attention" if layer.attention == "none" else layer.attention.removesuffix("_attention")
+    if not layer.heads:
+        return name
     window = f"({layer.window})" if layer.window else ""
     return name + window + ("" if layer.rotary else " without rotary")
-
-
-def format_layers(layers: Sequence[int]) -> str:
-    """Such as "1-29", "2, 4-6" or "3-41 (every 2nd)"."""
-    step = layers[1] - layers[0] if len(layers) > 1 else 1
-    if step > 1 and len(layers) > 3 and list(layers) == list(range(layers[0], layers[-1] + 1, step)):
-        return f"{layers[0]}-{layers[-1]} (every {step}{ {2: 'nd', 3: 'rd'}.get(step, 'th') })"
-    spans: list[list[int]] = []
-    for layer in layers:
-        if spans and spans[-1][-1] == layer - 1:
-            spans[-1] = [spans[-1][0], layer]
-        else:
-            spans.append([layer])
-    return ", ".join("-".join(map(str, span)) for span in spans)
 
 
 def _dtypes(inspection: "Inspection") -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from sa_convert.data.stacks import layer_names
 from sa_convert.units import human_bytes, human_count
 
 if TYPE_CHECKING:
@@ -35,17 +36,18 @@ def render_plan(plan: "ConversionPlan") -> str:
     partly = [index for index in layers if index not in whole]
     dropped = sum(edit.drops for edit in plan.edits.values())
     sliced = sum(bool(edit.rows) for edit in plan.edits.values())
+    cache = savings.cache_bytes_per_token
     lines = [
         ("family", plan.family.model_type),
-        ("layers that reuse wholly", ", ".join(map(str, whole)) or "none"),
-        ("layers that reuse partly", ", ".join(map(str, partly)) or "none"),
+        ("layers that reuse wholly", layer_names(plan.sharing.stacks, whole) or "none"),
+        ("layers that reuse partly", layer_names(plan.sharing.stacks, partly) or "none"),
         ("KV groups without keys", f"{plan.reused_groups} of {plan.geometry.total_groups}"),
         ("tensors", f"{dropped} dropped, {sliced} sliced"),
         ("parameters", _change(savings.parameters.before, savings.parameters.after, human_count)),
         ("weights", _change(savings.checkpoint_bytes.before, savings.checkpoint_bytes.after, human_bytes)),
         (
             "cache per token",
-            _change(savings.cache_bytes_per_token.before, savings.cache_bytes_per_token.after, human_bytes),
+            _change(cache.before, cache.after, human_bytes) if cache.before else "none: the model caches nothing",
         ),
     ]
     width = max(len(name) for name, _ in lines)

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sa_convert.data.stacks import Stacks, layer_label
+
 
 @dataclass(frozen=True)
 class LayerRefit:
@@ -57,12 +59,13 @@ class RefitReport:
     sequences: int
     length: int
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, stacks: Stacks = ()) -> dict[str, Any]:
+        """stacks: those of the model, which name its layers."""
         return {
             "share": self.share,
             "divergence": {"before": self.before.to_json(), "after": self.after.to_json()},
             "layers": {
-                str(layer): {
+                layer_label(stacks, layer): {
                     "strength": found.strength,
                     "text": round(found.text, 4),
                     "repetition": None if found.repetition is None else round(found.repetition, 4),

@@ -175,7 +175,7 @@ class Report:
             "decode_check": self.decode_check and _decode_json(self.decode_check),
             "gate": self.gate and asdict(self.gate),
             "copying": self.copying and _copying_json(self.copying),
-            "refit": self.refit and self.refit.to_json(),
+            "refit": self.refit and self.refit.to_json(self.sharing.stacks),
             "versions": dict(sorted(self.versions.items())),
         }
 

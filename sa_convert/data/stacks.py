@@ -5,6 +5,8 @@ then its cross-attention. People, recipes and config.json name the stack (`encod
 and count from 0 in each; a model with one kind of attention has plain numbers either way.
 """
 
+from collections.abc import Iterable, Sequence
+
 Stacks = tuple[tuple[str, int], ...]
 """Name and number of layers of each stack, in the order in which layers are numbered; () where there is one kind."""
 
@@ -22,6 +24,38 @@ def place_of(stacks: Stacks, layer: int) -> tuple[str, int]:
 def layer_label(stacks: Stacks, layer: int) -> str:
     stack, number = place_of(stacks, layer)
     return f"{stack}.{number}" if stack else str(number)
+
+
+def stack_ranges(stacks: Stacks, depth: int) -> list[tuple[str, range]]:
+    """Name and layers of each stack; "" and all `depth` layers where there is one kind."""
+    found, first = [], 0
+    for name, layers in stacks or (("", depth),):
+        found.append((name, range(first, first + layers)))
+        first += layers
+    return found
+
+
+def layer_names(stacks: Stacks, layers: Iterable[int]) -> str:
+    """Such as "1-29", "2, 4-6", "3-41 (every 2nd)" or "encoder.1-5, decoder.3"."""
+    places = [place_of(stacks, layer) for layer in layers]
+    found = []
+    for stack in dict.fromkeys(name for name, _ in places):
+        runs = _runs([number for name, number in places if name == stack])
+        found += [f"{stack}.{run}" if stack else run for run in runs]
+    return ", ".join(found)
+
+
+def _runs(numbers: Sequence[int]) -> list[str]:
+    step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
+    if step > 1 and len(numbers) > 3 and list(numbers) == list(range(numbers[0], numbers[-1] + 1, step)):
+        return [f"{numbers[0]}-{numbers[-1]} (every {step}{ {2: 'nd', 3: 'rd'}.get(step, 'th') })"]
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][-1] == number - 1:
+            spans[-1] = [spans[-1][0], number]
+        else:
+            spans.append([number])
+    return ["-".join(map(str, span)) for span in spans]
 
 
 def layer_of(stacks: Stacks, stack: str, number: int) -> int:

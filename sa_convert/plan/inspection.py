@@ -7,6 +7,7 @@ from typing import Any
 from sa_convert.data.checkpoint import Checkpoint
 from sa_convert.data.geometry import ModelGeometry
 from sa_convert.data.sharing_map import SharingMap
+from sa_convert.data.stacks import place_of
 from sa_convert.errors import UnsupportedModelError
 from sa_convert.export.shared_attention_families import PREFIX
 from sa_convert.plan.converted import converted_parts
@@ -25,6 +26,7 @@ class Kind:
     reusing: layers that can reuse. groups: their KV groups, which is what sharing could remove at most.
     """
 
+    stack: str
     attention: str
     window: int | None
     rotary: bool
@@ -38,8 +40,10 @@ class Inspection:
     """What `sa-convert inspect` tells. Whatever could not be known is None.
 
     reason: why nothing can be shared, or None. geometry: None for models that cannot be converted; layers, heads and
-    groups are then what config.json says. dtypes: elements by dtype. checkpoint_bytes: of the tensors.
-    cache_bytes_per_token: one sequence, in the dtype of the weights. shared: the map of a model that shares already.
+    groups are then what config.json says. layers: of all stacks together. query_heads, kv_groups, head_dim: of the
+    first layer with softmax attention. dtypes: elements by dtype. checkpoint_bytes: of the tensors.
+    cache_bytes_per_token: one sequence, in the dtype of the weights; with cross-attention, of a token that is read and
+    one that is written; 0 for a model that caches nothing. shared: the map of a model that shares already.
     """
 
     model: str
@@ -75,21 +79,31 @@ class Inspection:
         content = {key: value for key, value in vars(self).items() if key not in ("geometry", "kinds", "shared")}
         geometry = self.geometry
         first = sorted(kind.layers[0] for kind in self.kinds)
+        attention = geometry and [
+            {"layer": geometry.label(at), **asdict(layer)} for at, layer in enumerate(geometry.layers)
+        ]
         return content | {
             "dtypes": dict(self.dtypes),
             "granularity": geometry.granularity if geometry else None,
-            "attention": [asdict(layer) for layer in geometry.layers] if geometry else None,
+            "stacks": dict(geometry.stacks) if geometry else {},
+            "attention": attention,
             "sharing": {
                 "possible": self.reason is None,
                 "reason": self.reason,
                 "total_groups": self.total_groups,
                 "shareable_groups": self.shareable_groups,
-                "kinds": [asdict(kind) for kind in self.kinds],
+                "kinds": [self._kind_json(kind) for kind in self.kinds],
                 "layers_without_source": {geometry.label(at): FIRST_OF_ITS_KIND for at in first} if geometry else {},
                 "reused_groups": self.shared.reused_groups(geometry) if self.shared and geometry else 0,
                 "layers": self.shared.to_json() if self.shared else {},
             },
         }
+
+    def _kind_json(self, kind: Kind) -> dict[str, Any]:
+        """Layers by their numbers in the stack."""
+        stacks = self.geometry.stacks if self.geometry else ()
+        numbers = {key: [place_of(stacks, layer)[1] for layer in getattr(kind, key)] for key in ("layers", "reusing")}
+        return {**asdict(kind), **numbers}
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
@@ -154,7 +168,8 @@ def _kinds(geometry: ModelGeometry) -> tuple[Kind, ...]:
     for members in classes:
         first = geometry.layers[members[0]]
         groups = sum(geometry.layers[index].groups for index in members[1:])
-        kinds.append(Kind(first.attention, first.window, first.rotary, tuple(members), tuple(members[1:]), groups))
+        reusing = tuple(members[1:])
+        kinds.append(Kind(first.stack, first.attention, first.window, first.rotary, tuple(members), reusing, groups))
     return tuple(kinds)
 
 

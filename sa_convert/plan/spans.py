@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from sa_convert.data.geometry import LayerGeometry, ModelGeometry
 from sa_convert.data.layer_range import LayerRange
 from sa_convert.data.sharing_map import SharingMap
-from sa_convert.data.stacks import parse_label
+from sa_convert.data.stacks import parse_label, stack_ranges
 from sa_convert.errors import RecipeError, SharingError
 from sa_convert.plan.rules import layer_difference
 
@@ -56,11 +56,11 @@ def resolve_spans(spans: "Sequence[Span]", geometry: ModelGeometry, origin: "Ori
     overlap, and a layer without any possible source.
     """
     sources: dict[int, int] = {}
-    first = 0
-    for stack, depth in geometry.stacks or (("", len(geometry.layers)),):
-        found = _sources(spans, geometry, first, depth, f"{stack}." if stack else "", origin)
-        sources |= {first + layer: first + source for layer, source in found.items()}
-        first += depth
+    for stack, layers in stack_ranges(geometry.stacks, len(geometry.layers)):
+        if geometry.stacks and len(layers) == 1:
+            continue  # a single layer has none before it, whatever the other stacks can share
+        found = _sources(spans, geometry, layers, f"{stack}." if stack else "", origin)
+        sources |= {layers[layer]: layers[source] for layer, source in found.items()}
     for layer in sorted(sources):
         sources[layer] = sources.get(sources[layer], sources[layer])
     return SharingMap(
@@ -73,10 +73,11 @@ def resolve_spans(spans: "Sequence[Span]", geometry: ModelGeometry, origin: "Ori
 
 
 def _sources(
-    spans: "Sequence[Span]", geometry: ModelGeometry, first: int, depth: int, stack: str, origin: "Origin | None"
+    spans: "Sequence[Span]", geometry: ModelGeometry, members: range, stack: str, origin: "Origin | None"
 ) -> dict[int, int]:
-    """The source of each layer of one stack, whose layers begin at `first`; numbers are those in the stack."""
-    kinds = geometry.layers[first : first + depth]
+    """The source of each layer of one stack, by the numbers in it. members: its layers in the model's numbering. stack:
+    what comes before the numbers in messages."""
+    kinds, depth = [geometry.layers[layer] for layer in members], len(members)
     sources: dict[int, int] = {}
     for number, span in enumerate(spans):
         where = f"{origin.at('sharing', 'spans', number)}: " if origin else ""
@@ -85,15 +86,17 @@ def _sources(
             raise RecipeError(
                 f"{where}span {span.layers} is outside of the model, which has {depth} layers "
                 f"({stack}0 to {stack}{depth - 1})"
+                + ("; spans are of all stacks alike: write fractions of the depth, or a map" if stack else "")
             )
         if span.source is not None and span.source >= layers[0]:
             raise RecipeError(
-                f"{where}source {span.source} is not before span {span.layers}, which is {_name(layers)} in this model"
+                f"{where}source {span.source} is not before span {span.layers}, which is {_name(layers, stack)} in "
+                "this model"
             )
         for layer in (layer for layer in layers if kinds[layer].heads):
             if layer in sources:
                 raise RecipeError(f"{where}span {span.layers} overlaps with another span at layer {stack}{layer}")
-            sources[layer] = _nearest(layer, layers, kinds, where) if span.source is None else span.source
+            sources[layer] = _nearest(layer, layers, kinds, where, stack) if span.source is None else span.source
         if not any(kinds[layer].heads for layer in layers):
             raise RecipeError(f"{where}no layer of span {span.layers} has softmax attention; name others")
     return sources
@@ -111,19 +114,24 @@ def layer_range(layers: LayerRange, depth: int) -> range:
     return range(first, last + 1)
 
 
-def _nearest(layer: int, span: range, kinds: "Sequence[LayerGeometry]", where: str) -> int:
+def _nearest(layer: int, span: range, kinds: "Sequence[LayerGeometry]", where: str, stack: str) -> int:
     for source in range(span[0] - 1, -1, -1):
         if _alike(kinds[source], kinds[layer]):
             return source
     kind = kinds[layer]
     window = f" with a window of {kind.window} tokens" if kind.window else ""
-    reason = f"none before {_name(span)} is of its kind ({kind.attention}{window})" if span[0] else "it is the first"
-    raise RecipeError(f"{where}layer {layer} has no source: {reason}; start the span later, or leave that layer out")
+    reason = (
+        f"none before {_name(span, stack)} is of its kind ({kind.attention}{window})" if span[0] else "it is the first"
+    )
+    raise RecipeError(
+        f"{where}layer {stack}{layer} has no source: {reason}; start the span later, or leave that layer out"
+    )
 
 
 def _alike(source: LayerGeometry, reuser: LayerGeometry) -> bool:
     return layer_difference(source, reuser) is None and source.heads == reuser.heads
 
 
-def _name(layers: range) -> str:
-    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
+def _name(layers: range, stack: str) -> str:
+    first = f"{stack}{layers[0]}"
+    return f"layer {first}" if len(layers) == 1 else f"layers {first}-{layers[-1]}"
