@@ -117,6 +117,24 @@ SPECIAL = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
 }
+# Other shapes of the same family, each converted with a map of single heads.
+VARIANTS = {
+    "falcon": [
+        {"multi_query": False},
+        {"new_decoder_architecture": True, "num_kv_heads": 4},
+        {"alibi": True},
+        {"parallel_attn": False, "bias": True},
+    ],
+    "gpt_bigcode": [{"multi_query": False}],
+    "gpt2": [{"scale_attn_weights": False}],
+    "gpt_neox": [{"use_parallel_residual": False, "attention_bias": False}],
+    "phi3": [{"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}],
+    "bloom": [{"num_attention_heads": 6, "hidden_size": 48}],  # slopes of a number of heads that is no power of two
+    "t5": [{"is_gated_act": True, "feed_forward_proj": "gated-gelu"}, {"num_layers": 2, "num_decoder_layers": 4}],
+    "modernbert": [{"attention_bias": True, "global_attn_every_n_layers": 3}],
+    "qwen3_next": [{"attention_bias": True}],
+    "bert": [{"is_decoder": False, "hidden_size": 48, "num_attention_heads": 6}],
+}
 # What is around the language model of a multimodal one.
 _VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 PARTS = {
