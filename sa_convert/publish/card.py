@@ -2,15 +2,14 @@
 
 import re
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sa_convert.data.report import TASK_NAMES, Change, PerplexityReport, Report
-from sa_convert.data.sharing_map import Source
+from sa_convert.data.report import TASK_NAMES, PerplexityReport, Report
 from sa_convert.publish import figure
+from sa_convert.publish.card_tables import savings_table, sharing_table, uncached
 from sa_convert.publish.report import refit_summary, sharing_summary
-from sa_convert.units import format_percent, human_bytes
+from sa_convert.units import format_percent
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -113,18 +112,21 @@ def _sections(report: Report, name: str, recipe: str, remark: str | None, drawn:
         f"{' and cache no keys' if report.caches else ''}."
     )
     yield "## How to load it"
+    reader = "processor" if report.auto_class == "AutoModelForImageTextToText" else "tokenizer"
+    auto_reader = f"Auto{reader.capitalize()}"
     yield (
-        f"```python\nfrom transformers import {report.auto_class}, AutoTokenizer\n\n"
+        f"```python\nfrom transformers import {report.auto_class}, {auto_reader}\n\n"
         f'model = {report.auto_class}.from_pretrained("PATH_OR_REPO_ID", trust_remote_code=True)\n'
-        'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO_ID", trust_remote_code=True)\n```'
+        f'{reader} = {auto_reader}.from_pretrained("PATH_OR_REPO_ID", trust_remote_code=True)\n```'
     )
     yield "The code in this repository imports torch and transformers only."
     yield "## What is shared"
     if drawn:
         yield f"![Which key/value groups reuse attention, and of which layer]({figure.FILE.as_posix()})"
-    yield "\n".join(_sharing_table(report))
+    yield "\n".join(sharing_table(report))
     yield "## What it saves"
-    yield "\n".join(_savings_table(report))
+    yield "\n".join(savings_table(report))
+    yield from uncached(report)
     yield "## What it costs"
     yield from _costs(report)
     yield "## Recipe"
@@ -133,52 +135,6 @@ def _sections(report: Report, name: str, recipe: str, remark: str | None, drawn:
     versions = ", ".join(f"{package} {number}" for package, number in sorted(report.versions.items()))
     yield f"Made with {versions}." if versions else "The versions of the software were not recorded."
     yield from _limits(report, remark)
-
-
-def _sharing_table(report: Report) -> Iterator[str]:
-    yield "| layers | query heads that reuse | source layers |"
-    yield "|---|---|---|"
-    rows = [(layer, _heads(row), _sources(row)) for layer, row in report.sharing.layers.items()]
-    # Layers that follow each other and share alike are one line.
-    indexed = groupby(enumerate(rows), key=lambda item: (item[1][0] - item[0], *item[1][1:]))
-    for (_, heads, sources), group in indexed:
-        layers = [row[0] for _, row in group]
-        yield f"| {_span(layers)} | {heads} | {sources} |"
-
-
-def _heads(row: tuple[Source | None, ...]) -> str:
-    reusing = sum(source is not None for source in row)
-    return f"all {len(row)}" if reusing == len(row) else f"{reusing} of {len(row)}"
-
-
-def _sources(row: tuple[Source | None, ...]) -> str:
-    """Source layers, and whether head i uses head i."""
-    used = [(head, source) for head, source in enumerate(row) if source is not None]
-    layers = ", ".join(map(str, sorted({source[0] for _, source in used})))
-    return f"{layers} (same heads)" if all(head == source[1] for head, source in used) else layers
-
-
-def _span(layers: list[int]) -> str:
-    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
-
-
-def _savings_table(report: Report) -> Iterator[str]:
-    savings = report.savings
-    sizes = [human_bytes(savings.checkpoint_bytes.before), human_bytes(savings.checkpoint_bytes.after)]
-    measured = "measured" if report.perplexity is not None else "computed, not measured"
-    yield "| | base model | this model | change |"
-    yield "|---|---|---|---|"
-    yield _line("parameters", savings.parameters)
-    yield _line("weight files", savings.checkpoint_bytes, *sizes)
-    if report.caches:
-        yield _line(f"cache bytes per token ({measured})", savings.cache_bytes_per_token)
-    keys = "keys in the cache" if report.caches else "keys (the model caches nothing)"
-    yield f"| {keys} | | | {-savings.key_cache_removed:+.1%} |"
-
-
-def _line(label: str, change: Change, *texts: str) -> str:
-    before, after = texts or (f"{change.before:,}", f"{change.after:,}")
-    return f"| {label} | {before} | {after} | {-change.removed:+.1%} |"
 
 
 def _costs(report: Report) -> Iterator[str]:
