@@ -1,4 +1,4 @@
-"""The Hub as a process, run in tests/: `python -m loopback_hub --root DIR --port-file FILE`, models in DIR/org/name/."""
+"""The Hub as a process: `python -m loopback_hub --root DIR --port-file FILE` in tests/, models in DIR/org/name/."""
 
 from __future__ import annotations
 

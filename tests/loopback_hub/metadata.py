@@ -102,8 +102,8 @@ def tree(request: Request, kinds: str, name: str, revision: str, folder: str | N
         if recursive or len(names) == 1:
             entries[path] = entry(path, file, commit, expand)
     listed = list(entries.values())
-    start, stop = int(request.query.get("cursor", ["0"])[0]), int(request.query.get("cursor", ["0"])[0])
-    stop += request.hub.page_size
+    start = int(request.query.get("cursor", ["0"])[0])
+    stop = start + request.hub.page_size
     headers = {}
     if stop < len(listed):
         where = f"/{quote(folder, safe='')}" if folder else ""
@@ -159,6 +159,12 @@ def commits(request: Request, kinds: str, name: str, revision: str) -> Response:
 def auth_check(request: Request, kinds: str, name: str, write: str | None) -> Response:
     (writable if write else opened)(request, kinds, name)
     return answer({})
+
+
+@route("GET", "/api/agent-harnesses")
+def agent_harnesses(request: Request) -> Response:
+    """Asked once for an empty HF_HOME: which programs are agents. None here."""
+    return answer({"standardEnvVars": [], "harnesses": {}})
 
 
 @route("GET", "/api/whoami-v2")

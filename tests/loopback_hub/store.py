@@ -12,41 +12,11 @@ from pathlib import Path
 
 CHUNK = 1 << 16
 # What goes to LFS by the .gitattributes of a new model repository on the Hub, and the size from which all files do.
-LFS_SUFFIXES = frozenset(
-    [
-        ".7z",
-        ".arrow",
-        ".bin",
-        ".bz2",
-        ".ckpt",
-        ".ftz",
-        ".gz",
-        ".h5",
-        ".joblib",
-        ".mlmodel",
-        ".model",
-        ".msgpack",
-        ".npy",
-        ".npz",
-        ".onnx",
-        ".ot",
-        ".parquet",
-        ".pb",
-        ".pickle",
-        ".pkl",
-        ".pt",
-        ".pth",
-        ".rar",
-        ".safetensors",
-        ".tar",
-        ".tflite",
-        ".tgz",
-        ".wasm",
-        ".xz",
-        ".zip",
-        ".zst",
-    ]
-)
+_LFS_SUFFIXES = """
+.7z .arrow .bin .bz2 .ckpt .ftz .gz .h5 .joblib .mlmodel .model .msgpack .npy .npz .onnx .ot .parquet .pb
+.pickle .pkl .pt .pth .rar .safetensors .tar .tflite .tgz .wasm .xz .zip .zst
+"""
+LFS_SUFFIXES = frozenset(_LFS_SUFFIXES.split())
 LFS_SIZE = 10 * 1024 * 1024
 GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in sorted(LFS_SUFFIXES)).encode()
 EPOCH = datetime(2024, 1, 1, tzinfo=timezone.utc)
