@@ -21,6 +21,7 @@ COMMANDS = {
     "analyze": "sa_convert.commands.analyze",
     "convert": "sa_convert.commands.convert",
     "evaluate": "sa_convert.commands.evaluate",
+    "push": "sa_convert.commands.push",
     "recipes": "sa_convert.commands.recipes",
 }
 """Name of each subcommand and the module whose `command` it is, in the order of the help."""

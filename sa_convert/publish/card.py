@@ -1,40 +1,21 @@
 """The model card: README.md of the output folder. It states what was measured, and nothing else."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from sa_convert.data.report import TASK_NAMES, PerplexityReport, Report
+from sa_convert.data.report import TASK_NAMES, Report
+from sa_convert.export.shared_attention_families import FAMILIES
 from sa_convert.publish import figure
+from sa_convert.publish.card_metadata import inherited, metadata
 from sa_convert.publish.card_tables import savings_table, sharing_table, uncached
 from sa_convert.publish.report import refit_summary, sharing_summary
 from sa_convert.units import format_percent
 
-if TYPE_CHECKING:
-    from huggingface_hub import ModelCardData
-
 FILE = "README.md"
+HUB = "https://huggingface.co"
 PAPER = "https://arxiv.org/abs/2407.12866"
-PIPELINES = {
-    "AutoModelForCausalLM": "text-generation",
-    "AutoModelForImageTextToText": "image-text-to-text",
-    "AutoModelForMaskedLM": "fill-mask",
-    "AutoModelForPreTraining": "fill-mask",
-    "AutoModelForSeq2SeqLM": "text2text-generation",
-    "AutoModelForSequenceClassification": "text-classification",
-    "AutoModelForTokenClassification": "token-classification",
-    "AutoModelForQuestionAnswering": "question-answering",
-    "AutoModelForMultipleChoice": "multiple-choice",
-    "AutoModelForTextEncoding": "feature-extraction",
-    "AutoModel": "feature-extraction",
-}
-"""The Hub's name of what a model does, by the auto class that loads it."""
-
-INHERITED = ("license", "license_name", "license_link", "language")
-
-METADATA = re.compile(r"\s*---\n(.*?)\n---[ \t]*(?:\n|\Z)", re.DOTALL)
-"""The YAML at the head of a card, as the Hub tells it from the text."""
+PLACEHOLDER = "PATH_OR_REPO_ID"
+"""What the card in a local folder says in place of the name that the model will have on the Hub."""
 
 
 def write_card(report: Report, recipe_yaml: str, folder: Path, base_card: Path | None = None) -> Path:
@@ -44,8 +25,9 @@ def write_card(report: Report, recipe_yaml: str, folder: Path, base_card: Path |
     or None. A figure is shown if it lies in the folder.
     """
     name = f"{report.base_model.id.rpartition('/')[2].removesuffix('.gguf')} with shared attention"
-    inherited, remark = _inherited(base_card)
-    data = _metadata(report, name, inherited)
+    base = report.base_model
+    base_metadata, remark = inherited(base_card, f"{HUB}/{base.id}" if base.on_hub else None, folder)
+    data = metadata(report, name, base_metadata)
     body = "\n\n".join(_sections(report, name, recipe_yaml, remark, (folder / figure.FILE).is_file()))
     path = folder / FILE
     # As huggingface_hub.ModelCard writes it, which takes as long to load as a gigabyte to copy.
@@ -53,57 +35,15 @@ def write_card(report: Report, recipe_yaml: str, folder: Path, base_card: Path |
     return path
 
 
-def _inherited(base_card: Path | None) -> tuple[dict[str, Any], str | None]:
-    """Licence and language of the base model, and what to say where its card does not tell them."""
-    import yaml
-
-    missing = "The licence of the base model applies; see its own page."
-    if base_card is None:
-        return {}, missing
-    try:
-        block = METADATA.match(base_card.read_text(encoding="utf-8-sig"))
-        metadata = (yaml.safe_load(block[1]) if block else None) or {}
-        if not isinstance(metadata, dict):
-            raise ValueError("the metadata of a card are keys and values")
-    except (ValueError, OSError, yaml.YAMLError):
-        return {}, f"The metadata of the base model's card cannot be read. {missing}"
-    return {key: metadata[key] for key in INHERITED if key in metadata}, None if "license" in metadata else missing
-
-
-def _metadata(report: Report, name: str, inherited: dict[str, Any]) -> "ModelCardData":
-    from huggingface_hub import EvalResult, ModelCardData
-
-    results, pipeline = None, PIPELINES.get(report.auto_class)
-    if report.perplexity is not None:
-        kind, dataset = _dataset(report.perplexity)
-        value = round(report.perplexity.after, 4)
-        name_of_metric = f"Perplexity{TASK_NAMES[report.perplexity.task]}"
-        results = [
-            EvalResult(
-                pipeline or "other", kind, dataset, "perplexity", value, metric_name=name_of_metric, verified=False
-            )
-        ]
-    return ModelCardData(
-        model_name=name if results else None,
-        base_model=report.base_model.id if report.base_model.on_hub else None,
-        library_name="transformers",
-        pipeline_tag=pipeline,
-        tags=["shared-attention", "sa-convert", report.family, "custom_code"],
-        eval_results=results,
-        **inherited,
-    )
-
-
-def _dataset(perplexity: PerplexityReport) -> tuple[str, str]:
-    """Identifier and name of the text, as model-index wants them."""
-    if perplexity.text.startswith("hub:"):
-        return re.split("[:,]", perplexity.text)[1], perplexity.text
-    return "text", perplexity.text
+def for_repository(text: str, repo_id: str, revision: str | None = None) -> str:
+    """The text of a card whose lines of code load the model from a repository on the Hub."""
+    branch = f', revision="{revision}"' if revision else ""
+    return text.replace(f'"{PLACEHOLDER}"', f'"{repo_id}"{branch}')
 
 
 def _sections(report: Report, name: str, recipe: str, remark: str | None, drawn: bool) -> Iterator[str]:
     base = report.base_model
-    shown = f"[{base.id}](https://huggingface.co/{base.id})" if base.on_hub else f"`{base.id}`"
+    shown = f"[{base.id}]({HUB}/{base.id})" if base.on_hub else f"`{base.id}`"
     revision = f" (revision `{base.revision}`)" if base.revision else ""
     yield f"# {name}"
     yield (
@@ -111,15 +51,22 @@ def _sections(report: Report, name: str, recipe: str, remark: str | None, drawn:
         f"earlier layers ([Shared Attention]({PAPER})). {sharing_summary(report)}; they have no key projections"
         f"{' and cache no keys' if report.caches else ''}."
     )
+    yield _summary(report)
     yield "## How to load it"
     reader = "processor" if report.auto_class == "AutoModelForImageTextToText" else "tokenizer"
     auto_reader = f"Auto{reader.capitalize()}"
     yield (
         f"```python\nfrom transformers import {report.auto_class}, {auto_reader}\n\n"
-        f'model = {report.auto_class}.from_pretrained("PATH_OR_REPO_ID", trust_remote_code=True)\n'
-        f'{reader} = {auto_reader}.from_pretrained("PATH_OR_REPO_ID", trust_remote_code=True)\n```'
+        f'model = {report.auto_class}.from_pretrained("{PLACEHOLDER}", trust_remote_code=True)\n'
+        f'{reader} = {auto_reader}.from_pretrained("{PLACEHOLDER}", trust_remote_code=True)\n```'
     )
-    yield "The code in this repository imports torch and transformers only."
+    family = FAMILIES.get(report.family)
+    oldest = "5" if family and family.transformers_5 else "4.57"
+    yield (
+        "The code of the model lies beside its weights (the `.py` files, which import torch and transformers only), so "
+        "transformers asks to trust it; where sa_convert is installed, `import sa_convert` does instead. It runs with "
+        f"transformers {oldest} and later, in releases that know models of type `{report.family}`."
+    )
     yield "## What is shared"
     if drawn:
         yield f"![Which key/value groups reuse attention, and of which layer]({figure.FILE.as_posix()})"
@@ -135,6 +82,21 @@ def _sections(report: Report, name: str, recipe: str, remark: str | None, drawn:
     versions = ", ".join(f"{package} {number}" for package, number in sorted(report.versions.items()))
     yield f"Made with {versions}." if versions else "The versions of the software were not recorded."
     yield from _limits(report, remark)
+
+
+def _summary(report: Report) -> str:
+    """One line: what is saved, and what it costs."""
+    savings = report.savings
+    changes = [
+        f"{'keys in the cache' if report.caches else 'keys'} {-savings.key_cache_removed:+.1%}",
+        f"parameters {-savings.parameters.removed:+.1%}",
+    ]
+    if report.perplexity is None:
+        return f"**{', '.join(changes)}; quality not measured**"
+    changes.append(f"perplexity{TASK_NAMES[report.perplexity.task]} {report.perplexity.increase:+.2%}")
+    if report.copying is not None:
+        changes.append(f"copying from the context {report.copying.increase:+.2f} nats per token")
+    return f"**{', '.join(changes)}**"
 
 
 def _costs(report: Report) -> Iterator[str]:
@@ -173,6 +135,10 @@ def _limits(report: Report, remark: str | None) -> Iterator[str]:
             "Perplexity was measured on that one text only. It says little of other domains and languages, and of "
             "skills beyond the few that were measured: evaluate the model on your own task."
         )
+    yield (
+        "Runtimes with model code of their own, such as llama.cpp and vLLM, do not know this type of model and were "
+        "not tried."
+    )
     yield "Limits, biases and intended use of the base model apply to this one."
     if remark is not None:
         yield remark
