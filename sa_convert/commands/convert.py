@@ -42,6 +42,8 @@ from sa_convert.commands.options import PERCENT, echo_json, json_option, model_a
     is_flag=True,
     help="Keep one layer's weights in memory at a time, as is done anyway where the model does not fit.",
 )
+@click.option("--push-to", metavar="REPO_ID", help="Upload the result to the Hub, once it is validated (see push).")
+@click.option("--private", is_flag=True, help="With --push-to: make the repository private.")
 @json_option
 def command(
     model: str,
@@ -55,6 +57,8 @@ def command(
     dtype: str,
     device: str,
     layer_by_layer: bool,
+    push_to: str | None,
+    private: bool,
     as_json: bool,
 ) -> None:
     """Convert MODEL by a recipe into the folder DIR.
@@ -68,10 +72,16 @@ def command(
       sa-convert convert model.gguf --recipe my.yaml -o out --max-perplexity-increase 3%
       sa-convert convert ./model --recipe late-span -o out --dry-run
     """
+    from dataclasses import asdict
+
     from sa_convert.commands.rendering import plan_json, render_plan
     from sa_convert.conversion import Options, convert, plan
     from sa_convert.plan.recipe_file import load_recipe
 
+    if private and push_to is None:
+        raise click.UsageError("--private goes with --push-to.")
+    if push_to is not None and no_validate:
+        raise click.UsageError("--push-to uploads what is validated only, so it does not go with --no-validate.")
     recipe = load_recipe(recipe_name)
     if max_perplexity_increase is not None:
         recipe = recipe.with_gate(max_perplexity_increase)
@@ -87,13 +97,25 @@ def command(
         else:
             click.echo(render_plan(conversion))
         return
+    target = None
+    if push_to is not None:
+        from sa_convert.publish.push import check_target
+
+        target = check_target(push_to, private)
     # The name of a file, not its path: the report holds nothing of this machine.
     shown = Path(recipe_name).name
     report = convert(model, recipe, output, options, shown, announce)
-    if as_json:
-        echo_json(report.to_json())
-    else:
+    if not as_json:
         from sa_convert.publish.report import render_report
 
         click.echo(render_report(report))
         click.echo(f"\nWritten to {output}")
+    pushed = None
+    if target is not None:
+        from sa_convert.publish.push import push_converted
+
+        pushed = push_converted(output, target, announce)
+    if as_json:
+        echo_json({**report.to_json(), **({"pushed": asdict(pushed)} if pushed else {})})
+    elif pushed:
+        click.echo(f"Uploaded to {pushed.url}")

@@ -5,13 +5,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from sa_convert.errors import OutputError
+from sa_convert.errors import OutputError, SaConvertError
 from sa_convert.export.shared_attention_families import PREFIX
 from sa_convert.publish import card
-from sa_convert.publish.complete import Conversion
+from sa_convert.publish.complete import Conversion, complete_conversion
 from sa_convert.publish.push_errors import is_passing, no_token, offline, push_errors
 from sa_convert.read.folder import read_json
 from sa_convert.units import human_bytes
@@ -97,6 +98,17 @@ def push(conversion: Conversion, target: Target, announce: Announce = lambda ste
                 time.sleep(2**attempt)
         url = f"{api.endpoint}/{target.repo_id}"
         return Pushed(f"{url}/tree/{target.revision}" if target.revision else url, commit.oid)
+
+
+def push_converted(folder: Path, target: Target, announce: Announce = lambda step: None) -> Pushed:
+    """Upload what was just converted. Raises OutputError, which says that the folder stays and how to push it later."""
+    try:
+        return push(complete_conversion(folder), target, announce)
+    except SaConvertError as error:
+        private = " --private" if target.private else ""
+        raise OutputError(
+            f"{error} The conversion itself is complete: sa-convert push {quote(str(folder))} {target.repo_id}{private}"
+        ) from error
 
 
 def _allowed_name(api: "HfApi", repo_id: str) -> str:
