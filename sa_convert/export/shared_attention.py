@@ -11,9 +11,7 @@ How it works in any model that dispatches through the attention interface of tra
 - The attention module keeps its family's own `forward`; it sees a config that names our attention function, which
   receives query and key as the family prepared them (normalised, rotated, cached), lends them, and fills in borrowed
   heads. A layer without any own head needs only its values, and runs `SharedAttention._reuse`.
-- Sharing weights equals attention over the source's query and key, so there are two forms. *Weights*: the source's
-  probabilities are multiplied with the values; no Q.K and no softmax. *Queries*: the source's query and key go through
-  the attention kernel once more, without the quadratic memory. Eager attention and single-token decoding use the first.
+- Sharing weights equals attention over the source's query and key, so there are two forms (`shared_attention_attend`).
 - A reusing head caches no keys. Values (and the keys that a layer still owns) lie in the cache's key slot, beside a
   zero-width value slot, so that every public cache operation keeps working on them.
 
@@ -21,119 +19,21 @@ Letters in shape comments: B batch, H query heads, O own query heads, G key/valu
 tokens, D head size.
 """
 
-from functools import partial
-
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .shared_attention_attend import Attending
 from .shared_attention_cache import AttentionCache, PackedCache
-from .shared_attention_exchange import EXCHANGE, Loan, current_exchange
-from .shared_attention_plan import LayerPlan
-
-
-class _KernelModule:
-    """The attention module as an attention function should see it: the real config, and this grouping of heads."""
-
-    def __init__(self, module, group):
-        self._module = module
-        self.num_key_value_groups = group
-        self.config = module.model_config
-
-    def __getattr__(self, name):
-        return getattr(self.__dict__["_module"], name)
-
-
-class ConfigView:
-    """The model's config, except that it names our attention function around the chosen one."""
-
-    def __init__(self, config):
-        self._config = config
-
-    def __getattr__(self, name):
-        if name.startswith("__") or "_config" not in self.__dict__:
-            raise AttributeError(name)
-        return getattr(self._config, name)
-
-    @property
-    def _attn_implementation(self):
-        implementation = self._config._attn_implementation or "eager"
-        name = f"shared_attention/{implementation}"
-        if name not in ALL_ATTENTION_FUNCTIONS:
-            ALL_ATTENTION_FUNCTIONS.register(name, partial(_dispatch, implementation))
-        return name
-
-
-def _dispatch(implementation, module, query, key, value, attention_mask, **arguments):
-    exchange = arguments.pop(EXCHANGE, None)
-    return module.attend(exchange, implementation, query, key, value, attention_mask, arguments)
-
-
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Plain attention, for families whose modeling file does not offer its own for any number of heads.
-
-    query: (B, H, T, D); key, value: (B, G, S, D). Returns the output (B, T, H, D) and the weights (B, H, T, S).
-    """
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask[..., : key.shape[-2]]
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
-
-
-def additive(mask, query, length):
-    """A mask as eager attention adds it: SDPA's may be boolean or longer than the keys."""
-    if mask is None:
-        return None
-    mask = mask[..., :length]
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(
-        ~mask, torch.finfo(query.dtype).min
-    )
-
-
-def _gather(runs, own, borrowed):
-    """Concatenate runs along the head axis: own is this layer's tensor or None, borrowed(layer) that of a loan."""
-    pieces = []
-    for run in runs:
-        heads = own if run.layer is None else borrowed(run.layer)
-        whole = run.start == 0 and run.stop == heads.shape[1]
-        pieces.append(heads if whole else heads[:, run.start : run.stop])
-    device = pieces[-1].device if own is None else own.device
-    if len(pieces) == 1:
-        return pieces[0]
-    batch = max(piece.shape[0] for piece in pieces)  # a mask may be one for all sequences
-    return torch.cat([piece.to(device).expand(batch, *piece.shape[1:]) for piece in pieces], dim=1)
-
-
-def _rescaled(loan, arguments):
-    """The loan's query for a kernel that scales scores as `arguments` say: layers may differ in that."""
-    wanted, scaling = arguments.get("scaling"), loan.arguments.get("scaling")
-    return loan.query if wanted == scaling else loan.query * (scaling / wanted)
-
-
-def _weigh(weights, value):
-    """Weights (B, H, T, S) times values (B, G, S, D) -> (B, T, H, D), without repeating the values."""
-    batch, heads, tokens, length = weights.shape
-    weights = weights.to(value.device).reshape(batch, value.shape[1], -1, length)
-    return torch.matmul(weights, value).view(batch, heads, tokens, -1).transpose(1, 2)
+from .shared_attention_exchange import EXCHANGE
 
 
 def _probability(dropout):
     return dropout.p if isinstance(dropout, nn.Dropout) else dropout
 
 
-class SharedAttention(nn.Module):
+class SharedAttention(Attending):
     """Mixed into the attention class of a family by `shared_attention_apply`: lends own heads, borrows the others'."""
 
-    plan: LayerPlan | None
-    names: object  # the Family entry: module names and how the exchange travels
-    stack: str  # of the layer, in models that have several kinds of attention
-    group: int  # query heads per key/value group
     size: int  # D
 
     def forward(self, hidden_states, *args, **kwargs):
@@ -257,77 +157,3 @@ class SharedAttention(nn.Module):
         if names.output_dropout:
             output = getattr(self, names.output_dropout)(output)
         return nn.functional.dropout(output, p=getattr(self, "residual_dropout", 0.0), training=self.training)
-
-    def attend(self, exchange, implementation, query, key, value, mask, arguments):
-        """The attention function: own heads from query and key, the others from the exchange.
-
-        query: (B, O, T, D); key: (B, own groups, S, D), both None where nothing is own; value: (B, G, S, D). mask: for
-        all heads alike, or (., H, T, S) of this layer. Returns the output (B, T, H, D), and the weights (B, H, T, S)
-        where they were computed, else None.
-        """
-        plan = self.plan
-        kernel = self.family_eager if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
-        if plan is None:
-            return kernel(_KernelModule(self, self.group), query, key, value, mask, **arguments)
-        exchange = exchange or current_exchange()
-        if exchange is None:
-            raise RuntimeError(
-                f"Layer {plan.layer} shares attention with other layers, so it runs only within its model's forward."
-            )
-        weights_form = implementation == "eager"
-        if query is None:
-            lender = exchange.borrow(self.stack, plan.query_runs[0].layer)
-            weights_form, arguments = lender.weights is not None, lender.arguments
-        elif implementation == "sdpa" and query.shape[-2] == 1:
-            weights_form, kernel, mask = True, self.family_eager, additive(mask, query, key.shape[-2])
-        own_mask = None
-        if query is not None and mask is not None and mask.shape[1] > 1:
-            own_mask = mask = mask if len(plan.own) == mask.shape[1] else mask[:, list(plan.own)]
-        if not plan.reuses:
-            output, weights = kernel(_KernelModule(self, plan.group), query, key, value, mask, **arguments)
-            loan = Loan(query, key, weights if weights_form else None, arguments, own_mask)
-            exchange.lend(self.stack, plan.layer, loan)
-            return output, weights
-        form = self._attend_weights if weights_form else self._attend_queries
-        output, weights = form(exchange, kernel, query, key, value, mask, own_mask, arguments)
-        exchange.settle(self.stack, plan.settled)
-        return output, weights
-
-    def _attend_weights(self, exchange, eager, query, key, value, mask, own_mask, arguments):
-        """Weights form: own heads' probabilities from the family's eager function, the others' from their source."""
-        plan, own = self.plan, None
-        if query is not None:
-            own_key, group = key, plan.own_group
-            if group is None:
-                own_key, group = key[:, plan.own_key_of_head], 1
-            # Zero-width values: only the weights are wanted here.
-            nothing = own_key[..., :0]
-            own = eager(_KernelModule(self, group), query, own_key, nothing, mask, **arguments)[1]
-            if plan.lends:
-                exchange.lend(self.stack, plan.layer, Loan(query, key, own, arguments, own_mask))
-        weights = _gather(plan.query_runs, own, lambda layer: exchange.borrow(self.stack, layer).weights)
-        return _weigh(weights, value), weights
-
-    def _attend_queries(self, exchange, kernel, query, key, value, mask, own_mask, arguments):
-        """Queries form: borrowed queries and keys take the place of the missing ones, and the kernel does the rest."""
-        plan = self.plan
-
-        def borrow(layer):
-            return exchange.borrow(self.stack, layer)
-
-        if query is not None and plan.lends:
-            exchange.lend(self.stack, plan.layer, Loan(query, key, None, arguments, own_mask))
-        sinks = arguments.get("s_aux")
-        if sinks is not None:
-            own = sinks[None] if query is not None else None
-            every = _gather(plan.query_runs, own, lambda layer: borrow(layer).arguments["s_aux"][None])
-            arguments = {**arguments, "s_aux": every[0]}
-        lenders = [run.layer for run in plan.query_runs if run.layer is not None]
-        if own_mask is not None or borrow(lenders[0]).mask is not None:
-            mask = _gather(plan.query_runs, own_mask, lambda layer: borrow(layer).mask)
-        query = _gather(plan.query_runs, query, lambda layer: _rescaled(borrow(layer), arguments))
-        key = _gather(plan.key_runs, key, lambda layer: borrow(layer).key)
-        if plan.key_group != plan.group:
-            value = value.repeat_interleave(plan.group, dim=1)
-        module = _KernelModule(self, plan.key_group)
-        return kernel(module, query.to(value.device), key.to(value.device), value, mask, **arguments)

@@ -5,7 +5,8 @@ from functools import cache
 
 from torch import nn
 
-from .shared_attention import ConfigView, SharedAttention, eager_attention
+from .shared_attention import SharedAttention
+from .shared_attention_attend import FORMS, ConfigView, eager_attention
 from .shared_attention_exchange import append_to_positions, open_by_context, open_by_keyword
 from .shared_attention_modules import MODULES
 from .shared_attention_plan import LayerPlan, plan_layers
@@ -137,12 +138,15 @@ def _rows_of(stack: str, layers: dict) -> dict[int, tuple]:
     return rows
 
 
-def share_attention(model: nn.Module, names, layers: dict) -> None:
+def share_attention(model: nn.Module, names, sharing: dict) -> None:
     """Make a freshly built model share attention, in place.
 
-    names: the model's `Family`. layers: for each reusing layer, per query head, None or (source layer, source head).
-    Raises ValueError where the map does not fit the model.
+    names: the model's `Family`. sharing: `shared_attention` of its config; `layers` has for each reusing layer, per
+    query head, None or (source layer, source head). Raises ValueError where the map does not fit the model.
     """
+    layers = sharing["layers"]
+    if sharing.get("form", "auto") not in FORMS:
+        raise ValueError(f"shared_attention: form is {sharing['form']!r}, but should be one of {', '.join(FORMS)}.")
     # An encoder may stand alone.
     stacks = [stack for stack in names.all_stacks if not names.encoder_decoder or path_in(model, stack.layers)]
     known = {stack.name for stack in stacks}
@@ -151,13 +155,13 @@ def share_attention(model: nn.Module, names, layers: dict) -> None:
             raise ValueError(f"shared_attention: the model has no layer {label}.")
     opened = set()
     for stack in stacks:
-        if _share_stack(model, names, stack, _rows_of(stack.name, layers)):
+        if _share_stack(model, names, stack, sharing):
             opened.add((path_in(model, stack.layers) or stack.layers).rpartition(".")[0])
     for path in sorted(opened):
         _open_exchange(model.get_submodule(path), names)
 
 
-def _share_stack(model: nn.Module, names, stack, sharing: dict[int, tuple]) -> bool:
+def _share_stack(model: nn.Module, names, stack, sharing: dict) -> bool:
     """Whether anything in the stack is shared."""
     attentions = attentions_of(model, names, stack)
     configs = [getattr(attention, "config", model.config) for attention in attentions]
@@ -165,13 +169,14 @@ def _share_stack(model: nn.Module, names, stack, sharing: dict[int, tuple]) -> b
         (0, 1, 0) if attention is None else shape_of(attention, names, stack, config)
         for attention, config in zip(attentions, configs, strict=True)
     ]
-    plans = plan_layers(sharing, [heads for heads, _, _ in shapes], [group for _, group, _ in shapes])
+    rows = _rows_of(stack.name, sharing["layers"])
+    plans = plan_layers(rows, [heads for heads, _, _ in shapes], [group for _, group, _ in shapes])
     for layer, attention in enumerate(attentions):
         plan = plans.get(layer)
         if attention is None or (plan is None and names.exchange != "positions"):
             continue
         attention.__class__ = shared_class(type(attention), names)
-        attention.plan, attention.names, attention.stack = plan, names, stack.name
+        attention.plan, attention.names, attention.stack, attention.sharing = plan, names, stack.name, sharing
         _, attention.group, attention.size = shapes[layer]
         attention.model_config = configs[layer]
         attention.config = ConfigView(configs[layer])

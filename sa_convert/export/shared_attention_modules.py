@@ -7,7 +7,8 @@ import torch
 import transformers
 from torch import nn
 
-from .shared_attention import SharedAttention, additive
+from .shared_attention import SharedAttention
+from .shared_attention_attend import additive
 from .shared_attention_cache import AttentionCache
 
 _TRANSFORMERS_4 = transformers.__version__.startswith("4.")
@@ -118,7 +119,7 @@ class T5Attention(EncoderDecoderAttention):
             if _TRANSFORMERS_4:
                 return bias
             if masked is None and self.is_causal and tokens > 1:
-                seen = torch.ones(tokens, length, dtype=torch.bool, device=states.device).tril(length - tokens)
+                seen = torch.ones(tokens, length, dtype=torch.bool, device=states.device).tril()
                 masked = additive(seen[None, None], states, length)
             return bias if masked is None else bias + masked
 

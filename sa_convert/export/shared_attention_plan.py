@@ -1,5 +1,6 @@
 """What each layer owns, lends and borrows: the sharing map, prepared for the forward pass."""
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -27,7 +28,8 @@ class LayerPlan:
     heads: per query head, None (own) or (source layer, source head). group: query heads per key/value group.
     own: own query heads. own_groups: groups with an own head. own_group: own heads per own group where that is the same
     for all, else None. query_runs: for every head, where its query (or weights) lies. key_runs and key_group: where the
-    keys lie, and how many consecutive heads read each. settled: source layers that are done after this one.
+    keys lie, and how many consecutive heads read each. settled: source layers that are done after this one. gain: heads
+    of later layers that reuse heads of this one, for each own head.
     """
 
     layer: int
@@ -41,10 +43,16 @@ class LayerPlan:
     key_group: int
     lends: bool
     settled: tuple[int, ...]
+    gain: float = 0.0
 
     @property
     def reuses(self) -> bool:
         return len(self.own) < len(self.heads)
+
+    @property
+    def lenders(self) -> list[int]:
+        """The layers that this one borrows from."""
+        return sorted({run.layer for run in self.query_runs if run.layer is not None})
 
     @property
     def packs_cache(self) -> bool:
@@ -90,6 +98,7 @@ def plan_layers(sharing: dict[int, tuple], heads: list[int], groups: list[int]) 
                 )
     own = {layer: tuple(head for head, source in enumerate(row) if source is None) for layer, row in full.items()}
     own_groups = {layer: tuple(sorted({head // groups[layer] for head in own[layer]})) for layer in full}
+    uses = Counter(source[0] for row in full.values() for source in row if source)
     last_use = {source[0]: layer for layer, row in full.items() for source in row if source}
 
     def place(layer, head):
@@ -120,5 +129,6 @@ def plan_layers(sharing: dict[int, tuple], heads: list[int], groups: list[int]) 
             key_group=group if aligned else 1,
             lends=layer in last_use,
             settled=tuple(source for source, last in last_use.items() if last == layer),
+            gain=uses[layer] / max(len(own[layer]), 1),
         )
     return plans
