@@ -1,7 +1,8 @@
 """A small Hub on the loopback interface: the endpoints that huggingface_hub calls, for tests without a network.
 
-Written against huggingface_hub 2.4 without Xet (HF_HUB_DISABLE_XET=1): downloads by resolve, redirects and ranges,
-uploads by LFS. What LFS holds comes from, and goes to, another port, as the real one leaves it to other hosts.
+Written against huggingface_hub 2.4 without Xet (HF_HUB_DISABLE_XET=1); 0.36 works, too. Downloads by resolve, redirects
+and ranges, uploads by LFS. What LFS holds comes from, and goes to, another port, as the real one leaves it to other
+hosts.
 """
 
 from __future__ import annotations

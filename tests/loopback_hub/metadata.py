@@ -104,7 +104,7 @@ def tree(request: Request, kinds: str, name: str, revision: str, folder: str | N
     listed = list(entries.values())
     start = int(request.query.get("cursor", ["0"])[0])
     stop = start + request.hub.page_size
-    headers = {}
+    headers: dict[str, Any] = {}
     if stop < len(listed):
         where = f"/{quote(folder, safe='')}" if folder else ""
         url = f"{request.hub.url}/api/{kinds}/{name}/tree/{quote(revision, safe='')}{where}"

@@ -32,7 +32,8 @@ def create_repository(request: Request) -> Response:
     described = {"url": f"{request.hub.url}/{'datasets/' if kind == 'dataset' else ''}{name}", "name": name}
     if (kind, name) in request.hub.repositories:
         return answer({**described, "error": f"You already created this {kind} repo"}, 409)
-    repository = Repository(kind, name, private=request.json().get("visibility") == "private")
+    body = request.json()  # huggingface_hub 2 says visibility, 0.36 private
+    repository = Repository(kind, name, private=body.get("visibility") == "private" or bool(body.get("private")))
     attributes = {".gitattributes": File(Content(GITATTRIBUTES), False)}
     repository.commit(attributes, "main", "initial commit", author=(request.user or {})["name"])
     request.hub.repositories[kind, name] = repository
