@@ -1139,6 +1139,7 @@ FAMILIES: dict[str, Family] = {
             "GraniteMoeHybridConfig",
             "GraniteMoeHybridForCausalLM",
             mixed=True,
+            transformers_5=True,
             tokenizer=_PLAIN,
         ),
         Family(
@@ -1180,6 +1181,7 @@ FAMILIES: dict[str, Family] = {
             "GraniteMoeHybridConfig",
             "GraniteMoeHybridForCausalLM",
             mixed=True,
+            transformers_5=True,
             tokenizer=_PLAIN,
         ),
         # Language models inside of multimodal ones.
