@@ -131,6 +131,7 @@ def _analysis(checkpoint: Checkpoint, units: Units, options: Options, announce: 
             key_cache_removed=chosen.removed,
             peak_memory=peak_memory(),
             versions=installed_versions(),
+            caches=any(layer.cached and layer.heads for layer in units.geometry.layers),
         )
 
 
@@ -187,7 +188,7 @@ def _recipe(analysis: Analysis, options: Options) -> "Recipe":
         (r for r in shipped if r.sharing.search and (r.sharing.search.key_cache or 0) >= options.key_cache - 1e-9),
         shipped[-1],
     )
-    share = f"{analysis.key_cache_removed:.1%} of the key cache"
+    share = f"{analysis.key_cache_removed:.1%} of the {analysis.keys_name}"
     return Recipe.model_construct(
         description=f"{share} of {analysis.base_model.id}, wherever it costs least; found by sa-convert analyze.",
         sharing=Sharing(search=Search.model_construct(key_cache=options.key_cache)),

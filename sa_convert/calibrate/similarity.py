@@ -69,9 +69,9 @@ def attention_statistics(
                         cosines[places[column], places[row]] = block.T
             bar.update()
     similarity, matched = _by_layer(cosines / len(text), units)
-    return AttentionStatistics(
-        similarity, matched, tuple((variance / len(text)).tolist()), _isotropy(similarity), len(text)
-    )
+    variances = [value if layer.heads else None for value, layer in zip(variance.tolist(), layers, strict=True)]
+    mean = tuple(None if value is None else value / len(text) for value in variances)
+    return AttentionStatistics(similarity, matched, mean, _isotropy(similarity), len(text))
 
 
 def _pairs(weights: "torch.Tensor") -> "torch.Tensor":

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 
 from sa_convert.data.analysis import Analysis
+from sa_convert.data.stacks import layer_label, layer_names, place_of
 from sa_convert.units import human_bytes
 
 SHOWN = 5
@@ -25,15 +26,19 @@ def _rows(analysis: Analysis) -> Iterator[tuple[str, str]]:
     priced = sorted((cost for cost in analysis.costs if cost.cost is not None), key=lambda cost: cost.cost or 0.0)
     for number, cost in enumerate(priced[:SHOWN]):
         groups = "all heads" if len(cost.unit.groups) > 1 else f"group {cost.unit.groups[0]}"
-        sources = ", ".join(f"{layer}.{head}" for layer, head in (cost.sources or ())[:8])
+        shown = (cost.sources or ())[:8]
+        sources = ", ".join(f"{place_of(analysis.stacks, layer)[1]}.{head}" for layer, head in shown)
         more = ", ..." if len(cost.sources or ()) > 8 else ""
         label = "Cheapest" if number == 0 else ""
-        yield label, f"layer {cost.unit.layer} {groups}: {cost.cost:.2g}, sources (layer.head) {sources}{more}"
+        layer = layer_label(analysis.stacks, cost.unit.layer)
+        yield label, f"layer {layer} {groups}: {cost.cost:.2g}, sources (layer.head) {sources}{more}"
     for number, point in enumerate(analysis.curve):
         change = f"loss {point.measured_loss:+.4f} nats ({math.expm1(point.measured_loss):+.2%} perplexity)"
-        label = "Key cache removed" if number == 0 else ""
+        label = f"{analysis.keys_name.capitalize()} removed" if number == 0 else ""
         yield label, f"{point.key_cache_removed:5.1%}: {change}, {point.groups} groups reuse"
     yield "", "measured on held-out sequences, without refit"
-    layers = len(analysis.sharing.layers)
-    yield "Recipe", f"removes {analysis.key_cache_removed:.1%} of the key cache; heads of {layers} layers reuse"
+    layers = layer_names(analysis.stacks, analysis.sharing.layers)
+    plural = "layer" if len(analysis.sharing.layers) == 1 else "layers"
+    removed = f"{analysis.key_cache_removed:.1%} of the {analysis.keys_name}"
+    yield "Recipe", f"removes {removed}; heads of {plural} {layers} reuse"
     yield "Peak memory", human_bytes(analysis.peak_memory)

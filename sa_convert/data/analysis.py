@@ -8,6 +8,7 @@ from typing import Any
 from sa_convert.data.evaluation import digits
 from sa_convert.data.report import BaseModel
 from sa_convert.data.sharing_map import SharingMap, Source
+from sa_convert.data.stacks import Stacks, place_of
 from sa_convert.data.units import Unit
 
 Matrix = tuple[tuple[float | None, ...], ...]
@@ -17,14 +18,15 @@ Matrix = tuple[tuple[float | None, ...], ...]
 class AttentionStatistics:
     """How alike the attention weights of layers are; see `sa_convert.calibrate.similarity` for the definitions.
 
-    similarity: (L, L), heads of the same index; None for layers of different numbers of heads. matched: (L, L), for
-    each layer (row) its heads' best-matching heads in another (column). variance, isotropy: of each layer; isotropy is
-    None where no other layer has as many heads. sequences: how many of text they are averages of.
+    similarity: (L, L), heads of the same index; None for layers of different numbers of heads, of different stacks, and
+    without softmax attention. matched: (L, L), for each layer (row) its heads' best-matching heads in another (column).
+    variance, isotropy: of each layer; isotropy is None where no other layer has as many heads. sequences: how many of
+    text they are averages of.
     """
 
     similarity: Matrix
     matched: Matrix
-    variance: tuple[float, ...]
+    variance: tuple[float | None, ...]
     isotropy: tuple[float | None, ...]
     sequences: int
 
@@ -49,13 +51,17 @@ class UnitCost:
     cost: float | None
     sources: tuple[Source, ...] | None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, stacks: Stacks = ()) -> dict[str, Any]:
+        """stacks: those of the model; layers are then numbered in each."""
+        stack, layer = place_of(stacks, self.unit.layer)
+        sources = self.sources and [[place_of(stacks, source)[1], head] for source, head in self.sources]
         return {
-            "layer": self.unit.layer,
+            **({"stack": stack} if stacks else {}),
+            "layer": layer,
             "groups": list(self.unit.groups),
             "heads": list(self.unit.heads),
             "cost": None if self.cost is None else digits(self.cost),
-            "sources": None if self.sources is None else [list(source) for source in self.sources],
+            "sources": sources,
         }
 
 
@@ -103,7 +109,8 @@ class Analysis:
     """All of analysis.json. measure: of the costs, "fisher" or "output error". dtype: in which the model was computed.
 
     heads: query heads of each layer. sharing: the map of recipe.yaml, which removes `key_cache_removed` (0 to 1).
-    peak_memory: bytes that the process had in use at most.
+    peak_memory: bytes that the process had in use at most. caches: whether the model caches keys; where it does not,
+    the key cache means the keys that are computed.
     """
 
     base_model: BaseModel
@@ -119,6 +126,17 @@ class Analysis:
     key_cache_removed: float
     peak_memory: int
     versions: Mapping[str, str] = field(default_factory=dict)
+    caches: bool = True
+
+    @property
+    def stacks(self) -> Stacks:
+        """Those of the model, which name its layers."""
+        return self.sharing.stacks
+
+    @property
+    def keys_name(self) -> str:
+        """What key_cache_removed is a part of."""
+        return "key cache" if self.caches else "keys"
 
     @property
     def cost_unit(self) -> str:
@@ -155,9 +173,10 @@ class Analysis:
             "dtype": self.dtype,
             "measure": self.measure,
             "cost_unit": self.cost_unit,
+            "layers": [self.sharing.label(layer) for layer in range(len(self.heads))],
             "attention": self.attention.to_json(),
             "costs": [_rounded(row) for row in self.cost_matrix],
-            "units": [cost.to_json() for cost in self.costs],
+            "units": [cost.to_json(self.stacks) for cost in self.costs],
             "curve": [point.to_json() for point in self.curve],
             "recipe": {
                 "key_cache_removed": round(self.key_cache_removed, 6),

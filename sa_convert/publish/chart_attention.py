@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING
 
 from sa_convert.data.analysis import Analysis
-from sa_convert.publish.chart_parts import BLUE, NOTHING, ORANGE, array, layer_axis, paper
+from sa_convert.publish.chart_layers import layer_axis, plot_layers, separate_stacks, shown_layers
+from sa_convert.publish.chart_parts import BLUE, ORANGE, array, paper
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -12,21 +13,24 @@ if TYPE_CHECKING:
 def similarity_chart(analysis: Analysis) -> "Figure":
     """Cosine similarity of attention weights, layers by layers: same head index, and best-matching head."""
     import matplotlib
+    import numpy
 
-    layers = len(analysis.heads)
+    layers = shown_layers(analysis)
     figure = paper(f"{analysis.base_model.id}: similarity of attention weights between layers", 10.5, 5.2)
     left, right = figure.subplots(1, 2)
-    colours = matplotlib.colormaps["viridis"].with_extremes(bad=NOTHING)
+    # Blank: layers that are not compared.
+    colours = matplotlib.colormaps["viridis"].with_extremes(bad="white")
     panels = (
         (left, analysis.attention.similarity, "heads of the same index (as in the paper)", "layer", "layer"),
         (right, analysis.attention.matched, "best-matching heads", "layer in which the match is", "layer of the head"),
     )
     for axes, matrix, title, x, y in panels:
-        image = axes.imshow(array(matrix), cmap=colours, vmin=0, vmax=1, origin="lower", interpolation="nearest")
+        shown = array(matrix)[numpy.ix_(layers, layers)]
+        image = axes.imshow(shown, cmap=colours, vmin=0, vmax=1, origin="lower", interpolation="nearest")
         axes.set_title(title, fontsize=10)
         axes.set(xlabel=x, ylabel=y)
-        layer_axis(axes.xaxis, layers)
-        layer_axis(axes.yaxis, layers)
+        layer_axis(axes.xaxis, analysis)
+        layer_axis(axes.yaxis, analysis)
     label = "cosine similarity, mean over heads and sequences"
     figure.colorbar(image, ax=[left, right], label=label, shrink=0.85)
     return figure
@@ -38,24 +42,28 @@ def isotropy_chart(analysis: Analysis) -> "Figure":
 
     layers = len(analysis.heads)
     matched = array(analysis.attention.matched)
-    # A head can only reuse what an earlier layer computes.
-    earlier = [float(numpy.max(matched[layer, :layer])) if layer else float("nan") for layer in range(layers)]
-    isotropy = [float("nan") if value is None else value for value in analysis.attention.isotropy]
+    # A head can only reuse what an earlier layer computes. Layers that are not compared are NaN.
+    earlier = [
+        None if numpy.isnan(found := matched[layer, :layer]).all() else float(numpy.nanmax(found))
+        for layer in range(layers)
+    ]
     figure = paper(f"{analysis.base_model.id}: isotropy and variance of attention weights by layer", 9, 6)
     above, below = figure.subplots(2, 1, sharex=True)
-    size = 5 if layers <= 40 else 3.5
-    label = "isotropy: heads of the same index, mean over all other layers"
-    above.plot(isotropy, "o-", color=BLUE, markersize=size, label=label)
+    size = 5 if len(shown_layers(analysis)) <= 40 else 3.5
+    others = "the stack's other layers" if analysis.stacks else "all other layers"
+    label = f"isotropy: heads of the same index, mean over {others}"
+    plot_layers(above, analysis, analysis.attention.isotropy, "o-", color=BLUE, markersize=size, label=label)
     label = "best-matching heads of the best earlier layer"
-    above.plot(earlier, "s--", color=ORANGE, markersize=size, label=label)
+    plot_layers(above, analysis, earlier, "s--", color=ORANGE, markersize=size, label=label)
     above.set(ylabel="cosine similarity", ylim=(0, 1.04))
     # Outside of the axes, where it hides no point.
     above.legend(fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
-    below.plot(analysis.attention.variance, "o-", color=BLUE, markersize=size)
+    plot_layers(below, analysis, analysis.attention.variance, "o-", color=BLUE, markersize=size)
     below.set(xlabel="layer", ylabel="variance of attention weights")
     below.set_title(f"sequences of {analysis.calibration.length} tokens", fontsize=10)
     below.set_ylim(bottom=0)
-    layer_axis(below.xaxis, layers)
+    layer_axis(below.xaxis, analysis)
+    separate_stacks(above.xaxis, analysis)
     for axes in (above, below):
         axes.grid(alpha=0.3)
     return figure

@@ -4,7 +4,8 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from sa_convert.data.analysis import Analysis
-from sa_convert.publish.chart_parts import BLUE, GREEN, GREY, NOTHING, ORANGE, array, layer_axis, paper
+from sa_convert.publish.chart_layers import layer_axis, shown_layers
+from sa_convert.publish.chart_parts import BLUE, GREEN, GREY, NOTHING, ORANGE, array, paper
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,10 +20,12 @@ def cost_chart(analysis: Analysis) -> "Figure":
     """The cost of each KV group, layers by groups, on a logarithmic scale; marked: what the recipe removes."""
     import matplotlib
     import numpy
+    from matplotlib.colors import ListedColormap
     from matplotlib.ticker import MaxNLocator
 
-    costs = array(analysis.cost_matrix).T  # (G, L)
-    groups, layers = costs.shape
+    rows = [analysis.cost_matrix[layer] for layer in shown_layers(analysis)]
+    costs = array(tuple(rows)).T  # (G, L)
+    groups = len(costs)
     whole = any(len(cost.unit.groups) > 1 for cost in analysis.costs)
     what = "layer" if whole else "KV group"
     height = min(8.0, 2.4 + 0.25 * max(groups, 3))
@@ -32,6 +35,9 @@ def cost_chart(analysis: Analysis) -> "Figure":
     colours = matplotlib.colormaps["viridis"].with_extremes(bad=NOTHING)
     shown = numpy.maximum(costs, float(scale.vmin or 0))  # NaN stays
     image = axes.imshow(shown, cmap=colours, norm=scale, origin="lower", aspect="auto", interpolation="nearest")
+    # Blank: groups that a layer does not have.
+    blank = [[1.0 if group >= len(row) else numpy.nan for row in rows] for group in range(groups)]
+    axes.imshow(blank, cmap=ListedColormap(["white"]), origin="lower", aspect="auto", interpolation="nearest")
     label = f"cost, {analysis.cost_unit}"
     figure.colorbar(image, ax=axes, label=label, extend="min" if (costs < scale.vmin).any() else "neither")
     _mark_removed(axes, analysis, groups)
@@ -40,7 +46,7 @@ def cost_chart(analysis: Analysis) -> "Figure":
     axes.yaxis.set_major_locator(MaxNLocator(nbins=min(groups, 10), integer=True))
     if whole:
         axes.set_yticks([])
-    layer_axis(axes.xaxis, layers)
+    layer_axis(axes.xaxis, analysis)
     figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     return figure
 
@@ -56,15 +62,16 @@ def _scale(costs: list[float]) -> "LogNorm":
 
 def _mark_removed(axes: "Axes", analysis: Analysis, groups: int) -> None:
     """A dot on each unit that the recipe's map removes."""
+    layers = shown_layers(analysis)
     columns: Counter[int] = Counter()
     removed: list[tuple[int, int]] = []
     for unit in (cost.unit for cost in analysis.costs):
         row = analysis.sharing.layers.get(unit.layer)
         if row is not None and all(row[head] is not None for head in unit.heads):
-            removed.append((unit.layer, columns[unit.layer]))
+            removed.append((layers.index(unit.layer), columns[unit.layer]))
         columns[unit.layer] += 1
-    size = max(9.0, min(60.0, 3600 / (len(analysis.heads) * max(1.0, groups / 8))))
-    label = f"reuses in recipe.yaml ({analysis.key_cache_removed:.1%} of the key cache)"
+    size = max(9.0, min(60.0, 3600 / (len(layers) * max(1.0, groups / 8))))
+    label = f"reuses in recipe.yaml ({analysis.key_cache_removed:.1%} of the {analysis.keys_name})"
     x, y = [place[0] for place in removed], [place[1] for place in removed]
     axes.scatter(x, y, s=size, color="white", edgecolors="black", linewidths=0.8, label=label)
 
@@ -77,7 +84,7 @@ def loss_chart(analysis: Analysis) -> "Figure":
     import numpy
 
     same_unit = analysis.measure == "fisher"
-    title = f"{analysis.base_model.id}: loss against key cache removed, without refit"
+    title = f"{analysis.base_model.id}: loss against {analysis.keys_name} removed, without refit"
     figure = paper(title, 9, 5 if same_unit else 7)
     panels = figure.subplots(1 if same_unit else 2, 1, sharex=True, squeeze=False)[:, 0]
     above, below = panels[0], panels[-1]
@@ -92,7 +99,7 @@ def loss_chart(analysis: Analysis) -> "Figure":
     above.secondary_yaxis("right", functions=percent).set_ylabel("rise of the perplexity, %")
     label = "divergence, estimated by costs" if same_unit else "sum of costs"
     below.plot(removed, estimates, "s--", color=ORANGE, label=label)
-    below.set(xlabel="key cache removed, %")
+    below.set(xlabel=f"{analysis.keys_name} removed, %")
     if not same_unit:
         below.set(ylabel=analysis.cost_unit)
     for axes in panels:

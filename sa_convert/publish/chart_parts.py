@@ -1,4 +1,4 @@
-"""What the charts of an analysis have in common: paper, colours, axes of layers, and the writing of files.
+"""What the charts of an analysis have in common: paper, colours, and the writing of files.
 
 Matplotlib is used through its objects, never through pyplot, so that nothing outside of a figure changes. Colours are
 those of viridis and of Okabe and Ito, which stay apart in every common kind of colour blindness; no meaning rests on
@@ -49,14 +49,6 @@ def array(matrix: Matrix) -> "numpy.ndarray":
     width = max(len(row) for row in matrix)
     rows = [[*row, *[None] * (width - len(row))] for row in matrix]
     return numpy.array([[numpy.nan if value is None else value for value in row] for row in rows], dtype=float)
-
-
-def layer_axis(axis: Any, layers: int) -> None:
-    """Whole numbers, and the room of all layers, on an x or y axis of matplotlib."""
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_major_locator(MaxNLocator(nbins=min(layers, 12), integer=True))
-    axis.axes.set(**{f"{axis.axis_name}lim": (-0.5, layers - 0.5)})
 
 
 def numbers(axes: "Axes", cells: dict[tuple[int, int], int], colour_at: Callable[[int], Any]) -> None:
