@@ -1,0 +1,129 @@
+"""`sa-convert bench`: how fast a model is, against another."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sa_convert.commands.options import announce, echo_json, json_option, model_argument
+
+
+class NumbersType(click.ParamType):
+    """Whole numbers from 1 on, such as 128,512; the command receives them in their order, each once."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        numbers = []
+        for part in str(value).split(","):
+            try:
+                number = int(part)
+            except ValueError:
+                self.fail(f"'{part.strip()}' is no whole number; write them as 128,512.", param, ctx)
+            if number < 1:
+                self.fail(f"{number} is less than 1.", param, ctx)
+            numbers.append(number)
+        return tuple(dict.fromkeys(numbers))
+
+
+NUMBERS = NumbersType()
+
+
+@click.command()
+@model_argument
+@click.option("--against", required=True, metavar="BASE", help="The model to compare with, such as the base of MODEL.")
+@click.option(
+    "--contexts",
+    type=NUMBERS,
+    metavar="N,...",
+    help="Tokens of the prompt; default: those of 128,512,2048,4096 that the models have positions for.",
+)
+@click.option("--batches", type=NUMBERS, default="1,4", show_default=True, metavar="N,...", help="Sequences at once.")
+@click.option(
+    "--new-tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Decode steps after each prefill."
+)
+@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Turns that count.")
+@click.option("--warmup", type=click.IntRange(min=0), default=1, show_default=True, help="Turns before those.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Precision in which both are run (auto: as BASE is stored), and of weights read from a .gguf file.",
+)
+@click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="Such as cpu, cuda or cuda:1.")
+@click.option("--threads", type=click.IntRange(min=1), help="Of torch, on a CPU; default: as many as torch takes.")
+@click.option(
+    "--attn", "attention", type=click.Choice(["eager", "sdpa"]), help="Default: what transformers chooses, mostly sdpa."
+)
+@click.option(
+    "--cache",
+    type=click.Choice(["dynamic", "static"]),
+    default="dynamic",
+    show_default=True,
+    help="dynamic: the one that the model makes for itself; static: of the size that is needed.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code in the folders of models that is not sa-convert's.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder to make: bench.json, .md and .png."
+)
+@json_option
+def command(
+    model: str,
+    against: str,
+    contexts: tuple[int, ...] | None,
+    batches: tuple[int, ...],
+    new_tokens: int,
+    repeats: int,
+    warmup: int,
+    dtype: str,
+    device: str,
+    threads: int | None,
+    attention: str | None,
+    cache: str,
+    seed: int,
+    trust_remote_code: bool,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Time MODEL against BASE: prefill, decoding, cache bytes and peak memory, side by side.
+
+    Each model runs in a process of its own, and the two take turns: a prefill each, then a few decode steps each, and
+    so on, so that noise of the machine hits both alike. Ratios are medians over pairs of such runs, with quartiles,
+    beside the ratio that the work of both lets expect. The input is random tokens: the speed does not depend on them.
+
+    Both models are in memory at once. Encoder-decoders read the context in their encoder and in their decoder; models
+    that cache nothing are timed in one pass.
+
+    \b
+    Examples:
+      sa-convert bench ./Llama-3-8B-shared --against ./Llama-3-8B
+      sa-convert bench ./shared --against ./base --contexts 512,4096 --batches 4 --threads 2 -o bench
+    """
+    from sa_convert.bench.bench import Options, bench
+    from sa_convert.commands.rendering_bench import render_benchmark
+
+    options = Options(
+        contexts,
+        batches,
+        new_tokens,
+        repeats,
+        warmup,
+        device,
+        dtype,
+        threads,
+        attention,
+        cache == "static",
+        seed,
+        trust_remote_code,
+    )
+    benchmark = bench(model, against, options, output, announce)
+    if as_json:
+        echo_json(benchmark.to_json())
+        return
+    click.echo(render_benchmark(benchmark))
+    if output is not None:
+        click.echo(f"\nWritten to {output}")
