@@ -1,8 +1,12 @@
 """Models that are refused by their type, their config or their tensors are told the reason that is true of them."""
 
+import ast
+import inspect
+
 import pytest
 
 from sa_convert.errors import UnsupportedModelError
+from sa_convert.export import shared_attention_families
 from sa_convert.export.shared_attention_families import FAMILIES
 from sa_convert.read.family import family_of
 from sa_convert.read.refusals import _BY_TYPE, NO_ENTRY
@@ -41,6 +45,14 @@ def test_the_type_tells(types, words):
         told = refusal({"model_type": model_type}, ["model.layers.0.self_attn.q_proj.weight"])
         assert words in told
         assert NO_ENTRY not in told
+
+
+def test_every_family_has_one_entry():
+    """A dict would keep the last of two without a word."""
+    tree = ast.parse(inspect.getsource(shared_attention_families))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "Family"]
+    types = [ast.literal_eval(call.args[0]) for call in calls]
+    assert len(types) == len(set(types)) == len(FAMILIES)
 
 
 def test_no_type_is_both_refused_and_supported():
