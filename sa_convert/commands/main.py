@@ -21,6 +21,7 @@ COMMANDS = {
     "analyze": "sa_convert.commands.analyze",
     "convert": "sa_convert.commands.convert",
     "evaluate": "sa_convert.commands.evaluate",
+    "bench": "sa_convert.commands.bench",
     "push": "sa_convert.commands.push",
     "recipes": "sa_convert.commands.recipes",
 }
