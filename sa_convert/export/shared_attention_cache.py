@@ -7,9 +7,10 @@ unmodified cache then reports the right length, and reorders, crops and slides a
 from inspect import signature
 
 import torch
-from transformers.cache_utils import EncoderDecoderCache, StaticLayer
+from transformers.cache_utils import EncoderDecoderCache, QuantizedLayer, StaticLayer
 
-# transformers 4 sizes both slots of a static cache by the keys, so there a zero-width value slot is not possible.
+# transformers 4 sizes both slots of a static cache by the keys, so there a zero-width value slot is not possible; nor can
+# zero-width tensors be quantised.
 _STATIC_CACHE_SIZES_SLOTS_ALONE = "value_states" in signature(StaticLayer.lazy_initialization).parameters
 
 
@@ -48,7 +49,8 @@ class AttentionCache:
         layer = self._cache.layers[self._layer]
         if own == groups:
             return layer.keys, layer.values
-        return (layer.keys[:, :own] if own else None), layer.keys[:, own:]
+        states = layer.keys if not layer.values.numel() else torch.cat([layer.keys, layer.values], dim=-1)
+        return (states[:, :own] if own else None), states[:, own:]
 
 
 class PackedCache:
@@ -69,6 +71,16 @@ class PackedCache:
 
 
 def store(cache, states, layer_idx, *args, **kwargs):
-    """Add states to the key slot of a cache, and return all that it holds: (B, ?, t, D) -> (B, ?, S, D)."""
-    twice = cache.is_compileable and not _STATIC_CACHE_SIZES_SLOTS_ALONE
-    return cache.update(states, states if twice else states[..., :0], layer_idx, *args, **kwargs)[0]
+    """Add states to the cache of a layer, and return all that it holds: (B, ?, t, D) -> (B, ?, S, D)."""
+    if not _takes_both_slots(cache, layer_idx):
+        return cache.update(states, states[..., :0], layer_idx, *args, **kwargs)[0]
+    half = states.shape[-1] // 2
+    return torch.cat(cache.update(states[..., :half], states[..., half:], layer_idx, *args, **kwargs), dim=-1)
+
+
+def _takes_both_slots(cache, layer_idx):
+    """Whether a cache cannot do with an empty value slot; then each slot takes half of every head."""
+    if cache.is_compileable:
+        return not _STATIC_CACHE_SIZES_SLOTS_ALONE
+    layers = cache.layers
+    return layer_idx < len(layers) and isinstance(layers[layer_idx], QuantizedLayer)
