@@ -184,3 +184,11 @@ def test_only_the_language_model_is_described(case):
     content = json.loads(run_cli("inspect", case[2], "--json").stdout)
     assert content["layers"] == 6
     assert content["sharing"]["total_groups"] == 6 * 4
+    kinds = {kind["attention"]: kind["layers"] for kind in content["sharing"]["kinds"]}
+    if case[0] == "gemma3":
+        assert kinds == {"sliding_attention": [0, 1, 2, 3, 4], "full_attention": [5]}
+    else:
+        assert kinds == {"full_attention": [0, 1, 2, 3, 4, 5]}
+    # Keys and values of 4 groups in 6 layers, in float32: nothing of the vision tower.
+    head_dim = content["head_dim"]
+    assert content["cache_bytes_per_token"] == 2 * 6 * 4 * head_dim * 4

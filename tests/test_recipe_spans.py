@@ -1,5 +1,7 @@
 """Spans resolved to maps of models of all shapes."""
 
+from dataclasses import replace
+
 import pytest
 
 from sa_convert.data.geometry import LayerGeometry, ModelGeometry
@@ -11,6 +13,7 @@ from sa_convert.plan.spans import layer_range, sharing_of
 
 FULL = LayerGeometry(4, 2, 8)
 SLIDING = LayerGeometry(4, 2, 8, "sliding_attention", 16)
+NONE = LayerGeometry(0, 0, 0, "none")
 
 
 def uniform(depth):
@@ -81,6 +84,37 @@ def test_layers_with_another_number_of_heads_are_no_default_source():
     assert resolve("  - layers: 2", geometry) == {2: 0}
 
 
+def stacked(encoder, decoder):
+    """An encoder-decoder whose stacks have these depths."""
+    names = {"encoder": encoder, "decoder": decoder, "decoder.cross": decoder}
+    return ModelGeometry(tuple(replace(FULL, stack=name) for name, depth in names.items() for _ in range(depth)))
+
+
+def test_spans_are_of_each_stack():
+    assert resolve("  - layers: 2-3", stacked(6, 4)) == {2: 1, 3: 1, 8: 7, 9: 7, 12: 11, 13: 11}
+    assert resolve("  - layers: 84%-94%", stacked(12, 6)) == {10: 9, 11: 9, 17: 16, 23: 22}
+    assert resolve("  - {layers: 50%-75%, source: 0}", stacked(4, 4)) == {2: 0, 3: 0, 6: 4, 7: 4, 10: 8, 11: 8}
+
+
+def test_a_stack_of_one_layer_is_passed_over():
+    assert resolve("  - layers: 84%-94%", stacked(6, 1)) == {5: 4}
+    with pytest.raises(RecipeError, match="it is the first"):
+        resolve("  - layers: 84%-94%", uniform(1))
+
+
+def test_chained_spans_of_a_stack_end_within_it():
+    chained = {2: 1, 3: 1, 6: 5, 7: 5, 10: 9, 11: 9}
+    assert resolve("  - layers: 2\n  - {layers: 3, source: 2}", stacked(4, 4)) == chained
+
+
+def test_layers_without_softmax_attention_are_passed_over():
+    mixed = ModelGeometry((NONE, NONE, NONE, FULL) * 12)
+    assert resolve("  - layers: 84%-94%", mixed) == {43: 39}
+    assert resolve("  - layers: 30-47", mixed) == dict.fromkeys((31, 35, 39, 43, 47), 27)
+    with pytest.raises(RecipeError, match="no layer of span 40-42 has softmax attention"):
+        resolve("  - layers: 40-42", mixed)
+
+
 REFUSED = {
     "  - layers: 2-3\n  - layers: 27-30": "line 4: span 27-30 is outside of the model, which has 8 layers (0 to 7)",
     "  - layers: 2-4\n  - layers: 4-5": "line 4: span 4-5 overlaps with another span at layer 4",
@@ -96,6 +130,20 @@ def test_spans_that_do_not_fit(text):
     message = str(caught.value).removeprefix("r.yaml")
     assert message.removeprefix(", ").startswith(REFUSED[text])
     assert message != str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("  - layers: 3-5", r"has 4 layers \(decoder.0 to decoder.3\); spans are of all stacks alike: write fractions"),
+        ("  - layers: 0%-20%", r"layer encoder.0 has no source: it is the first"),
+        ("  - {layers: 50%-60%, source: 3}", r"source 3 is not before span 50%-60%, which is layers encoder.3-4 in"),
+        ("  - layers: 2-3\n  - layers: 3", r"overlaps with another span at layer encoder.3"),
+    ],
+)
+def test_messages_name_the_stack(text, message):
+    with pytest.raises(RecipeError, match=message):
+        resolve(text, stacked(6, 4))
 
 
 def test_a_layer_that_is_the_first_of_its_kind_has_no_source():

@@ -50,7 +50,7 @@ def layer_axis(axis: Any, analysis: Analysis) -> None:
         rows = 2 if min(len(members) for _, members in stacks) < NARROW * len(layers) else 1
         for number, (name, members) in enumerate(stacks):
             _name_stack(axis, name, (members[0] + members[-1]) / 2, NUMBER_ROOM + number % rows * NAME_ROOM)
-        axis.labelpad = rows * NAME_ROOM + 4
+        axis.labelpad = rows * NAME_ROOM + 8
         separate_stacks(axis, analysis)
 
 
