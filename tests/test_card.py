@@ -13,7 +13,7 @@ from PIL import Image, ImageColor
 from test_report import MEASURED, UNMEASURED
 
 from sa_convert.data.geometry import LayerGeometry, ModelGeometry
-from sa_convert.data.report import BaseModel
+from sa_convert.data.report import BaseModel, Change
 from sa_convert.data.sharing_map import SharingMap
 from sa_convert.publish.card import write_card
 from sa_convert.publish.figure import CELL, COLOURS, _font, cells, sharing_figure
@@ -73,6 +73,46 @@ def test_consecutive_layers_that_share_alike_are_one_row(tmp_path):
     assert "| 23-25 | all 2 | 22 (same heads) |" in text
 
 
+def test_rows_of_stacks_have_their_names(tmp_path):
+    stacks = (("encoder", 4), ("decoder", 3), ("decoder.cross", 3))
+    rows = {layer: ((source, 0), (source, 1)) for layer, source in ((2, 1), (3, 1), (5, 4), (6, 4), (9, 7))}
+    shared = SharingMap({**rows, 8: (None, (7, 0))}, stacks)
+    text = write_card(replace(MEASURED, sharing=shared), RECIPE, tmp_path).read_text()
+    table = text.partition("|---|---|---|\n")[2].partition("\n\n")[0].splitlines()
+    assert table == [
+        "| encoder.2-3 | all 2 | encoder.1 (same heads) |",
+        "| decoder.1-2 | all 2 | decoder.0 (same heads) |",
+        "| decoder.cross.1 | 1 of 2 | decoder.cross.0 |",
+        "| decoder.cross.2 | all 2 | decoder.cross.0 (same heads) |",
+    ]
+    assert "The encoder caches nothing: what sharing saves there are parameters" in text
+
+
+def test_layers_of_two_stacks_are_never_one_row(tmp_path):
+    # Layers 1 and 2 follow each other, the last of one stack and the first but one of the next.
+    shared = SharingMap({1: ((0, 0),), 3: ((2, 0),)}, (("encoder", 2), ("decoder", 2)))
+    text = write_card(replace(MEASURED, sharing=shared), RECIPE, tmp_path).read_text()
+    assert "| encoder.1 | all 1 | encoder.0 (same heads) |\n| decoder.1 | all 1 | decoder.0 (same heads) |" in text
+
+
+def test_an_encoder_saves_no_cache(tmp_path):
+    savings = replace(MEASURED.savings, cache_bytes_per_token=Change(0, 0))
+    encoder = replace(MEASURED, savings=savings, decode_check=None, copying=None, auto_class="AutoModelForMaskedLM")
+    text = write_card(encoder, RECIPE, tmp_path).read_text()
+    assert "The model caches nothing: what sharing saves are parameters, and the computation of queries, keys" in text
+    assert "cache bytes" not in text
+    assert "| keys (the model caches nothing) | | | -13.3% |" in text
+    assert "cache no keys" not in text
+
+
+def test_a_multimodal_model_is_loaded_with_its_processor(tmp_path):
+    report = replace(MEASURED, auto_class="AutoModelForImageTextToText")
+    text = write_card(report, RECIPE, tmp_path).read_text()
+    assert "from transformers import AutoModelForImageTextToText, AutoProcessor\n" in text
+    assert 'processor = AutoProcessor.from_pretrained("PATH_OR_REPO_ID", trust_remote_code=True)' in text
+    assert "AutoTokenizer" not in text
+
+
 def test_without_validation_no_quality_is_claimed(tmp_path):
     path = write_card(UNMEASURED, RECIPE, tmp_path)
     text = path.read_text()
@@ -130,18 +170,50 @@ def test_figure_has_equal_bytes_and_is_shown_by_the_card(tmp_path, layers):
 @pytest.mark.parametrize(("layers", "columns"), [(12, 12), (80, 40)])
 def test_figure_has_a_cell_of_its_colour_for_every_group_in_order(tmp_path, layers, columns):
     sharing = SharingMap({layers - 1: ((0, 0), (0, 1), (1, 2), None)})
-    with Image.open(sharing_figure(sharing, geometry(layers), tmp_path / FIGURE)) as image:
-        pixel, (width, height) = image.getpixel, image.size
-        # Corners of squares; entries of the legend are only half as high.
-        found = [
-            pixel((x, y))
-            for y in range(1, height - CELL)
-            for x in range(1, width)
-            if pixel((x, y)) != WHITE == pixel((x - 1, y)) == pixel((x, y - 1))
-            and pixel((x, y)) == pixel((x, y + CELL - 3)) == pixel((x + CELL - 3, y))
-        ]
+    # Corners of squares; entries of the legend are only half as high.
+    found = list(squares(sharing_figure(sharing, geometry(layers), tmp_path / FIGURE)).values())
     drawn = {(cell.layer // columns, cell.group, cell.layer): cell.state for cell in cells(sharing, geometry(layers))}
     assert found == [ImageColor.getrgb(COLOURS[drawn[place]][0]) for place in sorted(drawn)]
+
+
+def squares(path):
+    """Place (x, y) and colour of every square."""
+    colours = {ImageColor.getrgb(colour) for colour, _ in COLOURS.values()}
+    with Image.open(path) as image:
+        pixel, (width, height) = image.getpixel, image.size
+        return {
+            (x, y): pixel((x, y))
+            for y in range(1, height - CELL)
+            for x in range(1, width)
+            if pixel((x, y)) in colours
+            and WHITE == pixel((x - 1, y)) == pixel((x, y - 1))
+            and pixel((x, y)) == pixel((x, y + CELL - 3)) == pixel((x + CELL - 3, y))
+        }
+
+
+def test_each_stack_has_a_band(tmp_path):
+    layers = [LayerGeometry(4, 2, 8, stack="encoder")] * 5
+    layers += [LayerGeometry(3, 3, 8, stack=name) for name in ("decoder", "decoder.cross") for _ in range(2)]
+    model = ModelGeometry(tuple(layers))
+    sharing = SharingMap({4: ((2, 0), (3, 1), None, None), 8: ((7, 0), (7, 1), None)}, model.stacks)
+    labels = {(cell.layer, cell.group): cell.label for cell in cells(sharing, model) if cell.label}
+    assert labels == {(4, 0): "2\n3", (8, 0): "0", (8, 1): "0"}  # numbers in the stack
+    found = squares(sharing_figure(sharing, model, tmp_path / "sharing.png"))
+    rows = [[place[0] for place in found if place[1] == y] for y in sorted({y for _, y in found})]
+    assert [len(row) for row in rows] == [5, 5, 2, 2, 2, 2, 2, 2]
+    assert len({row[0] for row in rows}) == 1  # all bands begin at the left
+    reusing = ImageColor.getrgb(COLOURS["reusing"][0])
+    assert list(found.values()).count(reusing) == 3
+
+
+def test_layers_without_softmax_attention_are_blank(tmp_path):
+    none, full = LayerGeometry(0, 0, 0, "none"), LayerGeometry(4, 2, 8)
+    model = ModelGeometry((none, full, none, full))
+    sharing = SharingMap({3: ((1, 0), (1, 1), (1, 2), (1, 3))})
+    found = squares(sharing_figure(sharing, model, tmp_path / "sharing.png"))
+    columns = sorted({x for x, _ in found})
+    assert [(x - columns[0]) // CELL for x in columns] == [0, 2]
+    assert len(found) == 4
 
 
 def test_font_of_the_figure_is_scalable():

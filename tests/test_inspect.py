@@ -69,12 +69,13 @@ def test_json_is_the_only_output(cli, tmp_path):
     assert content["cache_bytes_per_token"] == 256
     assert content["dtypes"] == {"F16": 8192, "F32": 3200}
     assert content["granularity"] == "head"
-    assert len(content["attention"]) == 4
+    assert [layer["layer"] for layer in content["attention"]] == ["0", "1", "2", "3"]
+    assert content["stacks"] == {}
     sharing = content["sharing"]
     assert (sharing["possible"], sharing["reason"]) == (True, None)
     assert (sharing["total_groups"], sharing["shareable_groups"]) == (8, 6)
     assert sharing["layers_without_source"] == {"0": "no earlier layer of its kind"}
-    assert sharing["kinds"][0]["reusing"] == [1, 2, 3]
+    assert (sharing["kinds"][0]["stack"], sharing["kinds"][0]["reusing"]) == ("", [1, 2, 3])
 
 
 @pytest.mark.parametrize(
