@@ -14,10 +14,12 @@ from sa_convert.errors import RecipeError
 from sa_convert.progress import peak_memory
 from sa_convert.publish.analysis import write_analysis
 from sa_convert.publish.report import installed_versions
+from sa_convert.read.code import allow_code
 from sa_convert.read.family import family_of
 from sa_convert.read.geometry import geometry_of
-from sa_convert.read.model import open_model
+from sa_convert.read.model import complete, open_model
 from sa_convert.rewrite.staging import staging
+from sa_convert.run.trust import trusting
 from sa_convert.units import format_percent
 
 if TYPE_CHECKING:
@@ -39,7 +41,8 @@ class Options:
     """key_cache: the part that the recipe is to remove, 0 to 1. text, sequences, length, seed: of the calibration.
 
     dtype, device: where and in which precision the model is run ("auto": as stored, on the best device); dtype is also
-    that of the weights that a .gguf file is dequantised to.
+    that of the weights that a .gguf file is dequantised to. trust_remote_code: code that the model brings may run; see
+    `sa_convert.read.code`.
     """
 
     key_cache: float = 0.25
@@ -50,6 +53,7 @@ class Options:
     device: str = "auto"
     dtype: str = "auto"
     overwrite: bool = False
+    trust_remote_code: bool = False
 
     @property
     def stored_dtype(self) -> str:
@@ -66,15 +70,19 @@ def analyze(
     """
     described = open_model(model, None, options.stored_dtype)
     units = Units(geometry_of(described, family_of(described.config, described.tensors)))
+    described = allow_code(described, options.trust_remote_code, announce)
     _check_budget(units, options.key_cache)
-    ready = all(shard.file.suffix == ".safetensors" for shard in described.shards)
-    space = _HEADROOM + (0 if ready else sum(tensor.bytes for tensor in described.tensors.values()))
-    source = Path(model).expanduser()
-    with staging(output, options.overwrite, space, source if source.exists() else None) as stage:
+    ready = described.is_safetensors
+    space = _HEADROOM + (0 if ready else described.weight_bytes)
+    path = Path(model).expanduser()
+    with staging(output, options.overwrite, space, path if path.exists() else described.folder) as stage:
+        if described.absent:
+            announce(f"downloading what the cache lacks of {described.identity}")
         if not ready:
             announce("reading weights")
-        checkpoint = described if ready else open_model(model, stage.workspace, options.stored_dtype)
-        analysis = _analysis(checkpoint, units, options, announce)
+        checkpoint = complete(described, model, stage.root / "workspace", options.stored_dtype)
+        with trusting(checkpoint.folder, checkpoint.trusted):
+            analysis = _analysis(checkpoint, units, options, announce)
         announce("drawing figures")
         write_analysis(analysis, _recipe(analysis, options), stage.folder)
         stage.publish()

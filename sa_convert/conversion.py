@@ -13,12 +13,14 @@ from sa_convert.data.units import Units
 from sa_convert.plan.plan import ConversionPlan, Subject, plan_conversion
 from sa_convert.progress import peak_memory
 from sa_convert.publish.report import installed_versions, write_report
-from sa_convert.read.model import open_model
+from sa_convert.read.code import allow_code
+from sa_convert.read.model import complete, open_model
 from sa_convert.rewrite.refitted import check_refittable, refit_edits
 from sa_convert.rewrite.rewrite import needed_bytes, rewrite_checkpoint
 from sa_convert.rewrite.shards import Written
 from sa_convert.rewrite.staging import Stage, staging
 from sa_convert.run.auto_class import auto_class_name, prediction_task
+from sa_convert.run.trust import trusting
 
 if TYPE_CHECKING:
     from sa_convert.calibrate.calibrate import Calibrated
@@ -33,7 +35,8 @@ class Options:
 
     dtype, device: where and in which precision models are run ("auto": as stored, on the best device); dtype is also
     that of the weights that a .gguf file is dequantised to. layer_by_layer: keep one layer's weights in memory at a
-    time wherever models are run, even if all of them would fit.
+    time wherever models are run, even if all of them would fit. trust_remote_code: code that the base model brings may
+    run; see `sa_convert.read.code`.
     """
 
     calibration: str | None = None
@@ -42,6 +45,7 @@ class Options:
     dtype: str = "auto"
     device: str = "auto"
     layer_by_layer: bool = False
+    trust_remote_code: bool = False
 
     @property
     def stored_dtype(self) -> str:
@@ -54,16 +58,13 @@ Announce = Callable[[str], None]
 
 def plan(model: str, recipe: "Recipe", options: Options, announce: Announce = lambda step: None) -> ConversionPlan:
     """What `convert` would do. From headers alone, unless the recipe asks for a search, which then runs."""
-    subject = Subject.of(open_model(model, None, options.stored_dtype))
+    subject = _described(model, options, announce)
     recipe = _with_text(recipe, options)
     if recipe.sharing.search is None:
         return plan_conversion(subject, recipe)
     _check_calibration(subject, recipe)
     with TemporaryDirectory(prefix="sa-convert-") as workspace:
-        loaded = subject
-        if not _is_safetensors(subject.checkpoint):
-            announce("reading weights")
-            loaded = Subject.of(open_model(model, Path(workspace), options.stored_dtype))
+        loaded = _complete(subject, model, Path(workspace), options, announce)
         found = _calibrate(loaded, recipe, None, options, announce, refits=False)
     return plan_conversion(subject, recipe, found.sharing)
 
@@ -82,19 +83,16 @@ def convert(
     the output does not allow it.
     """
     recipe = _with_text(recipe, options)
-    subject = Subject.of(open_model(model, None, options.stored_dtype))
+    subject = _described(model, options, announce)
     described = subject.checkpoint
     if options.validate:
         prediction_task(described.config, model)
     conversion = None if recipe.sharing.search else plan_conversion(subject, recipe)
     _check_calibration(subject, recipe)
     space = needed_bytes(described, conversion.edits if conversion else {})
-    space += 0 if _is_safetensors(described) else _size(described)
-    source = Path(model).expanduser()
-    with staging(output, options.overwrite, space, source if source.exists() else None) as stage:
-        if not _is_safetensors(described):
-            announce("reading weights")
-            subject = Subject.of(open_model(model, stage.workspace, options.stored_dtype))
+    space += 0 if described.is_safetensors else described.weight_bytes
+    with staging(output, options.overwrite, space, source_of(described, model)) as stage:
+        subject = _complete(subject, model, stage.root / "workspace", options, announce)
         found = None
         if recipe.needs:
             sharing = conversion.sharing if conversion else None
@@ -115,6 +113,29 @@ def convert(
         report = replace(report, refit=found.refit.report if found and found.refit else None)
         _publish(report, conversion, recipe, stage)
     return report
+
+
+def source_of(checkpoint: Checkpoint, model: str) -> Path:
+    """The file or folder of a model, which must survive: of one on the Hub, that in the cache."""
+    path = Path(model).expanduser()
+    return path if path.exists() else checkpoint.folder
+
+
+def _described(model: str, options: Options, announce: Announce) -> Subject:
+    """From headers alone. Code of the model is not run, but refused here where it would have to."""
+    subject = Subject.of(open_model(model, None, options.stored_dtype))
+    return replace(subject, checkpoint=allow_code(subject.checkpoint, options.trust_remote_code, announce))
+
+
+def _complete(subject: Subject, model: str, workspace: Path, options: Options, announce: Announce) -> Subject:
+    """With all weights at hand, as safetensors."""
+    described = subject.checkpoint
+    if described.absent:
+        announce(f"downloading what the cache lacks of {described.identity}")
+    if not described.is_safetensors:
+        announce("reading weights")
+    found = complete(described, model, workspace, options.stored_dtype)
+    return subject if found is described else Subject.of(found)
 
 
 def _with_text(recipe: "Recipe", options: Options) -> "Recipe":
@@ -143,10 +164,11 @@ def _calibrate(
     from sa_convert.units import human_bytes
 
     announce("loading the model to calibrate it")
-    found = calibrate(
-        subject.checkpoint, subject.family, subject.geometry, recipe, sharing, options.device, options.dtype,
-        options.layer_by_layer, refits, announce,
-    )  # fmt: skip
+    with trusting(subject.checkpoint.folder, subject.checkpoint.trusted):
+        found = calibrate(
+            subject.checkpoint, subject.family, subject.geometry, recipe, sharing, options.device, options.dtype,
+            options.layer_by_layer, refits, announce,
+        )  # fmt: skip
     announce(f"calibrated; peak memory {human_bytes(peak_memory())}")
     return found
 
@@ -159,15 +181,16 @@ def _validate(
     from sa_convert.validate.gate import refuse_if_failed, validate
 
     announce("validating")
-    validation = validate(
-        conversion.checkpoint.folder,
-        stage.folder,
-        load_text(recipe.calibration.text),
-        recipe.gate.max_perplexity_increase,
-        options.device,
-        options.dtype,
-        max_memory=NO_MEMORY if options.layer_by_layer else None,
-    )
+    with trusting(conversion.checkpoint.folder, conversion.checkpoint.trusted):
+        validation = validate(
+            conversion.checkpoint.folder,
+            stage.folder,
+            load_text(recipe.calibration.text),
+            recipe.gate.max_perplexity_increase,
+            options.device,
+            options.dtype,
+            max_memory=NO_MEMORY if options.layer_by_layer else None,
+        )
     refuse_if_failed(validation)
     return validation
 
@@ -177,11 +200,14 @@ def _report(
 ) -> Report:
     """Sizes are those of the files as written, and of a real cache where one was measured."""
     checkpoint = conversion.checkpoint
-    savings: Savings = replace(conversion.savings, checkpoint_bytes=Change(_size(checkpoint), written.total_bytes))
+    code = checkpoint.code if checkpoint.trusted else ()
+    savings: Savings = replace(
+        conversion.savings, checkpoint_bytes=Change(checkpoint.weight_bytes, written.total_bytes)
+    )
     if validation is not None:
         savings = replace(savings, cache_bytes_per_token=validation.cache_bytes_per_token)
     return Report(
-        base_model=BaseModel.of(checkpoint.identity, checkpoint.revision),
+        base_model=BaseModel.of(checkpoint.identity, checkpoint.revision).with_code(code),
         family=conversion.family.model_type,
         sharing=conversion.sharing,
         reused_groups=conversion.reused_groups,
@@ -209,14 +235,3 @@ def _publish(report: Report, conversion: ConversionPlan, recipe: "Recipe", stage
     card = conversion.checkpoint.folder / "README.md"
     write_card(report, resolved, stage.folder, card if card.exists() else None)
     stage.publish()
-
-
-def _is_safetensors(checkpoint: Checkpoint) -> bool:
-    return all(shard.file.suffix == ".safetensors" for shard in checkpoint.shards)
-
-
-def _size(checkpoint: Checkpoint) -> int:
-    """Bytes of the weight files, or of the tensors where the files have another format."""
-    if _is_safetensors(checkpoint):
-        return sum(shard.file.stat().st_size for shard in checkpoint.shards)
-    return sum(tensor.bytes for tensor in checkpoint.tensors.values())

@@ -22,3 +22,8 @@ def peak_memory() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def note(text: str) -> None:
+    """One line on stderr that users should read, though the work goes on."""
+    print(f"Note: {text}", file=sys.stderr)

@@ -153,10 +153,6 @@ def test_mixed_attention_types(tmp_path):
     refused(result, 1, "Layer 1 head 0 .*sliding_attention, the reusing layer full_attention", tmp_path / "out")
 
 
-def test_what_is_not_built_yet_is_refused(base, tmp_path):
-    refused(run_cli("convert", "org/name", "--recipe", "late-span", "-o", tmp_path / "out"), 1, "org/name.*Hub")
-
-
 def test_wrong_usage_is_status_2(base):
     assert run_cli("convert", base).returncode == 2
     assert (

@@ -23,7 +23,7 @@ SURFACE = {
     "inspect": ["MODEL", "--json"],
     "analyze": [
         "MODEL", "-o", "--key-cache", "--calibration", "--sequences", "--length", "--seed", "--dtype", "--device",
-        "--overwrite", "--json",
+        "--overwrite", "--trust-remote-code", "--json",
     ],
     "evaluate": [
         "MODEL", "--against", "--text", "--sequences", "--length", "--seed", "--dtype", "--device",

@@ -191,7 +191,7 @@ def test_an_adapter_is_not_silently_lost(tmp_path):
 
 def test_hub_names_are_told_from_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused("org/name@main", "run 'hf download org/name --local-dir name'", UnsupportedModelError)
+    refused("org/name@main", "there is no such folder, and the model is not in the cache")
     refused("./org/name", "there is no such folder or file")
     tiny_llama(tmp_path / "org" / "name")
     assert open_model("org/name").identity == "org/name"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from sa_convert.commands.options import PERCENT, echo_json, json_option, model_argument
+from sa_convert.commands.options import PERCENT, announce, echo_json, json_option, model_argument, trust_option
 
 
 @click.command("analyze")
@@ -38,6 +38,7 @@ from sa_convert.commands.options import PERCENT, echo_json, json_option, model_a
 )
 @click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="Such as cpu, cuda or cuda:1.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier result at DIR.")
+@trust_option
 @json_option
 def command(
     model: str,
@@ -50,6 +51,7 @@ def command(
     dtype: str,
     device: str,
     overwrite: bool,
+    trust_remote_code: bool,
     as_json: bool,
 ) -> None:
     """Find out what sharing attention would cost MODEL, group by group, and write it into the folder DIR.
@@ -69,8 +71,8 @@ def command(
 
     if not 0 < key_cache < 1:
         raise click.BadParameter("must be more than 0% and less than 100%.", param_hint="'--key-cache'")
-    options = Options(key_cache, text, sequences, length, seed, device, dtype, overwrite)
-    analysis = analyze(model, output, options, lambda step: click.echo(f"{step} ...", err=True))
+    options = Options(key_cache, text, sequences, length, seed, device, dtype, overwrite, trust_remote_code)
+    analysis = analyze(model, output, options, announce)
     if as_json:
         echo_json(analysis.to_json())
     else:

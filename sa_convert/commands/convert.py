@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from sa_convert.commands.options import PERCENT, echo_json, json_option, model_argument
+from sa_convert.commands.options import PERCENT, announce, echo_json, json_option, model_argument, trust_option
 
 
 @click.command("convert")
@@ -44,6 +44,7 @@ from sa_convert.commands.options import PERCENT, echo_json, json_option, model_a
 )
 @click.option("--push-to", metavar="REPO_ID", help="Upload the result to the Hub, once it is validated (see push).")
 @click.option("--private", is_flag=True, help="With --push-to: make the repository private.")
+@trust_option
 @json_option
 def command(
     model: str,
@@ -57,6 +58,7 @@ def command(
     dtype: str,
     device: str,
     layer_by_layer: bool,
+    trust_remote_code: bool,
     push_to: str | None,
     private: bool,
     as_json: bool,
@@ -69,6 +71,7 @@ def command(
     \b
     Examples:
       sa-convert convert ./Llama-3-8B --recipe balanced -o ./Llama-3-8B-shared
+      sa-convert convert org/Llama-3-8B@main --recipe balanced -o ./Llama-3-8B-shared
       sa-convert convert model.gguf --recipe my.yaml -o out --max-perplexity-increase 3%
       sa-convert convert ./model --recipe late-span -o out --dry-run
     """
@@ -85,10 +88,7 @@ def command(
     recipe = load_recipe(recipe_name)
     if max_perplexity_increase is not None:
         recipe = recipe.with_gate(max_perplexity_increase)
-    options = Options(calibration, not no_validate, overwrite, dtype, device, layer_by_layer)
-
-    def announce(step: str) -> None:
-        click.echo(f"{step} ...", err=True)
+    options = Options(calibration, not no_validate, overwrite, dtype, device, layer_by_layer, trust_remote_code)
 
     if dry_run:
         conversion = plan(model, recipe, options, announce)

@@ -2,7 +2,7 @@
 
 import click
 
-from sa_convert.commands.options import echo_json, json_option, model_argument
+from sa_convert.commands.options import announce, echo_json, json_option, model_argument
 
 
 @click.command()
@@ -61,7 +61,7 @@ def command(
     from sa_convert.validate.evaluate import Options, evaluate
 
     options = Options(sequences, length, seed, device, dtype, trust_remote_code)
-    evaluation = evaluate(model, against, load_text(source), options)
+    evaluation = evaluate(model, against, load_text(source), options, announce)
     if as_json:
         echo_json(evaluation.to_json())
     else:

@@ -15,6 +15,7 @@ import click
 
 from sa_convert import __version__, registration
 from sa_convert.errors import SaConvertError
+from sa_convert.redaction import redact
 
 COMMANDS = {
     "inspect": "sa_convert.commands.inspect",
@@ -44,7 +45,7 @@ class _LazyGroup(click.Group):
 def cli() -> None:
     """Convert Hugging Face checkpoints so that attention is shared across layers.
 
-    MODEL is a folder in the format of transformers, or a .gguf file.
+    MODEL is a folder in the format of transformers, org/name[@revision] on the Hub, or a .gguf file.
 
     Exit status: 0 done, 1 an error, 2 wrong usage, 3 the quality gate refused.
     """
@@ -80,8 +81,8 @@ def _unexpected(error: BaseException) -> int:
 
 def _fail(error: BaseException, message: str, status: int) -> int:
     if os.environ.get("SA_CONVERT_DEBUG"):
-        traceback.print_exception(error)
-    click.echo(f"Error: {' '.join(message.split())}", err=True)
+        click.echo(redact("".join(traceback.format_exception(error))), err=True, nl=False)
+    click.echo(f"Error: {redact(' '.join(message.split()))}", err=True)
     return status
 
 

@@ -26,7 +26,15 @@ class PercentType(click.ParamType):
 PERCENT = PercentType()
 
 model_argument = click.argument("model", metavar="MODEL")
+trust_option = click.option(
+    "--trust-remote-code", is_flag=True, help="Let code that MODEL brings along run; its files are named first."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
+
+
+def announce(step: str) -> None:
+    """Tell on stderr what is being done."""
+    click.echo(f"{step} ...", err=True)
 
 
 def echo_json(content: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """What a checkpoint holds, as its headers tell; and what a conversion does to each tensor."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -49,7 +49,11 @@ class Checkpoint:
 
     identity: what the user called it. revision: the commit on the Hub, or None. index: the parsed
     `model.safetensors.index.json`, or None for a single file. side_files: every other file that belongs to the model
-    (tokenizer, generation config, license, ...), relative to the folder, weights of other formats left out.
+    (tokenizer, generation config, license, ...), relative to the folder, weights of other formats left out. code: its
+    Python files, relative to the folder. trusted: the user lets them run; they are never run or copied otherwise.
+
+    absent: bytes of the files that are not in the folder yet, by path relative to it: those of the model `identity` on
+    the Hub at `revision`, whose folder is that of the snapshot in the cache. Empty for a model that is all here.
     """
 
     identity: str
@@ -59,6 +63,25 @@ class Checkpoint:
     index: Mapping[str, Any] | None
     side_files: tuple[Path, ...]
     revision: str | None = None
+    code: tuple[Path, ...] = ()
+    trusted: bool = False
+    absent: Mapping[Path, int] = field(default_factory=dict)
+
+    def size(self, path: Path) -> int:
+        """Bytes of a file, which may be absent yet. path: relative to the folder."""
+        return self.absent[path] if path in self.absent else (self.folder / path).stat().st_size
+
+    @property
+    def is_safetensors(self) -> bool:
+        """Whether the weights need not be written as safetensors first."""
+        return all(shard.file.suffix == ".safetensors" for shard in self.shards)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weight files, or of the tensors where the files have another format."""
+        if self.is_safetensors:
+            return sum(self.size(shard.file.relative_to(self.folder)) for shard in self.shards)
+        return sum(tensor.bytes for tensor in self.tensors.values())
 
     @cached_property
     def tensors(self) -> dict[str, TensorEntry]:

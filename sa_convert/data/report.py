@@ -1,8 +1,8 @@
 """What a conversion did, saved and cost: the contents of report.json."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,10 +23,12 @@ TASK_NAMES: Mapping[PredictionTask, str] = {
 @dataclass(frozen=True)
 class BaseModel:
     """The model that was converted. id: `org/name` on the Hub, or the name of a local folder or file (never its path,
-    so that a conversion gives the same files on every machine). revision: its commit on the Hub, or None."""
+    so that a conversion gives the same files on every machine). revision: its commit on the Hub, or None. code: the
+    Python files in it that the user trusted, of this revision."""
 
     id: str
     revision: str | None = None
+    code: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, identity: str, revision: str | None = None) -> "BaseModel":
@@ -34,6 +36,12 @@ class BaseModel:
         if Path(identity).expanduser().exists():
             return cls(Path(identity).expanduser().resolve().name, revision)
         return cls(identity, revision)
+
+    def with_code(self, files: Iterable[Path]) -> "BaseModel":
+        return replace(self, code=tuple(path.as_posix() for path in files))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"id": self.id, "revision": self.revision} | ({"code": list(self.code)} if self.code else {})
 
     @property
     def on_hub(self) -> bool:
@@ -162,7 +170,7 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """As in report.json. Floats are rounded to the digits that mean something."""
         return {
-            "base_model": asdict(self.base_model),
+            "base_model": self.base_model.to_json(),
             "family": self.family,
             "recipe": self.recipe,
             "sharing": {

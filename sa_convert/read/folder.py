@@ -3,14 +3,14 @@
 import json
 import os
 from collections.abc import Collection, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from sa_convert.data.checkpoint import Checkpoint, Shard
 from sa_convert.errors import CheckpointError, UnsupportedModelError
 from sa_convert.read.header import read_shard
-from sa_convert.read.inside import check_inside, real_folder, revision_of
-from sa_convert.read.side_files import side_files
+from sa_convert.read.inside import check_inside, leads_out, real_folder, revision_of
+from sa_convert.read.side_files import code_files, side_files
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -46,6 +46,7 @@ def open_folder(folder: Path, identity: str | None = None, revision: str | None 
         index=index,
         side_files=side_files(root),
         revision=revision or revision_of(root),
+        code=code_files(root),
     )
 
 
@@ -75,10 +76,10 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def refuse_adapter(folder: Path) -> None:
+def refuse_adapter(folder: Path, files: Collection[str] = ()) -> None:
     """Raises UnsupportedModelError for a folder with a PEFT adapter: transformers would load it on top of the weights,
-    and a conversion of the weights alone would lose it."""
-    if (folder / "adapter_config.json").exists():
+    and a conversion of the weights alone would lose it. files: what the folder will also have."""
+    if "adapter_config.json" in files or (folder / "adapter_config.json").exists():
         raise UnsupportedModelError(
             f"{folder}: holds a PEFT adapter (adapter_config.json); merge it into the model first "
             "(merge_and_unload of PEFT), then convert the merged model."
@@ -93,8 +94,7 @@ def weight_map(file: Path, index: Mapping[str, Any]) -> dict[str, str]:
     for tensor, name in names.items():
         if not isinstance(name, str) or not name:
             raise CheckpointError(f"{file}: names no file for tensor '{tensor}'; download it again.")
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        if leads_out(name):
             raise CheckpointError(
                 f"{file}: tensor '{tensor}' lies in '{name}', outside of the model's folder; do not trust this model."
             )

@@ -11,6 +11,9 @@ from sa_convert.errors import CheckpointError
 LONGEST_HEADER = 100_000_000
 """Bytes; the safetensors library refuses longer ones."""
 
+PREFIX = 8
+"""Bytes that tell the length of the header."""
+
 _AGAIN = "the file is damaged or incomplete; download it again"
 _NOT_VALID = "the file is damaged or not safetensors; download it again"
 
@@ -24,22 +27,33 @@ def read_shard(file: Path) -> Shard:
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
-            prefix = stream.read(8)
-            if len(prefix) < 8:
-                raise CheckpointError(f"{file}: is {size} bytes long, too short for safetensors; {_AGAIN}.")
-            length = int.from_bytes(prefix, "little")
-            if length > LONGEST_HEADER:
-                raise CheckpointError(f"{file}: says its header has {length} bytes, more than any; {_NOT_VALID}.")
-            if 8 + length > size:
-                raise CheckpointError(
-                    f"{file}: says its header has {length} bytes, but is {size} bytes long; {_AGAIN}."
-                )
+            length = header_length(file, stream.read(PREFIX), size)
             text = stream.read(length)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}.") from error
+    return parse_shard(file, text, size)
+
+
+def header_length(file: Path, prefix: bytes, size: int) -> int:
+    """Bytes of the header of a file that is `size` bytes long. prefix: its first bytes, PREFIX or all.
+
+    Raises CheckpointError where there cannot be such a header.
+    """
+    if len(prefix) < PREFIX:
+        raise CheckpointError(f"{file}: is {size} bytes long, too short for safetensors; {_AGAIN}.")
+    length = int.from_bytes(prefix[:PREFIX], "little")
+    if length > LONGEST_HEADER:
+        raise CheckpointError(f"{file}: says its header has {length} bytes, more than any; {_NOT_VALID}.")
+    if PREFIX + length > size:
+        raise CheckpointError(f"{file}: says its header has {length} bytes, but is {size} bytes long; {_AGAIN}.")
+    return length
+
+
+def parse_shard(file: Path, text: bytes, size: int) -> Shard:
+    """As `read_shard`, from the header's bytes and the length of the file, which need not be here."""
     header = _parse(file, text)
     metadata = _metadata(file, header.pop("__metadata__", None))
-    start = 8 + length
+    start = PREFIX + len(text)
     tensors = sorted(
         (_entry(file, name, value, start, size) for name, value in header.items()),
         key=lambda tensor: (tensor.start, tensor.stop),

@@ -20,7 +20,7 @@ from sa_convert.read.folder import (
     weight_map,
 )
 from sa_convert.read.inside import check_inside, real_folder, revision_of
-from sa_convert.read.side_files import side_files
+from sa_convert.read.side_files import code_files, side_files
 
 if TYPE_CHECKING:
     import torch
@@ -78,11 +78,12 @@ def open_pickled(folder: Path, workspace: Path | None, identity: str) -> Checkpo
         raise CheckpointError(f"{folder}: its .bin files hold no tensors; download the model again.")
     if workspace is None:
         revision = revision_of(root)
-        return Checkpoint(identity, folder, config, tuple(shards), index, side_files(root), revision)
+        sides, code = side_files(root), code_files(root)
+        return Checkpoint(identity, folder, config, tuple(shards), index, sides, revision, code)
     if index is not None:
         new_index = {**index, "weight_map": {key: new_map[key] for key in names if key in new_map}}
         (workspace / INDEX).write_text(json.dumps(new_index, indent=2) + "\n", encoding="utf-8")
-    copied = [Path("config.json"), *side_files(root)]
+    copied = [Path("config.json"), *side_files(root), *code_files(root)]
     if (folder / _CARD).exists():  # no side file, but the new model card quotes it
         check_inside(folder / _CARD, root, "the model card")
         copied.append(_CARD)

@@ -9,13 +9,15 @@ from sa_convert.read.inside import check_inside
 
 WEIGHTS = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data*", "*.gguf",
-    "*.ggml", "*.ot", "*.npz", "*.tflite", "*.mlmodel", "*.pkl", "*.pickle", "*.index.json",
+    "*.ggml", "*.ot", "*.npz", "*.tflite", "*.mlmodel", "*.pkl", "*.pickle", "*.index.json", "openvino_*",
 )  # fmt: skip
 """Weights of any format, and their indices: we write our own. `params.json` describes `consolidated.*` weights."""
 
 _TRAINING = ("trainer_state.json", "optimizer*", "scheduler*", "rng_state*", "events.out.tfevents*")
 _WRITTEN_ANEW = ("config.json", "params.json", "README.md", "recipe.yaml", "report.json")
-_FOLDERS = ("original", "figures", "runs", "checkpoint-*", "global_step*", "__pycache__", "*.mlpackage")
+_FOLDERS = (
+    "original", "onnx", "openvino", "figures", "runs", "checkpoint-*", "global_step*", "__pycache__", "*.mlpackage",
+)  # fmt: skip
 _CODE = "*.py"
 
 
@@ -33,12 +35,37 @@ def side_files(folder: Path) -> tuple[Path, ...]:
         for name in folders:
             if (here / name).is_symlink():
                 check_inside(here / name, folder, "this part of the model")
-        ignored = (".*", _CODE, *WEIGHTS, *_TRAINING, *(_WRITTEN_ANEW if here == folder else ()))
         for name in files:
-            if not _matches(name, ignored):
+            path = (here / name).relative_to(folder)
+            if is_side_file(path):
                 check_inside(here / name, folder, "this part of the model")
-                found.append((here / name).relative_to(folder))
+                found.append(path)
     return tuple(sorted(found))
+
+
+def is_side_file(path: Path) -> bool:
+    """Whether a file (relative to the model's folder) belongs to the model, by its name."""
+    if any(_matches(name, (".*", *_FOLDERS)) for name in path.parts[:-1]):
+        return False
+    ignored = (".*", _CODE, *WEIGHTS, *_TRAINING, *(_WRITTEN_ANEW if len(path.parts) == 1 else ()))
+    return not _matches(path.name, ignored)
+
+
+def code_files(folder: Path) -> tuple[Path, ...]:
+    """Python files in the (resolved) folder, relative to it, sorted; hidden ones are left out.
+
+    Raises CheckpointError for a link that leads out of the folder.
+    """
+    found = sorted(path.relative_to(folder) for path in folder.rglob(_CODE))
+    code = tuple(path for path in found if is_code(path))
+    for path in code:
+        check_inside(folder / path, folder, "this code")
+    return code
+
+
+def is_code(path: Path) -> bool:
+    """Whether a file (relative to the model's folder) is Python code that the model may bring along."""
+    return path.suffix == ".py" and not any(part.startswith(".") or part == "__pycache__" for part in path.parts)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

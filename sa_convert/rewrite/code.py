@@ -4,10 +4,11 @@ from pathlib import Path
 
 import sa_convert.export
 
+HOME = Path(sa_convert.export.__file__).parent
+
 
 def write_code(folder: Path) -> None:
     """Copy every module of `sa_convert.export` into `folder`, byte for byte."""
-    home = Path(sa_convert.export.__file__).parent
-    for file in sorted(home.glob("*.py")):
+    for file in sorted(HOME.glob("*.py")):
         if file.name != "__init__.py":
             (folder / file.name).write_bytes(file.read_bytes())

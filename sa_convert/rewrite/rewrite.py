@@ -12,7 +12,7 @@ from sa_convert.rewrite.code import write_code
 from sa_convert.rewrite.config import converted_config
 from sa_convert.rewrite.shards import Written, plan_shards, write_shards
 from sa_convert.rewrite.tokenizer import FILE as TOKENIZER_CONFIG
-from sa_convert.rewrite.tokenizer import as_json, tokenizer_config
+from sa_convert.rewrite.tokenizer import as_json, tokenizer_code, tokenizer_config
 
 _HEADROOM = 16 * 1024 * 1024
 """Bytes for configuration, code, index, report, model card and figures."""
@@ -21,7 +21,7 @@ _HEADROOM = 16 * 1024 * 1024
 def needed_bytes(checkpoint: Checkpoint, edits: Mapping[str, TensorEdit]) -> int:
     """Bytes of disk that `rewrite_checkpoint` and a report need."""
     weights = sum(plan.bytes for plan in plan_shards(checkpoint, edits))
-    return weights + sum((checkpoint.folder / path).stat().st_size for path in checkpoint.side_files) + _HEADROOM
+    return weights + sum(checkpoint.size(path) for path in checkpoint.side_files) + _HEADROOM
 
 
 def rewrite_checkpoint(
@@ -36,7 +36,7 @@ def rewrite_checkpoint(
     Shows a progress bar. Raises CheckpointError where the base cannot be read, OSError where the result cannot be
     written; `staging` makes that an OutputError and removes what was written.
     """
-    for path in checkpoint.side_files:
+    for path in (*checkpoint.side_files, *tokenizer_code(checkpoint)):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkpoint.folder / path, folder / path)
     tokenizer = tokenizer_config(checkpoint, family)

@@ -5,12 +5,14 @@ It chooses by the model type, too, and does not know ours.
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from sa_convert.data.checkpoint import Checkpoint
 from sa_convert.errors import UnsupportedModelError
 from sa_convert.export.shared_attention_families import Family
 from sa_convert.read.folder import read_json
+from sa_convert.rewrite.code import HOME
 
 FILE = "tokenizer_config.json"
 
@@ -23,11 +25,13 @@ _PLAIN_NAMES = (_PLAIN, "TokenizersBackend")
 def tokenizer_config(checkpoint: Checkpoint, family: Family) -> dict[str, Any] | None:
     """The new content of tokenizer_config.json, or None where the base's, or its absence, serves as it is.
 
-    Raises UnsupportedModelError where it names code in the model's folder: code of a base model is not copied.
+    Raises UnsupportedModelError where it names code in the model's folder: code of a base model is not copied, unless
+    it is trusted (`tokenizer_code`).
     """
     names = {path.as_posix() for path in checkpoint.side_files}
     base: Mapping[str, Any] = read_json(checkpoint.folder / FILE) if FILE in names else {}
-    _refuse_local_code(base)
+    if not checkpoint.trusted:
+        _refuse_local_code(base)
     has_json = "tokenizer.json" in names
     if not (has_json or names & {"tokenizer.model", "vocab.json", "vocab.txt"}) or "auto_map" in base:
         return None
@@ -42,15 +46,40 @@ def tokenizer_config(checkpoint: Checkpoint, family: Family) -> dict[str, Any] |
     return content
 
 
+def tokenizer_code(checkpoint: Checkpoint) -> list[Path]:
+    """The files, relative to the folder, that a trusted tokenizer's code consists of: its modules and what they import.
+
+    Raises UnsupportedModelError for a file that is called like one of ours.
+    """
+    if not checkpoint.trusted or Path(FILE) not in checkpoint.side_files:
+        return []
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    files = set[Path]()
+    for reference in _references(read_json(checkpoint.folder / FILE)):
+        module = checkpoint.folder / f"{reference.rpartition('.')[0]}.py"
+        imported = [Path(file) for file in get_relative_import_files(module)]
+        files |= {file.relative_to(checkpoint.folder) for file in (module, *imported)}
+    taken = next((file for file in sorted(files) if (HOME / file).exists()), None)
+    if taken is not None:
+        raise UnsupportedModelError(f"The tokenizer's code is called {taken}, as a file of sa-convert is: rename it.")
+    return sorted(files)
+
+
 def _refuse_local_code(base: Mapping[str, Any]) -> None:
-    references = base.get("auto_map")
-    found = references.get("AutoTokenizer") if isinstance(references, Mapping) else references
-    for reference in found if isinstance(found, list) else [found]:
-        if reference and "--" not in str(reference):  # org/name--module.Class stays where it is
+    for reference in _references(base):
+        if "--" not in reference:  # org/name--module.Class stays where it is
             raise UnsupportedModelError(
                 f"{FILE} names code of its own ('{reference}' under auto_map), which is not copied; save the tokenizer "
                 "as tokenizer.json without auto_map, or remove that key."
             )
+
+
+def _references(base: Mapping[str, Any]) -> list[str]:
+    """The classes, such as "module.Class", that tokenizer_config.json names."""
+    references = base.get("auto_map")
+    found = references.get("AutoTokenizer") if isinstance(references, Mapping) else references
+    return [str(reference) for reference in (found if isinstance(found, list) else [found]) if reference]
 
 
 def _class_of(family: Family, declared: Any, has_json: bool) -> str | None:

@@ -11,6 +11,7 @@ from sa_convert.errors import CheckpointError, DataError
 from sa_convert.run.auto_class import auto_class_name, headless, prediction_task
 from sa_convert.run.placement import NO_MEMORY, Placement, read_config
 from sa_convert.run.quiet import keep_module_cache_clean, quiet
+from sa_convert.run.trust import is_trusted
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +84,8 @@ def load_converted(
 def load_tokenizer(folder: Path, converted: bool = False, otherwise: str = ", or use --no-validate") -> Any:
     """The tokenizer in a folder. Raises DataError where there is none.
 
-    converted: the folder's own code is trusted, as for its model; transformers would ask for that on the terminal.
+    converted: the folder's own code is trusted, as for its model; transformers would ask for that on the terminal. That
+    of other folders is where `sa_convert.run.trust` says so.
     otherwise: what else the message says that the user can do.
     """
     keep_module_cache_clean()
@@ -91,7 +93,8 @@ def load_tokenizer(folder: Path, converted: bool = False, otherwise: str = ", or
 
     with quiet():
         try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=converted)
+            trusted = converted or is_trusted(folder)
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
         except Exception as error:  # OSError, ValueError, KeyError, ... by family and by what is missing
             raise DataError(
                 f"{folder}: no tokenizer that can be loaded, so perplexity cannot be measured: add the "

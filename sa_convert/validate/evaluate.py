@@ -42,10 +42,17 @@ class Options:
     trust_remote_code: bool = False
 
 
-def evaluate(model: str, against: str | None, text: Text, options: Options | None = None) -> Evaluation:
+def evaluate(
+    model: str,
+    against: str | None,
+    text: Text,
+    options: Options | None = None,
+    announce: Callable[[str], None] = lambda step: None,
+) -> Evaluation:
     """Measure `model`, and `against` if it is given, on the validation part of `text` and on copying probes.
 
-    model, against: folders, ordinary or converted, or .gguf files. Converted models run by the code in their folders.
+    model, against: folders, ordinary or converted, .gguf files, or models on the Hub. announce: told what code of the
+    models is trusted. Converted models run by the code in their folders.
     What they predict is what `sa_convert.run.task.task_of` says: the next token, masked ones, or spans; the copying
     probe is for the first, the decode check for models with a cache.
 
@@ -60,7 +67,7 @@ def evaluate(model: str, against: str | None, text: Text, options: Options | Non
         opened: list[Subject] = []
         for number, reference in enumerate([model] if against is None else [model, against]):
             workspace = Path(temporary) / f"model{number}"
-            opened.append(open_subject(reference, workspace, stored, options.trust_remote_code))
+            opened.append(open_subject(reference, workspace, stored, options.trust_remote_code, announce))
         return _evaluate(opened[0], opened[1] if against is not None else None, text, options, Path(temporary))
 
 

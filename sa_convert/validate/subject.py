@@ -4,9 +4,9 @@ An ordinary model runs by the code of transformers. A converted one runs by the 
 run it; that is done without asking only where this code is, byte for byte, what this version of sa-convert writes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from sa_convert.data.checkpoint import Checkpoint
 from sa_convert.data.report import BaseModel
 from sa_convert.errors import CheckpointError
 from sa_convert.export.shared_attention_families import PREFIX
+from sa_convert.read.code import code_references, refuse_code_elsewhere, shown_code
 from sa_convert.read.folder import read_json
-from sa_convert.read.model import open_model
+from sa_convert.read.model import complete, open_model
 from sa_convert.run.load import Loaded, load_base, load_converted, load_tokenizer
 from sa_convert.run.placement import Placement
 from sa_convert.run.quiet import keep_module_cache_clean
@@ -45,40 +46,49 @@ class Subject:
         return load_tokenizer(self.folder, self.converted or self.trusted, "")
 
 
-def open_subject(reference: str, workspace: Path, stored_dtype: str, trust_remote_code: bool) -> Subject:
-    """The model that the user calls `reference`: a folder, ordinary or converted, or a .gguf file.
+def open_subject(
+    reference: str,
+    workspace: Path,
+    stored_dtype: str,
+    trust_remote_code: bool,
+    announce: Callable[[str], None] = lambda step: None,
+) -> Subject:
+    """The model that the user calls `reference`: a folder, ordinary or converted, a .gguf file, or one on the Hub.
 
     workspace: where a model that is not in safetensors is written as such, in `stored_dtype` if it is quantised.
     Raises CheckpointError, UnsupportedModelError, OutputError; CheckpointError, too, for code in the folder that is not
-    ours and would have to run, unless trust_remote_code.
+    ours and would have to run, unless trust_remote_code; what of a model on the Hub is not in the cache is downloaded.
+    announce: told what code is trusted.
     """
     keep_module_cache_clean()
     from transformers import CONFIG_MAPPING
 
     checkpoint = open_model(reference, None, stored_dtype)
     converted = str(checkpoint.config.get("model_type")).startswith(PREFIX)
-    if any(shard.file.suffix != ".safetensors" for shard in checkpoint.shards):
+    named = not converted and bool(list(code_references(checkpoint)))
+    own = checkpoint.config.get("auto_map") and checkpoint.config.get("model_type") not in CONFIG_MAPPING
+    if named and own and not trust_remote_code:
+        raise CheckpointError(
+            f"{reference}: transformers does not know this type of model, but the folder names code that does: look at "
+            "the code, then use --trust-remote-code to run it."
+        )
+    if trust_remote_code and named:
+        refuse_code_elsewhere(checkpoint)
+        announce(f"trusting {shown_code(checkpoint)}")
+    if not checkpoint.is_safetensors:
         if converted:
             raise CheckpointError(f"{reference}: a converted model has safetensors; convert its base model again.")
-        needed = sum(tensor.bytes for tensor in checkpoint.tensors.values())
+        needed = checkpoint.weight_bytes
         require_space(workspace.parent, needed, f"The weights of {reference} as safetensors", "a folder with those")
-        checkpoint = open_model(reference, workspace, stored_dtype)
+    # The code of a converted model is compared with ours before it runs.
+    trusted = replace(checkpoint, trusted=converted or (trust_remote_code and named))
+    checkpoint = complete(trusted, reference, workspace, stored_dtype)
     if converted and not trust_remote_code and (fault := foreign_code(checkpoint)):
         raise CheckpointError(
             f"{reference}: {fault}, not what this version of sa-convert writes, and evaluating the model would run "
             "it: look at the code, then use --trust-remote-code, or convert the model again."
         )
-    own = (
-        not converted
-        and checkpoint.config.get("auto_map")
-        and checkpoint.config.get("model_type") not in CONFIG_MAPPING
-    )
-    if own and not trust_remote_code:
-        raise CheckpointError(
-            f"{reference}: transformers does not know this type of model, but the folder names code that does: look at "
-            "the code, then use --trust-remote-code to run it."
-        )
-    return Subject(BaseModel.of(reference).id, checkpoint.folder, converted, trust_remote_code)
+    return Subject(BaseModel.of(checkpoint.identity).id, checkpoint.folder, converted, trust_remote_code)
 
 
 def foreign_code(checkpoint: Checkpoint) -> str | None:
