@@ -95,8 +95,13 @@ def _summary(report: Report) -> str:
         return f"**{', '.join(changes)}; quality not measured**"
     changes.append(f"perplexity{TASK_NAMES[report.perplexity.task]} {report.perplexity.increase:+.2%}")
     if report.copying is not None:
-        changes.append(f"copying from the context {report.copying.increase:+.2f} nats per token")
+        changes.append(f"copying from the context {_nats(report.copying.increase)} nats per token")
     return f"**{', '.join(changes)}**"
+
+
+def _nats(change: float) -> str:
+    """With its sign, and none of a change that rounds to zero."""
+    return f"{round(change, 2) + 0.0:+.2f}"
 
 
 def _costs(report: Report) -> Iterator[str]:
@@ -115,7 +120,7 @@ def _costs(report: Report) -> Iterator[str]:
     if (copying := report.copying) is not None:
         yield (
             f"Copying from the context ({copying.period} random tokens repeated; {copying.tokens:,} repeated tokens): "
-            f"loss {copying.before:.2f} nats per token before, **{copying.after:.2f}** after ({copying.increase:+.2f})."
+            f"loss {copying.before:.2f} nats per token before, **{copying.after:.2f}** after ({_nats(copying.increase)})."
         )
     if report.refit is not None and report.refit.share:
         yield f"Output projections were refitted by ridge regression: {refit_summary(report.refit)}."

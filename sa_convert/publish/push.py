@@ -95,7 +95,7 @@ def push(conversion: Conversion, target: Target, announce: Announce = lambda ste
                 if attempt == ATTEMPTS or not is_passing(error):
                     raise
                 announce("the connection was lost; uploading what is missing")
-                time.sleep(2**attempt)
+                time.sleep(attempt)
         url = f"{api.endpoint}/{target.repo_id}"
         return Pushed(f"{url}/tree/{target.revision}" if target.revision else url, commit.oid)
 

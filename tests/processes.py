@@ -1,0 +1,37 @@
+"""Programs that run where only torch and transformers are, and not sa_convert."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# sa_convert may be installed for development: a path of the environment then leads to it.
+_PRELUDE = """
+import importlib.util, json, os, sys
+sys.path[:] = [path for path in sys.path if not os.path.isdir(os.path.join(path or ".", "sa_convert"))]
+assert importlib.util.find_spec("sa_convert") is None
+
+def report(**found):
+    assert "sa_convert" not in sys.modules
+    with open("found.json", "w") as file:
+        json.dump(found, file)
+"""
+
+
+def run_without_sa_convert(program: str, folder: Path, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What the program gave to its function `report`, as keywords; it runs in `folder`, where it may write."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    modules = {"HF_MODULES_CACHE": str(folder / "modules")}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", _PRELUDE + program],
+        cwd=folder,
+        env={**inherited, **modules, **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "found.json").read_text())
