@@ -15,6 +15,7 @@ from .configuration_shared_attention import config_class_of
 # transformers 4 copies only those files of a local folder that this one names, so it names them all.
 from .shared_attention import SharedAttention  # noqa: F401
 from .shared_attention_apply import share_attention
+from .shared_attention_attend import Attending  # noqa: F401
 from .shared_attention_cache import PackedCache  # noqa: F401
 from .shared_attention_exchange import checkpoint_contexts
 from .shared_attention_families import FAMILIES, PREFIX, Family, auto_class_of
@@ -40,7 +41,7 @@ class SharedAttentionMixin:
         family = FAMILIES[config.model_type.removeprefix(PREFIX)]
         with _as_base(config, family):
             super().__init__(config, *args, **kwargs)
-        share_attention(self, family, config.shared_attention["layers"])
+        share_attention(self, family, config.shared_attention)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
         """As in the base class, without re-entrant checkpointing: it would cut the gradient to queries and keys of
