@@ -18,7 +18,7 @@ from tiny_models import geometry_of_folder, kinds_of, load_converted, make_map, 
 from sa_convert.export.shared_attention_families import FAMILIES
 
 sys.path.append(str(ROOT / "docs"))
-from generate import NOT_IN_4  # noqa: E402
+from generate import NOT_IN_4
 
 NEW_TOKENS = 10
 # One worker makes the folders and runs the other environment once.
@@ -70,7 +70,6 @@ def results(tmp_path_factory):
 def test_same_tokens(results, family, kind):
     ids, folders, found = results
     result = found[folders[family, kind]]
-    assert ("absent" in result) == (family in NOT_IN_4)
     if "absent" in result:
         assert family in NOT_IN_4, "docs/families.md says that this family runs on transformers 4.57"
         return

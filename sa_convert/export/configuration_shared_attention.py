@@ -48,7 +48,15 @@ def _init_of_transformers_4(base, known):
 
 @cache
 def config_class_of(family: Family) -> type:
-    """The configuration class of a family: its base's, with our model type."""
+    """The configuration class of a family: its base's, with our model type.
+
+    Raises ImportError where the family needs transformers 5 and this is 4.
+    """
+    if family.transformers_5 and transformers.__version__.startswith("4."):
+        raise ImportError(
+            f"Models of type {PREFIX}{family.model_type} need transformers 5, this is {transformers.__version__}: "
+            "run pip install -U transformers."
+        )
     base = getattr(transformers, family.config_class)
     members = {"model_type": PREFIX + family.model_type, "__module__": __name__}
     known = signature(base.__init__).parameters

@@ -78,11 +78,6 @@ def _register_conversions(family: Family, architecture: str) -> None:
 @cache
 def model_class_of(family: Family, architecture: str) -> type:
     """The model class of a family for one of its base's classes, such as LlamaForCausalLM, sharing attention."""
-    if family.transformers_5 and transformers.__version__.startswith("4."):
-        raise ImportError(
-            f"Models of type {PREFIX}{family.model_type} need transformers 5, this is {transformers.__version__}: "
-            "run pip install -U transformers."
-        )
     _register_conversions(family, architecture)
     base = getattr(transformers, architecture)
     members = {"config_class": config_class_of(family), "__module__": __name__}
