@@ -29,6 +29,10 @@ SURFACE = {
         "MODEL", "--against", "--text", "--sequences", "--length", "--seed", "--dtype", "--device",
         "--trust-remote-code", "--json",
     ],
+    "bench": [
+        "MODEL", "--against", "--contexts", "--batches", "--new-tokens", "--repeats", "--warmup", "--dtype", "--device",
+        "--threads", "--attn", "--cache", "--seed", "--trust-remote-code", "-o", "--json",
+    ],
     "push": ["DIR", "REPO_ID", "--private", "--revision", "--allow-unvalidated", "--json"],
     "recipes": ["[NAME]"],
 }  # fmt: skip
@@ -55,7 +59,7 @@ def run_program(program: str, **environment: str) -> subprocess.CompletedProcess
 
 def test_surface_is_frozen():
     context = click.Context(cli)
-    assert cli.list_commands(context) == ["inspect", "analyze", "convert", "evaluate", "push", "recipes"]
+    assert cli.list_commands(context) == ["inspect", "analyze", "convert", "evaluate", "bench", "push", "recipes"]
     for name, expected in SURFACE.items():
         command = cli.get_command(context, name)
         names = [p.opts[0] if isinstance(p, click.Option) else p.make_metavar(context) for p in command.params]

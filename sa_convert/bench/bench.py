@@ -11,7 +11,7 @@ from typing import Any
 from sa_convert.bench.expected import Attention, attention_layers, prefill_flops, step_bytes
 from sa_convert.bench.process import Worker, workers
 from sa_convert.bench.request import Options, check_context, common_task, contexts_of
-from sa_convert.bench.turns import BLOCK, Run, take_turns
+from sa_convert.bench.turns import Run, block_sizes, take_turns
 from sa_convert.bench.weights import Weights
 from sa_convert.data.benchmark import BenchedModel, Benchmark, Conditions, Pairing, Speed
 from sa_convert.errors import CheckpointError, OutputError
@@ -63,7 +63,7 @@ def bench(
 ) -> Benchmark:
     """Time `model` and `against` in turns; both are in memory, each in its own process, and one computes at a time.
 
-    model, against: folders, ordinary or converted, .gguf files, or models on the Hub, of the same family and vocabulary.
+    model, against: folders, ordinary or converted, .gguf files, or models on the Hub, of one family and vocabulary.
     Converted models run by the code in their folders. output: a folder to make, with the tables and the figure.
     announce: told each step in a few words, and what code of the models is trusted.
 
@@ -121,7 +121,7 @@ def _bench(subjects: Sequence[Subject], options: Options, announce: Callable[[st
             threads=mine.answer["threads"],
             cache="static" if options.static else "dynamic",
             steps=steps,
-            block=min(BLOCK, steps),
+            block=max(block_sizes(steps), default=0),
             repeats=options.repeats,
             warmup=options.warmup,
             seed=options.seed,

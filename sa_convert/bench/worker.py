@@ -140,6 +140,9 @@ def main() -> None:
     from sa_convert.run.quiet import keep_module_cache_clean, quiet
 
     keep_module_cache_clean()
+    # The slow imports, now: the first request may come later, after that of another process.
+    from transformers import PreTrainedModel  # noqa: F401
+
     with ExitStack() as stack:
         stack.enter_context(quiet())
         timer = Timer(stack)

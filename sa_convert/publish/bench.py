@@ -59,7 +59,7 @@ def notes_of(benchmark: Benchmark) -> Iterator[str]:
     versions = ", ".join(f"{name} {version}" for name, version in benchmark.versions.items())
     yield f"Versions: {versions}"
     step = pairs.step_ratio
-    blocks = f", {len(step.runs)} of blocks of {made.block} decode steps ({made.cache} cache)" if step else ""
+    blocks = f", {len(step.runs)} of blocks of up to {made.block} decode steps ({made.cache} cache)" if step else ""
     yield (
         f"Ratios of times: median and quartiles of runs of both models in turns: {made.repeats} of prefills{blocks}; "
         f"{made.warmup} warm-up"

@@ -76,5 +76,13 @@ def _expected(axes: "Axes", ratios: Sequence[float | None], colour: str, marker:
     values = [float("nan") if ratio is None else ratio for ratio in ratios]
     places = [place + nudge for place in range(len(ratios))]
     axes.plot(
-        places, values, f"{marker}:", color=colour, markersize=6, markerfacecolor="none", linewidth=1.2, label=label
+        places,
+        values,
+        f"{marker}:",
+        color=colour,
+        markersize=6,
+        markerfacecolor="none",
+        linewidth=1.2,
+        zorder=4,
+        label=label,
     )
