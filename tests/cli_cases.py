@@ -1,7 +1,9 @@
 """What tests of the command line look at."""
 
 import hashlib
+import json
 import re
+from pathlib import Path
 
 SPAN = {3: [[2, head] for head in range(8)]}
 
@@ -22,3 +24,8 @@ def refused(result, status, pattern, output=None):
     if output is not None:
         assert not output.exists()
         assert not [path for path in output.parent.iterdir() if path.name.startswith(f".{output.name}")]
+
+
+def edit_json(file: Path, **changes) -> None:
+    """Set keys of a JSON file."""
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))

@@ -167,7 +167,7 @@ class Analysis:
     def to_json(self) -> dict[str, Any]:
         """As in analysis.json. Floats are rounded to the digits that mean something."""
         return {
-            "base_model": asdict(self.base_model),
+            "base_model": self.base_model.to_json(),
             "family": self.family,
             "calibration": asdict(self.calibration),
             "dtype": self.dtype,

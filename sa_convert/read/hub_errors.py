@@ -78,10 +78,12 @@ def _reason(name: HubName, error: BaseException) -> str:
     if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
         return not_cached("it is")
     if isinstance(error, errors.HTTPError):
-        return f"there is no connection to {endpoint()} ({type(error).__name__}): check the network, or HF_ENDPOINT."
+        if "Connect" in type(error).__name__:
+            return f"there is no connection to {endpoint()}: check the network, the proxy, or HF_ENDPOINT."
+        return f"the connection to {endpoint()} broke off: run again; files that are complete are kept."
     if isinstance(error, OSError) and error.errno is not None:
         return f"cannot be stored in the cache ({constants.HF_HUB_CACHE}): {error.strerror}; make room, or set HF_HOME."
-    return "the download was incomplete; run again, and it goes on where it stopped."
+    return "the download was incomplete: run again; files that are complete are kept."
 
 
 def _redact_log() -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
 from pathlib import Path
 
 from sa_convert.data.checkpoint import Shard
@@ -64,34 +63,30 @@ def _shard(url: str, file: Path, first: int) -> Shard:
 
 def _bytes(url: str, start: int, stop: int) -> tuple[bytes, int]:
     """Bytes start:stop of a file, fewer where it ends before, and the length of the whole file."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
-
-    for _ in repeat(None, _TRIES - 1):
-        try:
-            return _request(url, start, stop)
-        except HfHubHTTPError:
-            raise
-        except HTTPError:  # the connection dropped while the bytes came
-            continue
-    return _request(url, start, stop)
-
-
-def _request(url: str, start: int, stop: int) -> tuple[bytes, int]:
+    from huggingface_hub.errors import HTTPError
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
     headers = {**build_hf_headers(), "range": f"bytes={start}-{stop - 1}", "accept-encoding": "identity"}
-    with http_stream_backoff("GET", url, max_retries=2, headers=headers, timeout=_TIMEOUT) as response:
-        whole = response.headers.get("content-range", "").rpartition("/")[2]
-        if response.status_code == 416 and whole == "0":
-            return b"", 0
-        hf_raise_for_status(response)
-        ranged = response.status_code == 206
-        size = whole if ranged else response.headers.get("content-length", "")
-        skipped = 0 if ranged else start
+    broken: HTTPError | None = None
+    for _ in range(_TRIES):
         content = bytearray()
-        for chunk in response.iter_bytes():
-            content += chunk
-            if len(content) >= skipped + stop - start:  # a server that does not know ranges would send all of the file
-                break
-    found = bytes(content[skipped : skipped + stop - start])
-    return found, int(size) if size.isdigit() else start + len(found)
+        with http_stream_backoff("GET", url, max_retries=2, headers=headers, timeout=_TIMEOUT) as response:
+            whole = response.headers.get("content-range", "").rpartition("/")[2]
+            if response.status_code == 416 and whole == "0":
+                return b"", 0
+            hf_raise_for_status(response)
+            ranged = response.status_code == 206
+            size = whole if ranged else response.headers.get("content-length", "")
+            skipped = 0 if ranged else start
+            try:
+                for chunk in response.iter_bytes():
+                    content += chunk
+                    if len(content) >= skipped + stop - start:  # who does not know ranges would send all of the file
+                        break
+            except HTTPError as error:  # the connection dropped while the bytes came
+                broken = error
+                continue
+        found = bytes(content[skipped : skipped + stop - start])
+        return found, int(size) if size.isdigit() else start + len(found)
+    assert broken is not None
+    raise broken
