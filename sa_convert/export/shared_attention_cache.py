@@ -82,5 +82,5 @@ def _takes_both_slots(cache, layer_idx):
     """Whether a cache cannot do with an empty value slot; then each slot takes half of every head."""
     if cache.is_compileable:
         return not _STATIC_CACHE_SIZES_SLOTS_ALONE
-    layers = cache.layers
+    layers = getattr(cache, "layers", ())  # transformers 4 has caches of other makes for mixed models
     return layer_idx < len(layers) and isinstance(layers[layer_idx], QuantizedLayer)
