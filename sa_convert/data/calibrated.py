@@ -70,7 +70,7 @@ class RefitReport:
                     "text": round(found.text, 4),
                     "repetition": None if found.repetition is None else round(found.repetition, 4),
                 }
-                for layer, found in self.layers.items()
+                for layer, found in sorted(self.layers.items())
             },
             "calibration": {"text": self.text, "sequences": self.sequences, "length": self.length},
         }
