@@ -21,14 +21,14 @@ fails where the two differ. The family is chosen by `model_type` in config.json,
 is converted is the one that config.json names under `architectures` (LlamaForSequenceClassification and BertModel as
 well as those below), and the converted class derives from it.
 
-Every family is converted through the command line by `tests/test_families.py`, from a tiny random model. *Maps* says with
-which: *span* (whole layers, same heads, as in the paper), *layers* (whole layers, other heads), *groups* (whole KV
+Every family is converted through the command line by `tests/test_families.py`, from a tiny random model. *Maps* says
+with which: *span* (whole layers, same heads, as in the paper), *layers* (whole layers, other heads), *groups* (whole KV
 groups), *heads* (single heads, the most demanding). In each case the logits equal the unmodified base's under forced
 attention weights (1e-4, float32; with eager attention, and with SDPA where the family has it), cached equals uncached
 decoding where the model caches, and the files hold no query and key rows of reusing heads. *Runs on* says on which
 versions of transformers converted folders were loaded and generated the same tokens (`tests/test_transformers_4.py`).
-`tests/test_calibrate_families.py` runs search and refit in every family. What was tested is the type of model, not every
-published checkpoint of it.
+`tests/test_calibrate_families.py` runs search and refit in every family. What was tested is the type of model, not
+every published checkpoint of it.
 
 | `model_type` | class | kind | smallest unit that reuses | attention | maps | runs on | remarks |
 |---|---|---|---|---|---|---|---|
@@ -58,8 +58,8 @@ that transformers knows: converted, or refused and why.
 3. If its own forward fixes the number of heads, or does not call the attention interface, add `plain_forward=True`; if
    it takes steps of its own (ALiBi, tables of positions), a small class in `shared_attention_modules.py`, named by
    `module`.
-4. Run `pytest tests/test_families.py tests/test_geometry.py tests/test_rewrite_model.py tests/test_calibrate_families.py
-   -k <type>`. They find the entry by themselves. If the default config is no small one, or hides what is special, add
+4. Run `pytest -k <type> tests/test_families.py tests/test_geometry.py tests/test_rewrite_model.py
+   tests/test_calibrate_families.py tests/test_forms.py`. They find the entry by themselves. If the default config is no small one, or hides what is special, add
    the options that bring it out to `SPECIAL` in `tests/tiny_models.py`: data, not code.
 5. Run `pytest tests/test_transformers_4.py -k <type>`; where transformers 4.57 computes the family by code of its own,
    write `transformers_5=True`, and converted folders say so there.

@@ -149,7 +149,8 @@ class BenchedModel:
 @dataclass(frozen=True)
 class Conditions:
     """What both models ran under. cache: "dynamic" or "static". steps: tokens decoded in a turn; block: after how many
-    of them, at the most, the other model's turn came. experts: whether a token uses only some of the weights that are counted.
+    of them, at the most, the other model's turn came. experts: whether a token uses only some of the weights that are
+    counted.
     memory: what peak memory is of (see `sa_convert.bench.memory`)."""
 
     task: PredictionTask

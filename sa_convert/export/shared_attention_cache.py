@@ -9,8 +9,8 @@ from inspect import signature
 import torch
 from transformers.cache_utils import EncoderDecoderCache, QuantizedLayer, StaticLayer
 
-# transformers 4 sizes both slots of a static cache by the keys, so there a zero-width value slot is not possible; nor can
-# zero-width tensors be quantised.
+# transformers 4 sizes both slots of a static cache by the keys, so there a zero-width value slot is not possible; nor
+# can zero-width tensors be quantised.
 _STATIC_CACHE_SIZES_SLOTS_ALONE = "value_states" in signature(StaticLayer.lazy_initialization).parameters
 
 
