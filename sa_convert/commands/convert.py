@@ -74,6 +74,7 @@ def command(
       sa-convert convert org/Llama-3-8B@main --recipe balanced -o ./Llama-3-8B-shared
       sa-convert convert model.gguf --recipe my.yaml -o out --max-perplexity-increase 3%
       sa-convert convert ./model --recipe late-span -o out --dry-run
+      sa-convert convert org/Llama-3-8B --recipe balanced -o out --push-to me/Llama-3-8B-shared
     """
     from dataclasses import asdict
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from sa_convert.commands.options import echo_json, json_option
+from sa_convert.commands.options import announce, echo_json, json_option
 
 
 @click.command()
@@ -34,9 +34,6 @@ def command(
 
     from sa_convert.publish.complete import complete_conversion
     from sa_convert.publish.push import check_target, push
-
-    def announce(step: str) -> None:
-        click.echo(f"{step} ...", err=True)
 
     conversion = complete_conversion(folder, allow_unvalidated)
     if conversion.left_out:

@@ -120,7 +120,8 @@ def _costs(report: Report) -> Iterator[str]:
     if (copying := report.copying) is not None:
         yield (
             f"Copying from the context ({copying.period} random tokens repeated; {copying.tokens:,} repeated tokens): "
-            f"loss {copying.before:.2f} nats per token before, **{copying.after:.2f}** after ({_nats(copying.increase)})."
+            f"loss {copying.before:.2f} nats per token before, **{copying.after:.2f}** after "
+            f"({_nats(copying.increase)})."
         )
     if report.refit is not None and report.refit.share:
         yield f"Output projections were refitted by ridge regression: {refit_summary(report.refit)}."

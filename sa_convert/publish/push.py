@@ -15,6 +15,7 @@ from sa_convert.publish import card
 from sa_convert.publish.complete import Conversion, complete_conversion
 from sa_convert.publish.push_errors import is_passing, no_token, offline, push_errors
 from sa_convert.read.folder import read_json
+from sa_convert.read.hub_errors import endpoint
 from sa_convert.units import human_bytes
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def check_target(repo_id: str, private: bool = False, revision: str | None = Non
     from huggingface_hub.utils import validate_repo_id
 
     api = HfApi()
-    with push_errors(repo_id, api.endpoint):
+    with push_errors(repo_id):
         validate_repo_id(repo_id)
         if constants.is_offline_mode():
             raise OutputError(offline(repo_id))
@@ -82,7 +83,7 @@ def push(conversion: Conversion, target: Target, announce: Announce = lambda ste
     from huggingface_hub import HfApi
 
     api = HfApi()
-    with push_errors(target.repo_id, api.endpoint):
+    with push_errors(target.repo_id):
         api.create_repo(target.repo_id, private=target.private or None, exist_ok=True)
         _check_private(api.model_info(target.repo_id), target)
         made = target.revision is not None and _make_branch(api, target)
@@ -96,7 +97,7 @@ def push(conversion: Conversion, target: Target, announce: Announce = lambda ste
                     raise
                 announce("the connection was lost; uploading what is missing")
                 time.sleep(attempt)
-        url = f"{api.endpoint}/{target.repo_id}"
+        url = f"{endpoint()}/{target.repo_id}"
         return Pushed(f"{url}/tree/{target.revision}" if target.revision else url, commit.oid)
 
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from sa_convert.errors import OutputError
+from sa_convert.read.hub_errors import endpoint
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -26,10 +27,16 @@ _REASONS = {
 
 
 @contextmanager
-def push_errors(repo_id: str, endpoint: str) -> Iterator[None]:
-    """Turns errors of huggingface_hub into OutputError, and so an interruption from the keyboard."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+def push_errors(repo_id: str) -> Iterator[None]:
+    """Turns errors of huggingface_hub into OutputError, and so an interruption from the keyboard.
 
+    Its warnings are not shown: they name addresses that are signed to write to.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         yield
     except KeyboardInterrupt:
@@ -49,8 +56,8 @@ def push_errors(repo_id: str, endpoint: str) -> Iterator[None]:
             raise OutputError(f"{repo_id}: {_explained(cause)}.") from error
         if is_lost_connection(cause):
             raise OutputError(
-                f"{repo_id}: the connection to {endpoint} fails ({_line(cause)}); check the network (and HF_ENDPOINT), "
-                f"then {AGAIN}."
+                f"{repo_id}: the connection to {endpoint()} fails ({_line(cause)}); check the network, the proxy or "
+                f"HF_ENDPOINT, then {AGAIN}."
             ) from error
         if isinstance(error, ValueError) and "README.md" in str(error):
             raise OutputError(
@@ -59,6 +66,8 @@ def push_errors(repo_id: str, endpoint: str) -> Iterator[None]:
         if isinstance(error, ValueError | RuntimeError | OSError):
             raise OutputError(f"{repo_id}: the upload failed: {_line(cause)} ({AGAIN}).") from error
         raise
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def is_lost_connection(error: BaseException | None) -> bool:
