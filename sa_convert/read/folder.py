@@ -14,6 +14,7 @@ from sa_convert.read.side_files import code_files, side_files
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CARD = "README.md"
 
 
 def open_folder(folder: Path, identity: str | None = None, revision: str | None = None) -> Checkpoint:
@@ -24,6 +25,8 @@ def open_folder(folder: Path, identity: str | None = None, revision: str | None 
     root = real_folder(folder)
     config = read_config(folder)
     refuse_adapter(folder)
+    if os.path.lexists(folder / CARD):  # the new model card quotes it
+        check_inside(folder / CARD, root, "the model card")
     index: dict[str, Any] | None = None
     if os.path.lexists(folder / SINGLE):  # transformers, too, looks for the single file first
         check_inside(folder / SINGLE, root, "the file of weights")

@@ -8,7 +8,16 @@ from sa_convert.data.checkpoint import Checkpoint, Shard
 from sa_convert.errors import CheckpointError, UnsupportedModelError
 from sa_convert.progress import note
 from sa_convert.read.expected import expected_shard
-from sa_convert.read.folder import INDEX, SINGLE, check_agreement, read_config, read_json, refuse_adapter, weight_map
+from sa_convert.read.folder import (
+    CARD,
+    INDEX,
+    SINGLE,
+    check_agreement,
+    read_config,
+    read_json,
+    refuse_adapter,
+    weight_map,
+)
 from sa_convert.read.header import read_shard
 from sa_convert.read.hub_download import download_file
 from sa_convert.read.hub_errors import hub_errors, not_cached, unreachable
@@ -17,8 +26,6 @@ from sa_convert.read.hub_names import HubName
 from sa_convert.read.inside import check_inside, leads_out
 from sa_convert.read.pickled import PICKLED, PICKLED_INDEX
 from sa_convert.read.side_files import is_code, is_side_file
-
-_CARD = "README.md"
 
 
 def open_hub(name: HubName) -> Checkpoint | None:
@@ -61,7 +68,7 @@ def open_hub(name: HubName) -> Checkpoint | None:
     shards = _expected(name, folder, config) if pickled else _shards(pinned, folder, files, index)
     sides = sorted(path for path in map(Path, sizes) if is_side_file(path))
     code = sorted(path for path in map(Path, sizes) if is_code(path))
-    needed = [*map(Path, files), *([Path(PICKLED_INDEX)] if pickled and index else []), *sides, *code, Path(_CARD)]
+    needed = [*map(Path, files), *([Path(PICKLED_INDEX)] if pickled and index else []), *sides, *code, Path(CARD)]
     return Checkpoint(
         identity=name.repo,
         folder=folder,

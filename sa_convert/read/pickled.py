@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sa_convert.data.checkpoint import Checkpoint, Shard, TensorEntry
 from sa_convert.errors import CheckpointError
 from sa_convert.read.folder import (
+    CARD,
     INDEX,
     check_agreement,
     open_folder,
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
-
-_CARD = Path("README.md")
 
 _METADATA = {"format": "pt"}
 
@@ -84,9 +83,9 @@ def open_pickled(folder: Path, workspace: Path | None, identity: str) -> Checkpo
         new_index = {**index, "weight_map": {key: new_map[key] for key in names if key in new_map}}
         (workspace / INDEX).write_text(json.dumps(new_index, indent=2) + "\n", encoding="utf-8")
     copied = [Path("config.json"), *side_files(root), *code_files(root)]
-    if (folder / _CARD).exists():  # no side file, but the new model card quotes it
-        check_inside(folder / _CARD, root, "the model card")
-        copied.append(_CARD)
+    if os.path.lexists(folder / CARD):  # no side file, but the new model card quotes it
+        check_inside(folder / CARD, root, "the model card")
+        copied.append(Path(CARD))
     for path in copied:
         (workspace / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / path, workspace / path)

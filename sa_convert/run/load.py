@@ -89,12 +89,15 @@ def load_tokenizer(folder: Path, converted: bool = False, otherwise: str = ", or
     otherwise: what else the message says that the user can do.
     """
     keep_module_cache_clean()
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": converted}
     with quiet():
         try:
-            trusted = converted or is_trusted(folder)
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
+            if not converted and is_trusted(folder):  # its tokenizer is; its configuration is that of transformers
+                options["config"] = AutoConfig.from_pretrained(folder, **options)
+                options["trust_remote_code"] = True
+            return AutoTokenizer.from_pretrained(folder, **options)
         except Exception as error:  # OSError, ValueError, KeyError, ... by family and by what is missing
             raise DataError(
                 f"{folder}: no tokenizer that can be loaded, so perplexity cannot be measured: add the "
