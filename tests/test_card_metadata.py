@@ -124,3 +124,9 @@ def test_no_change_has_no_minus(tmp_path):
     text = write_card(report, "sharing: {}", tmp_path).read_text()
     assert text.count("+0.00") == 2
     assert "-0.00" not in text
+
+
+def test_code_of_the_base_is_named(tmp_path):
+    report = replace(MEASURED, base_model=replace(MEASURED.base_model, code=("modeling_own.py",)))
+    assert "code of its own (`modeling_own.py`)" in write_card(report, "sharing: {}", tmp_path).read_text()
+    assert "code of its own (" not in write_card(MEASURED, "sharing: {}", tmp_path).read_text()

@@ -335,6 +335,7 @@ def test_convert_checks_the_repository_before_the_work(base, recipe, hub, tmp_pa
     result = run_on(hub, tmp_path, *arguments, "--no-validate")
     assert result.returncode == 2
     assert "does not go with --no-validate" in result.stderr
+    assert run_on(hub, tmp_path, *arguments, "--trust-remote-code").returncode == 2
     assert run_on(hub, tmp_path, *arguments[:6], "--private").returncode == 2
     assert nothing_uploaded(hub)
     assert not (tmp_path / "out").exists()

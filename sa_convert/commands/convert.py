@@ -86,6 +86,10 @@ def command(
         raise click.UsageError("--private goes with --push-to.")
     if push_to is not None and no_validate:
         raise click.UsageError("--push-to uploads what is validated only, so it does not go with --no-validate.")
+    if push_to is not None and trust_remote_code:
+        raise click.UsageError(
+            "--push-to does not go with --trust-remote-code: look at the result, which may carry code, then push it."
+        )
     recipe = load_recipe(recipe_name)
     if max_perplexity_increase is not None:
         recipe = recipe.with_gate(max_perplexity_increase)

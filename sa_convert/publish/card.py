@@ -141,6 +141,11 @@ def _limits(report: Report, remark: str | None) -> Iterator[str]:
             "Perplexity was measured on that one text only. It says little of other domains and languages, and of "
             "skills beyond the few that were measured: evaluate the model on your own task."
         )
+    if code := report.base_model.code:
+        yield (
+            f"The base model brings code of its own ({', '.join(f'`{name}`' for name in code)}). This one runs as "
+            f"transformers' own class for `{report.family}` does, and was compared with that."
+        )
     yield (
         "Runtimes with model code of their own, such as llama.cpp and vLLM, do not know this type of model and were "
         "not tried."

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import sa_convert.export
 from sa_convert.data.checkpoint import Checkpoint
 from sa_convert.errors import CheckpointError, GateRefused, OutputError, SaConvertError
 from sa_convert.export.shared_attention_families import PREFIX
@@ -13,6 +12,7 @@ from sa_convert.plan.converted import converted_parts
 from sa_convert.publish import card, figure, report
 from sa_convert.read.folder import INDEX, open_folder, read_json
 from sa_convert.read.inside import check_inside
+from sa_convert.rewrite.code import HOME
 from sa_convert.units import format_percent
 from sa_convert.validate.subject import foreign_code
 
@@ -75,8 +75,7 @@ def _check_model(checkpoint: Checkpoint) -> None:
 
 def _code() -> list[Path]:
     """The files of code that every conversion carries."""
-    home = Path(sa_convert.export.__file__).parent
-    return [path for path in sorted(home.glob("*.py")) if path.name != "__init__.py"]
+    return [path for path in sorted(HOME.glob("*.py")) if path.name != "__init__.py"]
 
 
 def _check_report(folder: Path, checkpoint: Checkpoint, found: Mapping[str, Any], allow_unvalidated: bool) -> None:
