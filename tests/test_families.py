@@ -10,6 +10,7 @@ from safetensors import safe_open
 from tiny_models import (
     VARIANTS,
     attentions_of,
+    forms_used,
     geometry_of_folder,
     kinds_of,
     load_converted,
@@ -106,6 +107,16 @@ def test_family(bases, tmp_path, family, kind, variant):
         with torch.no_grad():
             logits = model(ids, **inputs).logits
         torch.testing.assert_close(logits[seen], expected[seen], atol=1e-4, rtol=1e-4)
+
+        # Both forms of sharing, forced, say the same.
+        for form in ("weights", "queries"):
+            model.config.shared_attention["form"] = form
+            used = forms_used(model)
+            with torch.no_grad():
+                logits = model(ids, **inputs).logits
+            assert set(used) == {form == "weights"}
+            torch.testing.assert_close(logits[seen], expected[seen], atol=1e-4, rtol=1e-4)
+        model.config.shared_attention["form"] = "auto"
         if entry.bidirectional:
             continue
 

@@ -1,11 +1,9 @@
-"""Both forms of sharing give the same logits in every family; which one runs is chosen, or forced by the config."""
+"""Which form of sharing runs is chosen, or forced by the config. (That both agree: test_families.py.)"""
 
 import pytest
 import torch
 from conftest import run_cli
-from tiny_models import geometry_of_folder, kinds_of, load_converted, make_map, save_tiny, write_recipe
-
-from sa_convert.export.shared_attention_families import FAMILIES
+from tiny_models import forms_used, geometry_of_folder, load_converted, make_map, save_tiny, write_recipe
 
 
 @pytest.fixture
@@ -19,39 +17,6 @@ def converted(tmp_path):
         return load_converted(tmp_path / "out", dtype=torch.float32)
 
     return make
-
-
-def forms_used(model):
-    """For each call of a layer that lends, whether it lent weights."""
-    used = []
-    for module in model.modules():
-        if hasattr(module, "sharing") and getattr(module, "plan", None) and module.plan.lends:
-            original = module._lends_weights
-
-            def note(*args, original=original):
-                used.append(original(*args))
-                return used[-1]
-
-            module._lends_weights = note
-    return used
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_both_forms_agree(converted, family):
-    model, entry = converted(family, kinds_of(family)[-1]), FAMILIES[family]
-    ids = torch.randint(3, 128, (2, 19))
-    inputs = {} if entry.bidirectional else {"use_cache": False}
-    inputs |= {"decoder_input_ids": ids.flip(1)[:, :11]} if entry.encoder_decoder else {}
-    logits = {}
-    for form in ("auto", "weights", "queries"):
-        model.config.shared_attention["form"] = form
-        used = forms_used(model)
-        logits[form] = model(ids, **inputs).logits
-        if form != "auto":
-            assert set(used) == {form == "weights"}
-    torch.testing.assert_close(logits["weights"], logits["queries"], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(logits["auto"], logits["queries"], atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

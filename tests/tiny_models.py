@@ -186,6 +186,21 @@ def attentions_of(model, entry):
     return found
 
 
+def forms_used(model):
+    """For each call of a layer that lends, whether it lent weights."""
+    used = []
+    for module in model.modules():
+        if hasattr(module, "sharing") and getattr(module, "plan", None) and module.plan.lends:
+            original = module._lends_weights
+
+            def note(*args, original=original):
+                used.append(original(*args))
+                return used[-1]
+
+            module._lends_weights = note
+    return used
+
+
 def classes_of_layers(geometry: ModelGeometry) -> list[list[int]]:
     """Layers that can share with each other."""
     classes: dict = {}
