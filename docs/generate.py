@@ -59,8 +59,8 @@ that transformers knows: converted, or refused and why.
    it takes steps of its own (ALiBi, tables of positions), a small class in `shared_attention_modules.py`, named by
    `module`.
 4. Run `pytest -k <type> tests/test_families.py tests/test_geometry.py tests/test_rewrite_model.py
-   tests/test_calibrate_families.py`. They find the entry by themselves. If the default config is no small one, or hides what is special, add
-   the options that bring it out to `SPECIAL` in `tests/tiny_models.py`: data, not code.
+   tests/test_calibrate_families.py`. They find the entry by themselves. If the default config is no small one, or hides
+   what is special, add the options that bring it out to `SPECIAL` in `tests/tiny_models.py`: data, not code.
 5. Run `pytest tests/test_transformers_4.py -k <type>`; where transformers 4.57 computes the family by code of its own,
    write `transformers_5=True`, and converted folders say so there.
 6. Run `python docs/generate.py` and `python docs/benchmarks/smoke.py`.

@@ -217,6 +217,7 @@ def _report(
         decode_check=validation.decode_check if validation else None,
         gate=validation.gate if validation else None,
         copying=validation.copying if validation else None,
+        agreement=validation.agreement if validation else None,
         recipe=recipe_name,
         versions=installed_versions(),
         auto_class=auto_class_name(checkpoint.config),

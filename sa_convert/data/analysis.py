@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sa_convert.data.evaluation import digits
 from sa_convert.data.report import BaseModel
+from sa_convert.data.rounding import digits
 from sa_convert.data.sharing_map import SharingMap, Source
 from sa_convert.data.stacks import Stacks, place_of
 from sa_convert.data.units import Unit

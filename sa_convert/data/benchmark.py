@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
-from sa_convert.data.evaluation import digits
 from sa_convert.data.report import PredictionTask
+from sa_convert.data.rounding import digits
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """What `evaluate` measures: one model, or two on the same tokens."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
+from sa_convert.data.agreement import Agreement
 from sa_convert.data.report import DecodeCheck, PredictionTask
+from sa_convert.data.rounding import digits
 
 
 @dataclass(frozen=True)
@@ -64,21 +65,6 @@ class ModelQuality:
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """How far a model says the same as a reference. kl: mean of KL(reference || model), in nats per token.
-
-    top1: the part of the positions, 0 to 1, where both hold the same token most likely. tokens: positions compared.
-    """
-
-    kl: float
-    top1: float
-    tokens: int
-
-    def to_json(self) -> dict[str, Any]:
-        return {"kl": digits(self.kl), "top1_agreement": digits(self.top1), "tokens": self.tokens}
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """A model, and with `against` another on the same tokens. text: its name. task: which tokens were predicted.
 
@@ -117,8 +103,3 @@ def _decode_json(check: DecodeCheck) -> dict[str, Any]:
         "tolerance": digits(check.tolerance),
         "passed": check.passed,
     }
-
-
-def digits(value: float) -> float | None:
-    """The digits that mean something; None for what JSON has no number for."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from sa_convert.data.agreement import Agreement
 from sa_convert.data.calibrated import RefitReport
 from sa_convert.data.sharing_map import SharingMap
 
@@ -133,13 +134,15 @@ class GateResult:
 @dataclass(frozen=True)
 class Validation:
     """What was measured by running both models. decode_check: None where they cache nothing. gate: None where no limit
-    was set. copying: None where they do not predict the next token."""
+    was set. copying: None where they do not predict the next token. agreement: with the base model's predictions, None
+    where there was no room to keep them."""
 
     perplexity: PerplexityReport
     decode_check: DecodeCheck | None
     gate: GateResult | None
     cache_bytes_per_token: Change
     copying: CopyingReport | None
+    agreement: Agreement | None = None
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,7 @@ class Report:
     decode_check: DecodeCheck | None = None
     gate: GateResult | None = None
     copying: CopyingReport | None = None
+    agreement: Agreement | None = None
     refit: RefitReport | None = None
     recipe: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -183,6 +187,7 @@ class Report:
             "decode_check": self.decode_check and _decode_json(self.decode_check),
             "gate": self.gate and asdict(self.gate),
             "copying": self.copying and _copying_json(self.copying),
+            "agreement": self.agreement and self.agreement.to_json(),
             "refit": self.refit and self.refit.to_json(self.sharing.stacks),
             "versions": dict(sorted(self.versions.items())),
         }

@@ -117,6 +117,11 @@ def _costs(report: Report) -> Iterator[str]:
     if report.gate is not None:
         verdict = "stays within" if report.gate.passed else "exceeds"
         yield f"It {verdict} the limit that was set, {format_percent(report.gate.max_perplexity_increase)}."
+    if (agreement := report.agreement) is not None:
+        yield (
+            f"KL divergence from the base model: {agreement.kl:.4f} nats per token; the same most likely token at "
+            f"{agreement.top1:.1%} of {agreement.tokens:,} positions."
+        )
     if (copying := report.copying) is not None:
         yield (
             f"Copying from the context ({copying.period} random tokens repeated; {copying.tokens:,} repeated tokens): "

@@ -73,6 +73,9 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
     change = f"{perplexity.before:.3f} -> {perplexity.after:.3f} ({perplexity.increase:+.2%})"
     yield f"Perplexity{TASK_NAMES[perplexity.task]}", f"{change}, {perplexity.tokens:,} tokens in {perplexity.dtype}"
     yield "Text", perplexity.text
+    if report.agreement:
+        kl, top1 = f"{report.agreement.kl:.4f} nats", f"{report.agreement.top1:.1%}"
+        yield "Agreement", f"KL divergence {kl}, same most likely token {top1}, {report.agreement.tokens:,} tokens"
     if report.copying:
         yield "Copying", copying_summary(report.copying)
     yield "Decode check", _decode_summary(check) if check else "none: the model caches nothing"

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sa_convert.data.evaluation import Agreement
+from sa_convert.data.agreement import Agreement
 from sa_convert.errors import CheckpointError, OutputError
 from sa_convert.units import human_bytes
 
@@ -81,6 +81,36 @@ class Comparison:
     @property
     def agreement(self) -> Agreement:
         return Agreement(self._kl / self._tokens, self._same / self._tokens, self._tokens)
+
+
+class Predictions:
+    """The base model's predictions on the first sequences, for a converted model that runs later.
+
+    `keep` and `compare` are called with the scored logits (N, vocabulary) of every sequence, from first to last; those
+    beyond `sequences` are passed over. Where they do not fit on disk, nothing is compared.
+    """
+
+    def __init__(self, folder: Path, sequences: int) -> None:
+        self._kept = KeptLogits(folder, sequences)
+        self._left = self._compared = sequences
+        self._comparison: Comparison | None = Comparison(self._kept)
+
+    def keep(self, logits: "torch.Tensor") -> None:
+        if self._left and self._comparison is not None:
+            self._left -= 1
+            try:
+                self._kept.keep(logits)
+            except OutputError:
+                self._comparison = None
+
+    def compare(self, logits: "torch.Tensor") -> None:
+        if self._compared and self._comparison is not None:
+            self._compared -= 1
+            self._comparison.add(logits)
+
+    @property
+    def agreement(self) -> Agreement | None:
+        return self._comparison.agreement if self._comparison is not None else None
 
 
 def kl_divergence(reference: "torch.Tensor", logits: "torch.Tensor") -> "torch.Tensor":

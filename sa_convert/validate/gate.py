@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.calibrate.text import Text
@@ -22,6 +23,7 @@ from sa_convert.run.load import (
 from sa_convert.run.placement import Placement, place, positions, read_config
 from sa_convert.run.quiet import keep_module_cache_clean
 from sa_convert.run.task import Task, task_of
+from sa_convert.validate.agreement import Predictions
 from sa_convert.validate.cache import cache_bytes_per_token
 from sa_convert.validate.copying import Probes, copying_loss
 from sa_convert.validate.decode import decode_check, rounding_difference
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 SEQUENCES = 16
 LENGTH = 512
 KINDS = ("prose", "code")
+COMPARED = 4
+"""Sequences on which the predictions of both models are compared: their logits wait on disk."""
 DECODED = 128
 CACHED = 16
 
@@ -72,10 +76,28 @@ def validate(
     if not (same and tokens.equal(token_sequences(other, held_out, len(tokens), tokens.shape[1], task.frame))):
         raise CheckpointError("The tokenizer in the converted folder makes other tokens than the base model's.")
     placement = place(base, device, dtype, max_memory)
-    measured = _measure_base(base, placement, tokens, task, tokenizer, min(LENGTH, limit or LENGTH))
-    release_memory()
+    with TemporaryDirectory(prefix="sa-convert-logits-") as kept:
+        reference = Predictions(Path(kept), min(COMPARED, len(tokens)))
+        measured = _measure_base(base, placement, tokens, task, tokenizer, min(LENGTH, limit or LENGTH), reference)
+        release_memory()
+        return _measure_converted(
+            converted, placement, tokens, task, measured, reference, held_out.name, max_perplexity_increase
+        )
+
+
+def _measure_converted(
+    converted: Path,
+    placement: Placement,
+    tokens: "torch.Tensor",
+    task: Task,
+    measured: "_Base",
+    reference: Predictions,
+    name: str,
+    max_perplexity_increase: float | None,
+) -> Validation:
+    """name: of the text."""
     with load_converted(converted, placement, measured.unexpected) as loaded:
-        after = perplexity(loaded.model, tokens, "perplexity of the converted model", task=task)
+        after = perplexity(loaded.model, tokens, "perplexity of the converted model", 1, reference.compare, task)
         if not after.finite:
             raise GateRefused(
                 "The converted model's perplexity is not finite, though the base model's is: try a recipe that shares "
@@ -94,13 +116,13 @@ def validate(
         del loaded
     release_memory()
     report = PerplexityReport(
-        held_out.name, after.tokens, measured.perplexity.perplexity, after.perplexity, placement.dtype_name, task.name
+        name, after.tokens, measured.perplexity.perplexity, after.perplexity, placement.dtype_name, task.name
     )
     gate = None
     if max_perplexity_increase is not None:
         decodes = check is None or check.passed
         gate = GateResult(max_perplexity_increase, report.increase <= max_perplexity_increase and decodes)
-    return Validation(report, check, gate, Change(measured.cache, cache_after), copying)
+    return Validation(report, check, gate, Change(measured.cache, cache_after), copying, reference.agreement)
 
 
 def refuse_if_failed(validation: Validation) -> None:
@@ -141,12 +163,18 @@ class _Base:
 
 
 def _measure_base(
-    folder: Path, placement: Placement, tokens: "torch.Tensor", task: Task, tokenizer: Any, probe_length: int
+    folder: Path,
+    placement: Placement,
+    tokens: "torch.Tensor",
+    task: Task,
+    tokenizer: Any,
+    probe_length: int,
+    reference: Predictions,
 ) -> _Base:
     with load_base(folder, placement) as loaded:
         model = loaded.model
         refuse_foreign_tokens(folder, embedded_tokens(model), tokens, task.inserted)
-        before = perplexity(model, tokens, "perplexity of the base model", task=task)
+        before = perplexity(model, tokens, "perplexity of the base model", 1, reference.keep, task)
         if not before.finite:
             raise GateRefused(
                 f"{folder}: the base model's perplexity is not finite: its weights are damaged, or overflow in "

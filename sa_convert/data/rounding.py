@@ -1,0 +1,8 @@
+"""Numbers in JSON: the digits that mean something."""
+
+import math
+
+
+def digits(value: float) -> float | None:
+    """Six digits; None for what JSON has no number for."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
