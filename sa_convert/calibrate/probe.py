@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sa_convert.calibrate import own_attention
 from sa_convert.data.sharing_map import Source
 from sa_convert.export.shared_attention_families import Family, Stack
 
@@ -117,7 +118,7 @@ class Probe:
         if family.interface:
             self._enter_interface()
         else:
-            self._replace_attention()
+            own_attention.replace(self)
 
     def _find(self, stacks: list[Stack]) -> None:
         """Note the attentions of stacks that lie in the same layers."""
@@ -144,22 +145,6 @@ class Probe:
         AttentionInterface.register(NAME, _attend)
         AttentionMaskInterface.register(NAME, eager_mask)
         self.model.set_attn_implementation(NAME)
-
-    def _replace_attention(self) -> None:
-        """Families whose own code does not call the interface run ours, each layer with all its own heads."""
-        from sa_convert.export.shared_attention_apply import shape_of, shared_class
-        from sa_convert.export.shared_attention_plan import whole_layer
-
-        stack = self.family.all_stacks[0]
-        for layer, attention in enumerate(self.attentions):
-            config = getattr(attention, "config", self.model.config)
-            heads, attention.group, attention.size = shape_of(attention, self.family, stack, config)
-            attention.plan = whole_layer(layer, heads, attention.group)
-            attention.names, attention.stack = self.family, ""
-            attention.model_config, attention.num_key_value_groups = config, attention.group
-            own: Any = type(attention)
-            with _unhooked(attention):
-                attention.__class__ = _probed(shared_class(own, self.family))
 
     def order(self) -> list[int]:
         """The numbers of all attentions, as they run."""
@@ -224,44 +209,6 @@ def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, 
     if not hasattr(module, "sa_convert_probe"):  # such as an image encoder's
         return _eager(module)(module, query, key, value, attention_mask, **arguments)
     return module.sa_convert_probe.attend(module, query, key, value, attention_mask, arguments)
-
-
-def _probed(shared: type) -> type:
-    """Our attention class, whose attention function is the probe's."""
-
-    def attend(
-        self: Any, exchange: Any, implementation: str, query: Any, key: Any, value: Any, mask: Any, arguments: Any
-    ) -> Any:
-        return self.sa_convert_probe.attend(self, query, key, value, _eager_mask(mask, query, key), arguments)
-
-    return type(f"Probed{shared.__name__}", (shared,), {"attend": attend})
-
-
-def _eager_mask(mask: Any, query: Any, key: Any) -> Any:
-    """A mask that is added to scores, from what a causal model hands to its kernel: boolean, or none at all."""
-    import torch
-
-    from sa_convert.export.shared_attention_attend import additive
-
-    tokens, length = query.shape[-2], key.shape[-2]
-    if mask is None:
-        mask = torch.ones(1, 1, tokens, length, dtype=torch.bool, device=query.device).tril(length - tokens)
-    return additive(mask, query, length)
-
-
-@contextmanager
-def _unhooked(module: Any) -> Iterator[None]:
-    """Hooks of accelerate, which fetch weights from the disk, hold on to the module's forward as it was."""
-    hook = getattr(module, "_hf_hook", None)
-    if hook is None:
-        yield
-        return
-    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-
-    remove_hook_from_module(module)
-    module.__dict__.pop("forward", None)  # it put that there, and it is the former class's
-    yield
-    add_hook_to_module(module, hook)
 
 
 def _has_stack(model: Any, family: Family, stack: Stack) -> bool:
