@@ -9,6 +9,7 @@ from typing import Any
 
 from sa_convert.data.checkpoint import Checkpoint
 from sa_convert.errors import CheckpointError, SaConvertError, UnsupportedModelError
+from sa_convert.export.shared_attention_families import auto_class_of
 from sa_convert.read.family import family_of
 from sa_convert.read.folder import open_folder
 from sa_convert.read.pickled import described
@@ -88,10 +89,17 @@ def _as_dict(config: Any) -> dict[str, Any]:
 def _empty_model(config: Any, dtype: str) -> Any:
     """The model without memory for its weights."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        return _auto_class(config).from_config(config, dtype=getattr(torch, dtype))
+
+
+def _auto_class(config: Any) -> Any:
+    """That of the family's models: AutoModelForCausalLM, or of encoder-decoders AutoModelForSeq2SeqLM."""
+    import transformers
+
+    family = family_of(_as_dict(config))
+    return getattr(transformers, str(auto_class_of(family, family.default_class)))
 
 
 def _described(file: Path, config: Any, identity: str, dtype: str) -> Checkpoint:
@@ -107,9 +115,9 @@ def _described(file: Path, config: Any, identity: str, dtype: str) -> Checkpoint
 
 def _write(file: Path, config: Any, workspace: Path, dtype: str) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    result: Any = AutoModelForCausalLM.from_pretrained(
+    result: Any = _auto_class(config).from_pretrained(
         file.parent,
         config=deepcopy(config),
         gguf_file=file.name,
