@@ -221,10 +221,18 @@ def test_any_description_survives(value):
     assert parse_recipe(dump_recipe(recipe), "r.yaml") == recipe
 
 
-def test_layers_of_encoder_decoders_are_refused_with_their_line():
+def test_layers_of_other_stacks_are_refused_with_their_line():
     recipe = parse_recipe("sharing:\n  map:\n    encoder.3: [[1, 0]]", "r.yaml")
     geometry = ModelGeometry((LayerGeometry(heads=1, groups=1, head_dim=8),) * 4)
-    with pytest.raises(RecipeError, match=r"^r\.yaml, line 3: layer 'encoder\.3' belongs to an encoder"):
+    told = r"^r\.yaml, line 3: there is no layer 'encoder\.3'; this model has one kind of .*: write 3$"
+    with pytest.raises(RecipeError, match=told):
+        sharing_of(recipe, geometry)
+    recipe = parse_recipe("sharing:\n  map:\n    3: [[1, 0]]", "r.yaml")
+    stacks = [LayerGeometry(heads=1, groups=1, head_dim=8, stack=name) for name in ("encoder", "decoder") * 4]
+    geometry = ModelGeometry(tuple(sorted(stacks, key=lambda layer: layer.stack, reverse=True)))
+    with pytest.raises(
+        RecipeError, match=r"line 3: there is no layer '3'; .*stacks encoder, decoder: write decoder\.3"
+    ):
         sharing_of(recipe, geometry)
 
 

@@ -34,11 +34,11 @@ def _explicit(recipe: "Recipe", geometry: ModelGeometry) -> SharingMap:
     for layer in rows:
         stack, number = parse_label(layer)
         if stack not in (names or [""]):
-            hint = f"has {', '.join(names)}: write {names[-1]}.{number}" if names else f"has one kind: write {number}"
-            raise RecipeError(
-                f"{recipe.origin.at('sharing', 'map', layer)}: there is no layer '{layer}'; of the kinds of attention "
-                f"that a map can name, this model {hint}, say"
-            )
+            hint = "this model has one kind of attention, and plain numbers: write {}"
+            if names:
+                hint = f"this model has the stacks {', '.join(names)}: write {names[-1]}.{{}}, say"
+            where = recipe.origin.at("sharing", "map", layer)
+            raise RecipeError(f"{where}: there is no layer '{layer}'; {hint.format(number)}")
         depth = dict(geometry.stacks).get(stack, len(geometry.layers))
         if number >= depth:
             raise SharingError(f"Layer {layer} reuses attention, but the model has layers 0 to {depth - 1}.")
