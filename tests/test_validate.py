@@ -8,22 +8,24 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from validation_models import VOCABULARY, save_base, save_converted, tiny_config
 
 from sa_convert.calibrate.text import load_text
+from sa_convert.calibrate.tokens import token_sequences
 from sa_convert.data.report import GateResult
 from sa_convert.errors import CheckpointError, DataError, GateRefused, SaConvertError
 from sa_convert.run.load import load_base, load_converted
 from sa_convert.run.placement import place
 from sa_convert.validate.cache import cache_bytes_per_token
 from sa_convert.validate.decode import decode_check, rounding_difference
-from sa_convert.validate.gate import refuse_if_failed, validate
+from sa_convert.validate.gate import COMPARED, KINDS, refuse_if_failed, validate
 from sa_convert.validate.perplexity import perplexity
 
 SMALL = {"sequences": 3, "length": 96, "device": "cpu"}
@@ -91,6 +93,27 @@ def test_validate_measures_the_folder(base, converted):
     assert validation.cache_bytes_per_token.before == 5 * 2 * 16 * 2 * 4
     assert validation.cache_bytes_per_token.after == (5 * 2 - 2) * 2 * 16 * 4
     refuse_if_failed(validation)
+
+
+def test_agreement_equals_numpy(base, converted, monkeypatch):
+    """On the first COMPARED sequences only; and nothing is claimed where the logits do not fit on disk."""
+    found = validate(base, converted, load_text("builtin"), None, **{**SMALL, "sequences": COMPARED + 2}).agreement
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    held_out = load_text("builtin").split("validation", KINDS)
+    tokens = token_sequences(tokenizer, held_out, COMPARED + 2, SMALL["length"], None)[:COMPARED]
+    placement = place(base, "cpu")
+    chances = []
+    for load, folder in ((load_base, base), (load_converted, converted)):
+        with load(folder, placement) as loaded, torch.no_grad():
+            logits = loaded.model(tokens, use_cache=False).logits[:, :-1].double().numpy()
+        chances.append(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
+    p, q = chances
+    assert found.tokens == tokens.numel() - COMPARED
+    assert found.kl == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=1e-5)
+    assert found.top1 == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean())
+    full = SimpleNamespace(total=10**12, used=10**12, free=0)
+    monkeypatch.setattr("sa_convert.validate.agreement.shutil.disk_usage", lambda _: full)
+    assert validate(base, converted, load_text("builtin"), None, **SMALL).agreement is None
 
 
 def test_code_in_the_folder_is_what_runs(copies):
