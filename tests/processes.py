@@ -8,11 +8,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# sa_convert may be installed for development: a path of the environment then leads to it.
+# sa_convert may be installed for development, beside torch: there it is hidden, as if it were not.
 _PRELUDE = """
-import importlib.util, json, os, sys
-sys.path[:] = [path for path in sys.path if not os.path.isdir(os.path.join(path or ".", "sa_convert"))]
-assert importlib.util.find_spec("sa_convert") is None
+import importlib.abc, json, sys
+
+class Hidden(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "sa_convert":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Hidden())
+try:
+    import sa_convert
+except ModuleNotFoundError:
+    pass
+else:
+    raise AssertionError("sa_convert is not hidden")
 
 def report(**found):
     assert "sa_convert" not in sys.modules
