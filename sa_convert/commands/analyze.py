@@ -4,7 +4,16 @@ from pathlib import Path
 
 import click
 
-from sa_convert.commands.options import PERCENT, announce, echo_json, json_option, model_argument, trust_option
+from sa_convert.commands.options import (
+    PERCENT,
+    announce,
+    device_option,
+    dtype_option,
+    echo_json,
+    json_option,
+    model_argument,
+    trust_option,
+)
 
 
 @click.command("analyze")
@@ -29,14 +38,8 @@ from sa_convert.commands.options import PERCENT, announce, echo_json, json_optio
 @click.option("--sequences", type=click.IntRange(min=2), default=32, show_default=True, help="Sequences of text.")
 @click.option("--length", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of a sequence.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of everything that is random.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="Precision in which the model is run (auto: as stored), and of weights read from a .gguf file.",
-)
-@click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="Such as cpu, cuda or cuda:1.")
+@dtype_option("the model is run (auto: as stored), and of weights read from a .gguf file")
+@device_option
 @click.option("--overwrite", is_flag=True, help="Replace an earlier result at DIR.")
 @trust_option
 @json_option

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from sa_convert.commands.options import announce, echo_json, json_option, model_argument
+from sa_convert.commands.options import announce, device_option, dtype_option, echo_json, json_option, model_argument
 
 
 class NumbersType(click.ParamType):
@@ -46,14 +46,8 @@ NUMBERS = NumbersType()
 )
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Turns that count.")
 @click.option("--warmup", type=click.IntRange(min=0), default=1, show_default=True, help="Turns before those.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="Precision in which both are run (auto: as BASE is stored), and of weights read from a .gguf file.",
-)
-@click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="Such as cpu, cuda or cuda:1.")
+@dtype_option("both are run (auto: as BASE is stored), and of weights read from a .gguf file")
+@device_option
 @click.option("--threads", type=click.IntRange(min=1), help="Of torch, on a CPU; default: as many as torch takes.")
 @click.option(
     "--attn", "attention", type=click.Choice(["eager", "sdpa"]), help="Default: what transformers chooses, mostly sdpa."

@@ -4,7 +4,16 @@ from pathlib import Path
 
 import click
 
-from sa_convert.commands.options import PERCENT, announce, echo_json, json_option, model_argument, trust_option
+from sa_convert.commands.options import (
+    PERCENT,
+    announce,
+    device_option,
+    dtype_option,
+    echo_json,
+    json_option,
+    model_argument,
+    trust_option,
+)
 
 
 @click.command("convert")
@@ -29,14 +38,8 @@ from sa_convert.commands.options import PERCENT, announce, echo_json, json_optio
 )
 @click.option("--no-validate", is_flag=True, help="Do not run the models; the report then claims no quality.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier result at DIR.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="Precision in which the models are run (auto: as stored), and of weights read from a .gguf file.",
-)
-@click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="Such as cpu, cuda or cuda:1.")
+@dtype_option("the models are run (auto: as stored), and of weights read from a .gguf file")
+@device_option
 @click.option(
     "--layer-by-layer",
     is_flag=True,

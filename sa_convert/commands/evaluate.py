@@ -2,7 +2,7 @@
 
 import click
 
-from sa_convert.commands.options import announce, echo_json, json_option, model_argument
+from sa_convert.commands.options import announce, device_option, dtype_option, echo_json, json_option, model_argument
 
 
 @click.command()
@@ -21,14 +21,8 @@ from sa_convert.commands.options import announce, echo_json, json_option, model_
     "--length", type=click.IntRange(min=2), help="Tokens of a sequence; default: 512, or the positions of the model."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens of the copying probe.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="Precision in which the models are run (auto: as stored), and of weights read from a .gguf file.",
-)
-@click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="Such as cpu, cuda or cuda:1.")
+@dtype_option("the models are run (auto: as stored), and of weights read from a .gguf file")
+@device_option
 @click.option("--trust-remote-code", is_flag=True, help="Run code in the folders of models that is not sa-convert's.")
 @json_option
 def command(

@@ -1,7 +1,7 @@
 """Arguments and options that several commands have, so that they look and work alike."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
@@ -29,7 +29,21 @@ model_argument = click.argument("model", metavar="MODEL")
 trust_option = click.option(
     "--trust-remote-code", is_flag=True, help="Let code that MODEL brings along run; its files are named first."
 )
+device_option = click.option(
+    "--device", default="auto", show_default=True, metavar="DEVICE", help="Such as cpu, cuda or cuda:1."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
+
+
+def dtype_option(what: str) -> Callable[[Any], Any]:
+    """what: in the help, that is of this precision."""
+    return click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        show_default=True,
+        help=f"Precision in which {what}.",
+    )
 
 
 def announce(step: str) -> None:
