@@ -6,23 +6,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sa_convert.calibrate.probe import Probe
+    from sa_convert.export.shared_attention_plan import LayerPlan
 
 
 def replace(probe: "Probe") -> None:
     """Give every attention module of the probe's model our class, with all its own heads, and the probe's function."""
     from sa_convert.export.shared_attention_apply import shape_of, shared_class
-    from sa_convert.export.shared_attention_plan import whole_layer
 
     family, stack = probe.family, probe.family.all_stacks[0]
     for layer, attention in enumerate(probe.attentions):
         config = getattr(attention, "config", probe.model.config)
         heads, attention.group, attention.size = shape_of(attention, family, stack, config)
-        attention.plan = whole_layer(layer, heads, attention.group)
+        attention.plan = _whole(layer, heads, attention.group)
         attention.names, attention.stack = family, ""
         attention.model_config, attention.num_key_value_groups = config, attention.group
         own: Any = type(attention)
         with _unhooked(attention):
             attention.__class__ = _probed(shared_class(own, family))
+
+
+def _whole(layer: int, heads: int, group: int) -> "LayerPlan":
+    """The plan of a layer that owns all its attention and lends none."""
+    from sa_convert.export.shared_attention_plan import LayerPlan
+
+    every, groups = tuple(range(heads)), tuple(range(heads // group))
+    return LayerPlan(layer, (None,) * heads, group, every, groups, group, (), (), group, False, ())
 
 
 def _probed(shared: type) -> type:

@@ -213,9 +213,9 @@ def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, 
 
 def _has_stack(model: Any, family: Family, stack: Stack) -> bool:
     """An encoder may stand alone."""
-    from sa_convert.export.shared_attention_apply import has_part
+    from sa_convert.export.shared_attention_apply import path_in
 
-    return not family.encoder_decoder or has_part(model, stack.layers)
+    return not family.encoder_decoder or path_in(model, stack.layers) is not None
 
 
 def _weights(module: Any, query: Any, key: Any, mask: Any, arguments: Mapping[str, Any]) -> "torch.Tensor":

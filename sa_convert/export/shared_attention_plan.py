@@ -65,14 +65,6 @@ class LayerPlan:
         return [self.own_groups.index(head // self.group) for head in self.own]
 
 
-def whole_layer(layer: int, heads: int, group: int) -> LayerPlan:
-    """The plan of a layer that owns all its attention and lends none."""
-    every = tuple(range(heads))
-    return LayerPlan(
-        layer, (None,) * heads, group, every, tuple(range(heads // group)), group, (), (), group, False, ()
-    )
-
-
 def plan_layers(sharing: dict[int, tuple], heads: list[int], groups: list[int]) -> dict[int, LayerPlan]:
     """Plan every layer that reuses or lends.
 

@@ -8,7 +8,7 @@ from typing import Any
 from sa_convert.data.checkpoint import Shard
 from sa_convert.errors import CheckpointError
 from sa_convert.read.family import architecture_of, family_of
-from sa_convert.read.pickled import described
+from sa_convert.read.pickled import described_model
 
 
 def expected_shard(config: Mapping[str, Any], file: Path) -> Shard:
@@ -19,7 +19,6 @@ def expected_shard(config: Mapping[str, Any], file: Path) -> Shard:
     name = architecture_of(config, family_of(config))
     import torch
     import transformers
-    from transformers.core_model_loading import revert_weight_conversion
 
     model_class: Any = getattr(transformers, name)
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), torch.float32)
@@ -32,6 +31,4 @@ def expected_shard(config: Mapping[str, Any], file: Path) -> Shard:
         raise CheckpointError(
             f"{file.parent / 'config.json'}: transformers makes no model of it ({reason})."
         ) from error
-    tied = set(model.state_dict()) - set(dict(model.named_parameters())) - set(dict(model.named_buffers()))
-    state = {key: tensor for key, tensor in model.state_dict().items() if key not in tied}
-    return described(file, revert_weight_conversion(model, state))
+    return described_model(file, model)

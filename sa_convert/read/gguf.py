@@ -12,7 +12,7 @@ from sa_convert.errors import CheckpointError, SaConvertError, UnsupportedModelE
 from sa_convert.export.shared_attention_families import auto_class_of
 from sa_convert.read.family import family_of
 from sa_convert.read.folder import open_folder
-from sa_convert.read.pickled import described
+from sa_convert.read.pickled import described_model
 
 _SHARD_SIZE = "4GB"
 
@@ -103,12 +103,8 @@ def _auto_class(config: Any) -> Any:
 
 
 def _described(file: Path, config: Any, identity: str, dtype: str) -> Checkpoint:
-    from transformers.core_model_loading import revert_weight_conversion
-
     model = _empty_model(config, dtype)
-    tied = set(model.state_dict()) - set(dict(model.named_parameters())) - set(dict(model.named_buffers()))
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    shard = described(file, revert_weight_conversion(model, state))
+    shard = described_model(file, model)
     content = _as_dict(config) | {"architectures": [type(model).__name__]}
     return Checkpoint(identity, file.parent, content, (shard,), None, ())
 

@@ -92,6 +92,15 @@ def open_pickled(folder: Path, workspace: Path | None, identity: str) -> Checkpo
     return open_folder(workspace, identity, revision_of(root))
 
 
+def described_model(file: Path, model: Any) -> Shard:
+    """The shard that transformers would save of a model (on the meta device, too), as if it were `file`."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tied = set(model.state_dict()) - set(dict(model.named_parameters())) - set(dict(model.named_buffers()))
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    return described(file, revert_weight_conversion(model, state))
+
+
 def described(file: Path, state: Mapping[str, "torch.Tensor"]) -> Shard:
     """The shard that these tensors (of any device, meta too) would make, as if it were `file`."""
     start, entries = 0, []
