@@ -84,6 +84,11 @@ class Checkpoint:
         return sum(tensor.bytes for tensor in self.tensors.values())
 
     @cached_property
+    def modules(self) -> frozenset[str]:
+        """The modules that have a tensor of their own: names without their last part."""
+        return frozenset(name.rpartition(".")[0] for name in self.tensors)
+
+    @cached_property
     def tensors(self) -> dict[str, TensorEntry]:
         return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
 

@@ -1,6 +1,6 @@
 """The shape of a model's attention, from config.json and the headers of its tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,31 +26,34 @@ def number(config: Mapping[str, Any], key: str, *others: str) -> int:
     return value
 
 
-def geometry_of(checkpoint: Checkpoint, family: Family) -> ModelGeometry:
+def geometry_of(checkpoint: Checkpoint, family: Family, reusing: Container[str] = ()) -> ModelGeometry:
     """Heads, groups, attention types and windows of every layer.
 
-    Raises CheckpointError where tensors are missing or contradict config.json, UnsupportedModelError where the
-    projections are quantised.
+    reusing: labels of layers that have lost queries and keys, in a model that shares already; they are as the first
+    layer of their stack, which owns all its attention. Raises CheckpointError where tensors are missing or contradict
+    config.json, UnsupportedModelError where the projections are quantised.
     """
     config = attention_config(checkpoint.config, family)
-    layers = []
+    layers: list[LayerGeometry] = []
     for stack in family.all_stacks:
         if family.encoder_decoder and not has_stack(checkpoint, family, stack):
             continue  # an encoder saved alone
         depth, cached = number(config, stack.depth, *DEPTHS), caches(config, family, stack)
-        kinds = attention_kinds(config, family, depth)
+        lost = [f"{stack.name}.{index}".removeprefix(".") in reusing for index in range(depth)]
+        if all(lost):
+            raise CheckpointError("config.json: 'shared_attention' lets every layer reuse another, which none can own.")
         found = [
-            layer_geometry(checkpoint, config, family, stack, index, depth) or LayerGeometry(0, 0, 0, "none")
-            for index in range(depth)
+            None if lost[index] else _layer(checkpoint, config, family, stack, index, depth) for index in range(depth)
         ]
-        if not any(layer.heads for layer in found):
+        whole = next((layer for layer in found if layer), None)
+        if whole is None:
             raise _missing(checkpoint, family, stack, 0, depth)
-        layers += [
-            replace(layer, attention=kind, window=window, rotary=rotary, stack=stack.name, cached=cached)
-            if layer.heads
-            else layer
-            for layer, (kind, window, rotary) in zip(found, kinds, strict=True)
-        ]
+        for at, (kind, window, rotary) in enumerate(attention_kinds(config, family, depth)):
+            layer = whole if lost[at] else found[at]
+            if layer is None:
+                layers.append(LayerGeometry(0, 0, 0, "none", stack=stack.name))
+                continue
+            layers.append(replace(layer, attention=kind, window=window, rotary=rotary, stack=stack.name, cached=cached))
     return ModelGeometry(tuple(layers), family.granularity)
 
 
@@ -67,13 +70,13 @@ def _missing(checkpoint: Checkpoint, family: Family, stack: Stack, index: int, d
     )
 
 
-def layer_geometry(
+def _layer(
     checkpoint: Checkpoint, config: Mapping[str, Any], family: Family, stack: Stack, index: int, depth: int
 ) -> LayerGeometry | None:
     """Heads, groups and head size of a layer; None where it has no softmax attention, in a family of mixed layers."""
     tensors, start = checkpoint.tensors, attention_start(checkpoint, family, stack, index)
     heads = number(config, stack.heads, "num_attention_heads")
-    if family.mixed and not any(name.startswith(f"{start}{projection(family, 'query')}.") for name in tensors):
+    if family.mixed and f"{start}{projection(family, 'query')}" not in checkpoint.modules:
         return None
     rows = {}
     for side in ("query", "key", "value"):
