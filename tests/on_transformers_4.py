@@ -33,7 +33,7 @@ def attempt(folder, job):
     inputs |= {"decoder_input_ids": ids.flip(1)} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
         found = {"logits": model(ids, **inputs).logits[:, -1].tolist()}
-    if "shared_attention" not in config or not generates:
+    if not generates:
         return found
     options = {"max_new_tokens": job["new_tokens"], "do_sample": False, "attention_mask": torch.ones_like(ids)}
     for way, extra in (
@@ -41,15 +41,11 @@ def attempt(folder, job):
         ("uncached", {"use_cache": False}),
         ("static", {"cache_implementation": "static"}),
     ):
-        if way == "static" and not supports_static(model):
-            continue
-        found[way] = model.generate(ids, **options, **extra).tolist()
+        try:
+            found[way] = model.generate(ids, **options, **extra).tolist()
+        except Exception as error:
+            found[way] = f"{type(error).__name__}: {error}"
     return found
-
-
-def supports_static(model):
-    """Whether the base model takes a static cache."""
-    return getattr(model, "_can_compile_fullgraph", getattr(model, "_supports_static_cache", False))
 
 
 def main(jobs, output):

@@ -21,6 +21,8 @@ sys.path.append(str(ROOT / "docs"))
 from generate import NOT_IN_4
 
 NEW_TOKENS = 10
+# Base models for which 4.57's static cache itself raises, or generates other tokens than its dynamic cache does.
+STATIC_FAILS_IN_4 = {"mvp", "trocr", "xglm"}
 # One worker makes the folders and runs the other environment once.
 pytestmark = pytest.mark.xdist_group("transformers-4")
 
@@ -87,7 +89,10 @@ def test_same_tokens(results, family, kind):
         expected = model.generate(ids, **options).tolist()
         assert result["cached"] == expected
         assert result["uncached"] == expected
-        assert result.get("static", expected) == expected
+        if result["static"] != expected:
+            of_base = found[folders[family, "base"]]
+            assert of_base["static"] != of_base["cached"], result["static"]
+            assert family in STATIC_FAILS_IN_4
     with torch.no_grad():
         difference = (torch.tensor(result["logits"]) - model(ids, **inputs).logits[:, -1]).abs().max()
         if difference > 1e-4:
