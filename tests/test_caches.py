@@ -1,5 +1,8 @@
 """Every cache of transformers under a converted model: right results, and no keys of reusing heads in them."""
 
+import copy
+import io
+
 import pytest
 import torch
 from conftest import run_cli
@@ -125,7 +128,78 @@ def test_beams_rows_and_tokens_can_be_taken_from_a_cache(case, ids):
     cache.batch_select_indices(torch.tensor([1]))
     one = model(last[1:], past_key_values=cache, use_cache=True).logits
     torch.testing.assert_close(one, expected[1:], atol=1e-4, rtol=1e-4)
-    assert cache.layers[2].keys.shape[1] in (kept(rows, geometry, 2), geometry.layers[2].groups)
+    for index, layer in enumerate(cache.layers):
+        heads = layer.keys.shape[1] + (layer.values.shape[1] if layer.values.numel() else 0)
+        assert heads == kept(rows, geometry, index)
+
+
+@torch.no_grad()
+def test_steps_do_not_copy_what_reusing_layers_cached(case, ids):
+    model, rows, geometry = case
+    ids = ids[:, :12].repeat(1, 5)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :40], past_key_values=cache, use_cache=True)
+    reusing = [cache.layers[index] for index in rows if kept(rows, geometry, index) < 2 * geometry.layers[index].groups]
+    assert reusing
+    places, logits = [], []
+    for at in range(40, 60):
+        logits.append(model(ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits)
+        places.append([layer.keys.data_ptr() for layer in reusing])
+        for layer in reusing:
+            room = layer.keys.untyped_storage().nbytes() / layer.keys.nbytes
+            assert room <= 1 + 1 / 16 + 16 / at
+    torch.testing.assert_close(torch.cat(logits, dim=1), whole(model, ids, 40), atol=1e-4, rtol=1e-4)
+    if not geometry.layers[0].window:
+        assert len({tuple(place) for place in places}) <= 3  # the library's copy would make it 20
+
+
+@torch.no_grad()
+def test_caches_that_part_do_not_write_into_each_other(case, ids):
+    """One prompt continued in several ways: by a deep copy, a shallow one, a saved one, and after a crop."""
+    model, _, geometry = case
+    ids, cut = (ids[:, :7], 4) if geometry.layers[0].window else (ids, 14)
+    cache = DynamicCache(config=model.config)
+    stepwise(model, ids[:, :cut], cache, first=2)
+    others = torch.flip(ids, dims=[0])[:, cut:]
+    expected = whole(model, ids, cut)
+    changed = whole(model, torch.cat([ids[:, :cut], others], dim=1), cut)
+
+    shallow = copy.copy(cache)
+    shallow.layers = [copy.copy(layer) for layer in cache.layers]
+    file = io.BytesIO()
+    torch.save(cache, file)
+    file.seek(0)
+    branches = [cache, copy.deepcopy(cache), shallow, torch.load(file, weights_only=False)]
+    results = [[] for _ in branches]
+    for at in range(ids.shape[1] - cut):
+        for index, branch in enumerate(branches):
+            tokens = (others if index % 2 else ids[:, cut:])[:, at : at + 1]
+            results[index].append(model(tokens, past_key_values=branch, use_cache=True).logits)
+    for index, logits in enumerate(results):
+        wanted = changed if index % 2 else expected
+        torch.testing.assert_close(torch.cat(logits, dim=1), wanted, atol=1e-4, rtol=1e-4)
+
+    kept_view = [layer.keys.clone() for layer in cache.layers], [layer.keys for layer in cache.layers]
+    cache.crop(cut - ids.shape[1])
+    logits = [
+        model(others[:, at : at + 1], past_key_values=cache, use_cache=True).logits for at in range(others.shape[1])
+    ]
+    torch.testing.assert_close(torch.cat(logits, dim=1), changed, atol=1e-4, rtol=1e-4)
+    for before, now in zip(*kept_view, strict=True):
+        assert torch.equal(before, now)
+
+
+def test_a_cache_goes_through_inference_mode_and_back(case, ids):
+    model, _, geometry = case
+    ids = ids[:, :7] if geometry.layers[0].window else ids
+    cache, logits = DynamicCache(config=model.config), []
+    with torch.inference_mode():
+        model(ids[:, :1], past_key_values=cache, use_cache=True)
+        logits += [model(ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits for at in range(1, 4)]
+    with torch.no_grad():
+        logits += [model(ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits for at in range(4, 6)]
+    logits += [model(ids[:, 6:7], past_key_values=cache, use_cache=True).logits]
+    torch.testing.assert_close(torch.cat(logits, dim=1), whole(model, ids, 1)[:, :6], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["span", "groups"])
