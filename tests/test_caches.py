@@ -169,7 +169,7 @@ def test_caches_that_part_do_not_write_into_each_other(case, ids):
     file = io.BytesIO()
     torch.save(cache, file)
     file.seek(0)
-    branches = [cache, copy.deepcopy(cache), shallow, torch.load(file, weights_only=False)]
+    branches = [cache, shallow, copy.deepcopy(cache), torch.load(file, weights_only=False)]
     results = [[] for _ in branches]
     for at in range(ids.shape[1] - cut):
         for index, branch in enumerate(branches):
