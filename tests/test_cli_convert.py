@@ -41,6 +41,7 @@ def test_converts_and_validates(base, recipe, tmp_path):
         "shared_attention_apply.py", "shared_attention_attend.py", "shared_attention_cache.py",
         "shared_attention_exchange.py",
         "shared_attention_families.py", "shared_attention_modules.py", "shared_attention_plan.py",
+        "shared_attention_weights.py",
     }  # fmt: skip
     assert expected == {name for name in digests(out) if not name.endswith(".safetensors")}
     for name in ("LICENSE", "chat_template.jinja", "tokenizer.json", "generation_config.json"):

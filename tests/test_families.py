@@ -10,6 +10,7 @@ from safetensors import safe_open
 from tiny_models import (
     VARIANTS,
     attentions_of,
+    code_of,
     forms_used,
     geometry_of_folder,
     kinds_of,
@@ -73,7 +74,7 @@ def cached_logits(model, ids, entry):
 
 
 @pytest.mark.parametrize(("family", "kind", "variant"), CASES, ids=str)
-def test_family(bases, tmp_path, family, kind, variant):
+def test_family(bases, tmp_path, monkeypatch, family, kind, variant):
     folder, base = bases(family, variant)
     entry = FAMILIES[family]
     geometry = geometry_of_folder(folder)
@@ -108,7 +109,8 @@ def test_family(bases, tmp_path, family, kind, variant):
             logits = model(ids, **inputs).logits
         torch.testing.assert_close(logits[seen], expected[seen], atol=1e-4, rtol=1e-4)
 
-        # Both forms of sharing, forced, say the same; of padding, kernels make different things.
+        # Both forms of sharing, forced, say the same; of padding, kernels make different things. Weights in blocks.
+        monkeypatch.setattr(code_of(model, "shared_attention_weights"), "BLOCK", 5)
         whole = seen & mask.all(-1, keepdim=True)
         for form in ("weights", "queries"):
             model.config.shared_attention["form"] = form
@@ -117,6 +119,10 @@ def test_family(bases, tmp_path, family, kind, variant):
                 logits = model(ids, **inputs).logits
             assert set(used) == {form == "weights"}
             torch.testing.assert_close(logits[whole], expected[whole], atol=1e-4, rtol=1e-4)
+            unmasked = {name: given[1:] for name, given in inputs.items() if name == "decoder_input_ids"}
+            with torch.no_grad():
+                logits = model(ids[1:], **unmasked).logits  # blocks then end at what their tokens see
+            torch.testing.assert_close(logits, expected[1:], atol=1e-4, rtol=1e-4)
         model.config.shared_attention["form"] = "auto"
         if entry.bidirectional:
             continue

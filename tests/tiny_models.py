@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from pathlib import Path
 
 from sa_convert.data.geometry import ModelGeometry
@@ -184,6 +185,11 @@ def attentions_of(model, entry):
                 module = None
             found.append(module if hasattr(module, entry.fused or entry.value) else None)
     return found
+
+
+def code_of(model, name):
+    """A module of the code that a converted model came with."""
+    return sys.modules[f"{type(model).__module__.rpartition('.')[0]}.{name}"]
 
 
 def forms_used(model):

@@ -48,7 +48,7 @@ def _eager_mask(mask: Any, query: Any, key: Any) -> Any:
     """A mask that is added to scores, from what a causal model hands to its kernel: boolean, or none at all."""
     import torch
 
-    from sa_convert.export.shared_attention_attend import additive
+    from sa_convert.export.shared_attention_weights import additive
 
     tokens, length = query.shape[-2], key.shape[-2]
     if mask is None:

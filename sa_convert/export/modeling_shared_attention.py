@@ -21,6 +21,7 @@ from .shared_attention_exchange import checkpoint_contexts
 from .shared_attention_families import FAMILIES, PREFIX, Family, auto_class_of
 from .shared_attention_modules import MODULES  # noqa: F401
 from .shared_attention_plan import LayerPlan  # noqa: F401
+from .shared_attention_weights import weigh  # noqa: F401
 
 
 @contextmanager

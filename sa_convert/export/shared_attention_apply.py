@@ -6,10 +6,11 @@ from functools import cache
 from torch import nn
 
 from .shared_attention import SharedAttention
-from .shared_attention_attend import FORMS, ConfigView, eager_attention
+from .shared_attention_attend import FORMS, ConfigView
 from .shared_attention_exchange import append_to_positions, open_by_context, open_by_keyword
 from .shared_attention_modules import MODULES
 from .shared_attention_plan import LayerPlan, plan_layers
+from .shared_attention_weights import eager_attention
 
 _HEAD_SIZES = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 

@@ -3,7 +3,7 @@
 Sharing weights equals attention over the source's query and key, so there are two forms:
 
 - *Weights*: the source's probabilities are multiplied with the values; no Q.K and no softmax. They take memory for
-  every pair of tokens, so this is for decoding, and for prompts whose probabilities fit.
+  every pair of tokens, so this is for decoding, and for prompts whose probabilities fit (`shared_attention_weights`).
 - *Queries*: the source's query and key go through the attention kernel once more, without the quadratic memory.
 
 Which one runs is decided by the layer that lends, call by call (`Attending._lends_weights`).
@@ -19,14 +19,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .shared_attention_exchange import EXCHANGE, Loan, current_exchange
 from .shared_attention_plan import LayerPlan
+from .shared_attention_weights import additive, blocks_of, causal_mask, pairs_of, probabilities, weigh
 
 WEIGHTS_MEMORY = 128 * 1024 * 1024
-"""Bytes that the probabilities of one lending layer may take by default (`weights_memory` in the config)."""
+"""Bytes that lent probabilities may take at any one time by default (`weights_memory` in the config)."""
 
 FORMS = ("auto", "weights", "queries")
 """Values of `form` in the config."""
 
-GAIN = 2.0
+GAIN = 1.0
 """Heads that reuse, for each head that computes probabilities, from which the weights form pays for a whole prompt."""
 
 
@@ -43,6 +44,10 @@ class _KernelModule:
 
     def __getattr__(self, name):
         return getattr(self.__dict__["_module"], name)
+
+    def grouped(self, group):
+        """The same with another grouping."""
+        return _KernelModule(self._module, group)
 
 
 class ConfigView:
@@ -70,33 +75,6 @@ def _dispatch(implementation, module, query, key, value, attention_mask, **argum
     return module.attend(exchange, implementation, query, key, value, attention_mask, arguments)
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Plain attention, for families whose modeling file does not offer its own for any number of heads.
-
-    query: (B, H, T, D); key, value: (B, G, S, D). Returns the output (B, T, H, D) and the weights (B, H, T, S).
-    """
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask[..., : key.shape[-2]]
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
-
-
-def additive(mask, query, length):
-    """A mask as eager attention adds it: SDPA's may be boolean or longer than the keys."""
-    if mask is None:
-        return None
-    mask = mask[..., :length]
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(
-        ~mask, torch.finfo(query.dtype).min
-    )
-
-
 def _gather(runs, own, borrowed):
     """Concatenate runs along the head axis: own is this layer's tensor or None, borrowed(layer) that of a loan."""
     pieces = []
@@ -107,21 +85,18 @@ def _gather(runs, own, borrowed):
     device = pieces[-1].device if own is None else own.device
     if len(pieces) == 1:
         return pieces[0]
-    batch = max(piece.shape[0] for piece in pieces)  # a mask may be one for all sequences
-    return torch.cat([piece.to(device).expand(batch, *piece.shape[1:]) for piece in pieces], dim=1)
+    if any(piece.device != device for piece in pieces):
+        pieces = [piece.to(device) for piece in pieces]
+    if len({piece.shape[0] for piece in pieces}) > 1:  # a mask may be one for all sequences
+        batch = max(piece.shape[0] for piece in pieces)
+        pieces = [piece.expand(batch, *piece.shape[1:]) for piece in pieces]
+    return torch.cat(pieces, dim=1)
 
 
 def _rescaled(loan, arguments):
     """The loan's query for a kernel that scales scores as `arguments` say: layers may differ in that."""
     wanted, scaling = arguments.get("scaling"), loan.arguments.get("scaling")
     return loan.query if wanted == scaling else loan.query * (scaling / wanted)
-
-
-def _weigh(weights, value):
-    """Weights (B, H, T, S) times values (B, G, S, D) -> (B, T, H, D), without repeating the values."""
-    batch, heads, tokens, length = weights.shape
-    weights = weights.to(value.device).reshape(batch, value.shape[1], -1, length)
-    return torch.matmul(weights, value).view(batch, heads, tokens, -1).transpose(1, 2)
 
 
 class Attending(nn.Module):
@@ -133,7 +108,7 @@ class Attending(nn.Module):
     group: int  # query heads per key/value group
     sharing: dict  # config.shared_attention
 
-    def _lends_weights(self, implementation, query, length):
+    def _lends_weights(self, implementation, query, length, mask):
         """Whether this call lends probabilities (B, O, T, S) rather than queries and keys."""
         form = self.sharing.get("form", "auto")
         if implementation == "eager" or form == "queries":
@@ -144,11 +119,17 @@ class Attending(nn.Module):
             return False
         if form == "weights":
             return True
-        batch, heads, tokens, _ = query.shape
-        if tokens > 1 and (torch.is_grad_enabled() or self.plan.gain < GAIN):
+        batch, _, tokens, _ = query.shape
+        # Compiled, a prompt's blocks would make a graph for every length.
+        if tokens > 1 and (torch.is_grad_enabled() or self.plan.gain < GAIN or torch.compiler.is_compiling()):
             return False
-        budget = self.sharing.get("weights_memory", WEIGHTS_MEMORY)
-        return batch * heads * tokens * length * query.element_size() <= budget
+        pairs = pairs_of(tokens, length, self._triangular(implementation, mask, tokens))
+        needed = batch * len(self.plan.heads) * pairs * query.element_size() * self.plan.lenders_at_once
+        return needed <= self.sharing.get("weights_memory", WEIGHTS_MEMORY)
+
+    def _triangular(self, implementation, mask, tokens):
+        """Whether no mask means that each token sees those before it, as kernels have it."""
+        return mask is None and tokens > 1 and self.is_causal and implementation != "eager"
 
     def attend(self, exchange, implementation, query, key, value, mask, arguments):
         """The attention function: own heads from query and key, the others from the exchange.
@@ -171,15 +152,17 @@ class Attending(nn.Module):
             weights_form = all(loan.weights is not None for loan in loans)
             arguments = arguments if query is not None else loans[0].arguments
         else:
-            weights_form = self._lends_weights(implementation, query, key.shape[-2])
+            weights_form = self._lends_weights(implementation, query, key.shape[-2], mask)
         own_mask = None
-        if query is not None:
-            if weights_form and implementation != "eager":
-                mask = self._added(mask, query, key.shape[-2])
-            if mask is not None and mask.shape[1] > 1:
-                own_mask = mask = mask if len(plan.own) == mask.shape[1] else mask[:, list(plan.own)]
+        if query is not None and mask is not None and mask.shape[1] > 1:
+            own_mask = mask = mask if len(plan.own) == mask.shape[1] else mask[:, list(plan.own)]
         if weights_form:
-            output, weights = self._attend_weights(exchange, query, key, value, mask, own_mask, arguments)
+            whole = implementation == "eager" or torch.compiler.is_compiling()
+            triangular = query is not None and self._triangular(implementation, mask, query.shape[-2])
+            own = None if query is None else self._own_blocks(query, key, mask, arguments, triangular, whole)
+            if own and plan.lends:
+                exchange.lend(self.stack, plan.layer, Loan(query, key, own, arguments, own_mask))
+            output, weights = self._attend_weights(exchange, own, value, whole)
         elif plan.reuses:
             output, weights = self._attend_queries(exchange, kernel, query, key, value, mask, own_mask, arguments)
         else:
@@ -188,42 +171,36 @@ class Attending(nn.Module):
         exchange.settle(self.stack, plan.settled)
         return output, weights
 
-    def _added(self, mask, query, length):
-        """A mask to be added to scores, from one for SDPA, which may be boolean, or missing where all is causal."""
-        tokens = query.shape[-2]
-        if mask is None and tokens > 1 and self.is_causal:
-            # As kernels mean it: the first token sees the first key, whatever else a static cache has room for.
-            mask = torch.ones(1, 1, tokens, length, dtype=torch.bool, device=query.device).tril()
-        return additive(mask, query, length)
+    def _own_blocks(self, query, key, mask, arguments, triangular, whole):
+        """Probabilities of own heads: blocks (B, O, R, E)."""
+        plan, tokens, length = self.plan, query.shape[-2], key.shape[-2]
+        group = plan.own_group
+        if group is None:
+            key, group = key[:, plan.own_key_of_head], 1
+        mask = additive(mask, query, length)
+        module, found = _KernelModule(self, group), []
+        for start, stop, seen in blocks_of(tokens, length, triangular, whole):
+            rows = query if stop - start == tokens else query[:, :, start:stop]
+            if triangular:
+                mask = causal_mask(query, start, stop)
+            every = mask is None or mask.shape[-2] in (1, stop - start)
+            rows_mask = mask if every else mask[:, :, start:stop]
+            keys = key if seen == length else key[:, :, :seen]
+            found.append(probabilities(self.family_eager, module, rows, keys, rows_mask, group, arguments))
+        return found
 
-    def _attend_weights(self, exchange, query, key, value, mask, own_mask, arguments):
-        """Weights form: own heads' probabilities from the family's eager function, the others' from their source."""
-        plan, own = self.plan, None
-        if query is not None:
-            own_key, group = key, plan.own_group
-            if group is None:
-                own_key, group = key[:, plan.own_key_of_head], 1
-            own = self._probabilities(query, own_key, mask, group, arguments)
-            if plan.lends:
-                exchange.lend(self.stack, plan.layer, Loan(query, key, own, arguments, own_mask))
-        weights = own
+    def _attend_weights(self, exchange, own, value, whole):
+        """Weights form, of own heads' probabilities and borrowed ones. Those of a whole prompt are returned beside the
+        output, as eager attention does."""
+        plan, blocks = self.plan, own
         if plan.reuses:
-            weights = _gather(plan.query_runs, own, lambda layer: exchange.borrow(self.stack, layer).weights)
-        return _weigh(weights, value), weights
-
-    def _probabilities(self, query, key, mask, group, arguments):
-        """(B, O, T, S) of query (B, O, T, D) and key (B, O / group, S, D), by the family's eager function."""
-        batch, heads, tokens, size = query.shape
-        if group > 1 and not self.names.sinks:
-            # Queries that read one key stand in as so many tokens of one head, so that no key is repeated.
-            if mask is not None and mask.shape[1] > 1:
-                mask = mask.reshape(mask.shape[0], -1, group * tokens, mask.shape[-1])
-            elif mask is not None and tokens > 1:
-                mask = mask.repeat(1, 1, group, 1)
-            query, group = query.reshape(batch, -1, group * tokens, size), 1
-        # Zero-width values: only the weights are wanted here.
-        weights = self.family_eager(_KernelModule(self, group), query, key, key[..., :0], mask, **arguments)[1]
-        return weights.view(batch, heads, tokens, -1)
+            lent = {layer: exchange.borrow(self.stack, layer).weights for layer in plan.lenders}
+            blocks = [
+                _gather(plan.query_runs, own and own[index], {layer: lent[layer][index] for layer in lent}.__getitem__)
+                for index in range(len(lent[plan.lenders[0]]))
+            ]
+        outputs = [weigh(block, value) for block in blocks]
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), (blocks[0] if whole else None)
 
     def _attend_queries(self, exchange, kernel, query, key, value, mask, own_mask, arguments):
         """Queries form: borrowed queries and keys take the place of the missing ones, and the kernel does the rest."""

@@ -8,8 +8,8 @@ import transformers
 from torch import nn
 
 from .shared_attention import SharedAttention
-from .shared_attention_attend import additive
 from .shared_attention_cache import AttentionCache
+from .shared_attention_weights import additive
 
 _TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 

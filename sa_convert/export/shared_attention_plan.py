@@ -1,6 +1,5 @@
 """What each layer owns, lends and borrows: the sharing map, prepared for the forward pass."""
 
-from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -28,8 +27,9 @@ class LayerPlan:
     heads: per query head, None (own) or (source layer, source head). group: query heads per key/value group.
     own: own query heads. own_groups: groups with an own head. own_group: own heads per own group where that is the same
     for all, else None. query_runs: for every head, where its query (or weights) lies. key_runs and key_group: where the
-    keys lie, and how many consecutive heads read each. settled: source layers that are done after this one. gain: heads
-    of later layers that reuse heads of this one, for each own head.
+    keys lie, and how many consecutive heads read each. settled: source layers that are done after this one. Of the
+    whole stack, gain: heads that reuse, for each own head of layers that lend; lenders_at_once: the most layers whose
+    loans are kept at any time.
     """
 
     layer: int
@@ -44,6 +44,7 @@ class LayerPlan:
     lends: bool
     settled: tuple[int, ...]
     gain: float = 0.0
+    lenders_at_once: int = 1
 
     @property
     def reuses(self) -> bool:
@@ -90,8 +91,11 @@ def plan_layers(sharing: dict[int, tuple], heads: list[int], groups: list[int]) 
                 )
     own = {layer: tuple(head for head, source in enumerate(row) if source is None) for layer, row in full.items()}
     own_groups = {layer: tuple(sorted({head // groups[layer] for head in own[layer]})) for layer in full}
-    uses = Counter(source[0] for row in full.values() for source in row if source)
     last_use = {source[0]: layer for layer, row in full.items() for source in row if source}
+    gain = sum(source is not None for row in full.values() for source in row) / max(
+        sum(len(own[at]) for at in last_use), 1
+    )
+    at_once = max((sum(lender <= layer < last for lender, last in last_use.items()) for layer in full), default=0)
 
     def place(layer, head):
         """Where the query and the key of this head lie: (layer or None, index among its own heads, and keys)."""
@@ -121,6 +125,7 @@ def plan_layers(sharing: dict[int, tuple], heads: list[int], groups: list[int]) 
             key_group=group if aligned else 1,
             lends=layer in last_use,
             settled=tuple(source for source, last in last_use.items() if last == layer),
-            gain=uses[layer] / max(len(own[layer]), 1),
+            gain=gain,
+            lenders_at_once=at_once,
         )
     return plans
