@@ -6,7 +6,7 @@ A model of base type T has the type `shared_attention_T`, all keys of its base, 
 
 For each reusing layer it lists, per query head, null (the head owns its attention) or the source layer and source head.
 Two optional keys say how sharing is computed (`shared_attention_attend`): "form" is "auto" (the default), "weights" or
-"queries"; "weights_memory" is how many bytes the probabilities of one layer may take in "auto".
+"queries"; "weights_memory" is how many bytes lent probabilities may take at any one time in "auto".
 
 The class `SharedAttention<Base>Config` exists for every `<Base>Config` that `shared_attention_families` names; it is
 made when it is first asked for.

@@ -21,14 +21,15 @@ _CURRENT: ContextVar["Exchange | None"] = ContextVar("shared_attention_exchange"
 class Loan:
     """What a source layer lends: the attention of its own heads, in their order.
 
-    query: (B, O, T, D); key: (B, own groups, S, D), cache included; weights: (B, O, T, S), or None in the queries form;
+    query: (B, O, T, D); key: (B, own groups, S, D), cache included; weights: probabilities (B, O, T, S) in blocks of
+    tokens (see `shared_attention_weights`), or None in the queries form;
     arguments: what the family passed to the attention function besides (scaling, window, softcap, sinks, dropout);
     mask: (B, O, T, S) where the mask differs by head (ALiBi, relative positions), else None.
     """
 
     query: torch.Tensor
     key: torch.Tensor
-    weights: torch.Tensor | None
+    weights: list[torch.Tensor] | None
     arguments: dict
     mask: torch.Tensor | None = None
 

@@ -92,9 +92,8 @@ def plan_layers(sharing: dict[int, tuple], heads: list[int], groups: list[int]) 
     own = {layer: tuple(head for head, source in enumerate(row) if source is None) for layer, row in full.items()}
     own_groups = {layer: tuple(sorted({head // groups[layer] for head in own[layer]})) for layer in full}
     last_use = {source[0]: layer for layer, row in full.items() for source in row if source}
-    gain = sum(source is not None for row in full.values() for source in row) / max(
-        sum(len(own[at]) for at in last_use), 1
-    )
+    reused = sum(source is not None for row in full.values() for source in row)
+    gain = reused / max(sum(len(own[lender]) for lender in last_use), 1)
     at_once = max((sum(lender <= layer < last for lender, last in last_use.items()) for layer in full), default=0)
 
     def place(layer, head):
