@@ -5,6 +5,9 @@ import torch
 from conftest import run_cli
 from tiny_models import forms_used, geometry_of_folder, load_converted, make_map, save_tiny, write_recipe
 
+from sa_convert.export.shared_attention_plan import plan_layers
+from sa_convert.export.shared_attention_weights import blocks_of, pairs_of
+
 
 @pytest.fixture
 def converted(tmp_path):
@@ -44,3 +47,21 @@ def test_training_takes_queries_and_an_unknown_form_is_refused(converted, tmp_pa
     model.config.shared_attention["form"] = "both"
     with pytest.raises(ValueError, match="form is 'both', but should be one of auto, weights, queries"):
         type(model)(model.config)
+
+
+def test_the_budget_is_for_all_layers_that_lend_at_one_time():
+    """Layers 0 and 1 lend at once, to 3; layer 4 lends to 5 alone."""
+    borrowed = {3: ((0, 0), (1, 1)), 5: ((4, 0), (4, 1))}
+    plans = plan_layers(borrowed, [2] * 6, [1] * 6)
+    assert sorted(plans) == [0, 1, 3, 4, 5]
+    assert {plan.lenders_at_once for plan in plans.values()} == {2}
+    assert {plan.gain for plan in plans.values()} == {4 / 6}
+    assert plans[3].settled == (0, 1)
+
+
+def test_blocks_end_at_what_their_tokens_see():
+    assert blocks_of(300, 300, True, False) == [(0, 128, 128), (128, 256, 256), (256, 300, 300)]
+    assert blocks_of(300, 400, False, False) == [(0, 128, 400), (128, 256, 400), (256, 300, 400)]
+    assert blocks_of(300, 400, False, True) == [(0, 300, 400)]
+    assert pairs_of(300, 300, True) == 128 * 128 + 128 * 256 + 44 * 300
+    assert pairs_of(300, 400, False) == 300 * 400
