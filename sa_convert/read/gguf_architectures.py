@@ -6,10 +6,7 @@ that nothing which llama.cpp computes with is lost unsaid.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
-
-_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -29,31 +26,31 @@ class Architecture:
     unsqueezed: modules whose weights get one more dimension, of size 1, and the place of that dimension.
     left_out: tensors that change nothing, with the reason.
     head_size: the config tells the size of a head; otherwise it is hidden size by heads.
-    value_size: the config has a key of its own for it, which is that of the size of a head.
     rotary: queries and keys are rotated in "all" of their numbers, in a "part" that the config tells, or not ("none").
     scalings: the ways to scale positions (rope types of transformers) that the config takes.
     window: the config tells the window of its sliding layers; layer_types: and which layers those are.
     scale: the config tells the square of what scores are divided by, under this key.
+    always_tied: the output has the weights of the embedding, and a tensor of its own is a copy of them.
     """
 
     model_type: str
     keys: Mapping[str, str]
     tensors: Mapping[str, str]
-    fixed: Mapping[str, Any] = _NONE
-    neutral: Mapping[str, tuple[Any, ...]] = _NONE
-    whole: Mapping[str, str] = _NONE
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    whole: Mapping[str, str] = field(default_factory=dict)
     biased: tuple[str, ...] = ()
-    biases: Mapping[str, tuple[str, ...]] = _NONE
+    biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     transposed: tuple[str, ...] = ()
-    unsqueezed: Mapping[str, int] = _NONE
-    left_out: Mapping[str, str] = _NONE
+    unsqueezed: Mapping[str, int] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
     head_size: bool = True
     rotary: str = "all"
     scalings: tuple[str, ...] = ("linear", "yarn", "llama3")
     window: bool = False
     layer_types: bool = False
     scale: str | None = None
-    always_tied: bool = field(default=False)
+    always_tied: bool = False
 
 
 _RMS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
@@ -126,7 +123,7 @@ _LLAMA = Architecture(
     biases={"attention_bias": _ATTENTION_BIASES, "mlp_bias": _MLP_BIASES},
     left_out=_OLD_ROTARY,
 )
-_QWEN2 = replace(_LLAMA, model_type="qwen2", biased=_QKV_BIASES, biases=_NONE, left_out=_NONE)
+_QWEN2 = replace(_LLAMA, model_type="qwen2", biased=_QKV_BIASES, biases={}, left_out={})
 _QWEN3 = Architecture(
     "qwen3",
     {**_KEYS, **_RMS},
@@ -271,7 +268,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "stablelm": Architecture(
         "stablelm",
-        {**_KEYS, "attention.layer_norm_epsilon": "layer_norm_eps", "use_parallel_residual": "use_parallel_residual"},
+        {**_KEYS, "attention.layer_norm_epsilon": "layer_norm_eps"},
         {**_ENDS, **_layers({**_NORMS, **_ATTENTION, **_MLP})},
         biased=_LAYER_NORMS,
         biases={"use_qkv_bias": _QKV_BIASES},
