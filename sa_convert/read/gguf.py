@@ -13,7 +13,7 @@ from sa_convert.progress import note
 from sa_convert.read.family import family_of
 from sa_convert.read.folder import open_folder
 from sa_convert.read.gguf_config import architecture_of, config_of
-from sa_convert.read.gguf_header import GgufHeader, read_gguf_header
+from sa_convert.read.gguf_header import FOLDER, REMAKE, GgufHeader, read_gguf_header
 from sa_convert.read.gguf_tensors import Account, account_of, shard_of
 from sa_convert.read.pickled import described_model
 
@@ -69,11 +69,12 @@ def _check(file: Path) -> None:
 
 
 def _check_tokenizer(header: GgufHeader) -> None:
-    kind = header.metadata.get("tokenizer.ggml.model", "none")
-    if kind == "none" or not header.metadata.get(_VOCABULARY):
+    if header.metadata.get("tokenizer.ggml.model") in (None, "none", "no_vocab") or not header.metadata.get(
+        _VOCABULARY
+    ):
         raise CheckpointError(
-            f"{header.file}: holds no tokenizer ('{_VOCABULARY}'), which a converted model needs; use a file with one, or "
-            "convert the model's folder with safetensors."
+            f"{header.file}: holds no tokenizer ('{_VOCABULARY}'), which a converted model needs; use a file with one, "
+            f"or {FOLDER}."
         )
 
 
@@ -88,9 +89,7 @@ def _tell(header: GgufHeader, account: Account) -> None:
 
 def _unreadable(file: Path, error: Exception) -> CheckpointError:
     reason = (str(error) or type(error).__name__).splitlines()[0]
-    return CheckpointError(
-        f"{file}: transformers cannot read this GGUF file ({reason}); convert the model's folder with safetensors."
-    )
+    return CheckpointError(f"{file}: transformers cannot read this GGUF file ({reason}); {FOLDER}.")
 
 
 def _auto_class(config: Mapping[str, Any]) -> Any:
@@ -122,8 +121,8 @@ def _write(header: GgufHeader, account: Account, config: Mapping[str, Any], work
     for name in sorted(told["missing_keys"]):
         if name not in account.zeros:
             raise UnsupportedModelError(
-                f"{file}: transformers does not read '{account.sources.get(name, name)}' of GGUF files of the architecture "
-                f"'{header.architecture}'; convert the model's folder with safetensors."
+                f"{file}: transformers does not read '{account.sources.get(name, name)}' of GGUF files of the "
+                f"architecture '{header.architecture}'; {FOLDER}."
             )
         state[name] = torch.zeros_like(state[name])
     # A model that was loaded from quantised weights does not save itself; a fresh one with its tensors does.
@@ -138,31 +137,29 @@ def _write(header: GgufHeader, account: Account, config: Mapping[str, Any], work
 def _compare(header: GgufHeader, account: Account, model: Shard) -> None:
     """Raises CheckpointError for a tensor that the model must have by its config, and that the file lacks or has in
     another shape."""
-    held = account.taken | account.zeros
     for tensor in model.tensors:
-        if tensor.name not in held:
+        name, held = tensor.name, account.held.get(tensor.name)
+        if held is None:
+            raise CheckpointError(f"{header.file}: has no tensor for '{name}', which the model needs; {REMAKE}.")
+        if held != tensor.shape:
             raise CheckpointError(
-                f"{header.file}: has no tensor for '{tensor.name}', which the model needs; make the file anew with "
-                "convert_hf_to_gguf.py of llama.cpp."
-            )
-        if held[tensor.name] != tensor.shape:
-            raise CheckpointError(
-                f"{header.file}: '{account.sources.get(tensor.name, tensor.name)}' is of shape {list(held[tensor.name])}, "
-                f"not {list(tensor.shape)} as the metadata have it; make the file anew with convert_hf_to_gguf.py of "
-                "llama.cpp."
+                f"{header.file}: '{account.sources.get(name, name)}' is of shape {list(held)}, but by the metadata of "
+                f"shape {list(tensor.shape)}; {REMAKE}."
             )
 
 
 def _written(header: GgufHeader, account: Account, workspace: Path, identity: str) -> Checkpoint:
     """The folder, which must hold what the account says, no less and no more."""
     written = open_folder(workspace, identity)
-    expected = account.taken | account.zeros
+    expected = account.held
     found = {name: tensor.shape for name, tensor in written.tensors.items()}
+    if written.config["model_type"] == "t5" and "lm_head.weight" not in found:
+        expected.pop("lm_head.weight", None)  # the same as the embedding, which transformers then stores once
     differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if differing:
         name = differing[0]
         raise UnsupportedModelError(
             f"{header.file}: transformers made {list(found.get(name, ()))} numbers of '{name}' where the file holds "
-            f"{list(expected.get(name, ()))}; convert the model's folder with safetensors."
+            f"{list(expected.get(name, ()))}; {FOLDER}."
         )
     return written

@@ -1,57 +1,9 @@
-"""What GGUF calls the metadata and tensors of the models that we read, and what transformers calls them.
-
-A file's `general.architecture` chooses the entry. What no entry names is refused by `gguf_config` and `gguf_tensors`, so
-that nothing which llama.cpp computes with is lost unsaid.
-"""
+"""The architectures of GGUF that we read, by their names there."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """One architecture of GGUF, as a model type of transformers.
-
-    keys: config keys by metadata key, which is told without the architecture's name. Two metadata keys that stand for
-    one config key must agree.
-    fixed: config values that the architecture implies.
-    neutral: by metadata key, the values with which llama.cpp computes what transformers does; others are refused.
-    tensors: module names by GGUF name, without ".weight" or ".bias". {} is the number of the layer; [] that of the
-        expert, one for each matrix of the tensor.
-    whole: tensors whose names have no such ending, name by name.
-    biased: modules, by their GGUF names, that have a bias in every model of the type.
-    biases: modules that have a bias if a config key is set, by that key.
-    transposed: modules whose weights transformers keeps with rows and columns exchanged.
-    unsqueezed: modules whose weights get one more dimension, of size 1, and the place of that dimension.
-    left_out: tensors that change nothing, with the reason.
-    head_size: the config tells the size of a head; otherwise it is hidden size by heads.
-    rotary: queries and keys are rotated in "all" of their numbers, in a "part" that the config tells, or not ("none").
-    scalings: the ways to scale positions (rope types of transformers) that the config takes.
-    window: the config tells the window of its sliding layers; layer_types: and which layers those are.
-    scale: the config tells the square of what scores are divided by, under this key.
-    always_tied: the output has the weights of the embedding, and a tensor of its own is a copy of them.
-    """
-
-    model_type: str
-    keys: Mapping[str, str]
-    tensors: Mapping[str, str]
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    whole: Mapping[str, str] = field(default_factory=dict)
-    biased: tuple[str, ...] = ()
-    biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    transposed: tuple[str, ...] = ()
-    unsqueezed: Mapping[str, int] = field(default_factory=dict)
-    left_out: Mapping[str, str] = field(default_factory=dict)
-    head_size: bool = True
-    rotary: str = "all"
-    scalings: tuple[str, ...] = ("linear", "yarn", "llama3")
-    window: bool = False
-    layer_types: bool = False
-    scale: str | None = None
-    always_tied: bool = False
-
+from sa_convert.read.gguf_architecture import Architecture
 
 _RMS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
 _KEYS = {
@@ -114,16 +66,16 @@ _LAYER_NORMS = ("output_norm", "blk.{}.attn_norm", "blk.{}.ffn_norm")
 _OLD_ROTARY = {
     "blk.{}.attn_rot_embd.weight": "frequencies that follow from rope.freq_base, which llama.cpp does not read either"
 }
-_NO_MODULE = "a block that predicts further tokens, for which transformers has no module"
 
 _LLAMA = Architecture(
     "llama",
     {**_KEYS, **_RMS},
     {**_ENDS, **_layers({**_NORMS, **_ATTENTION, **_MLP})},
     biases={"attention_bias": _ATTENTION_BIASES, "mlp_bias": _MLP_BIASES},
+    neutral={"tensor_data_layout": ("Meta AI original pth",)},
     left_out=_OLD_ROTARY,
 )
-_QWEN2 = replace(_LLAMA, model_type="qwen2", biased=_QKV_BIASES, biases={}, left_out={})
+_QWEN2 = replace(_LLAMA, model_type="qwen2", neutral={}, biased=_QKV_BIASES, biases={}, left_out={}, head_size="extra")
 _QWEN3 = Architecture(
     "qwen3",
     {**_KEYS, **_RMS},
@@ -235,6 +187,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         {**_ENDS, **_layers({**_NORMS, **_ATTENTION, **_EXPERTS, **_SHARED_EXPERT})},
         neutral={"expert_weights_norm": (False,), "expert_weights_scale": (0.0, 1.0), "expert_gating_func": (0, 1)},
         biased=_QKV_BIASES,
+        head_size="extra",
         unsqueezed={"blk.{}.ffn_gate_inp_shexp": 0},
     ),
     "qwen3moe": Architecture(
@@ -262,6 +215,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
                 "ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj",
             }),
         },
+        head_size="extra",
         rotary="part",
         scalings=("longrope",),
         window=True,
@@ -272,7 +226,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         {**_ENDS, **_layers({**_NORMS, **_ATTENTION, **_MLP})},
         biased=_LAYER_NORMS,
         biases={"use_qkv_bias": _QKV_BIASES},
-        head_size=False,
+        head_size="none",
         rotary="part",
     ),
     "starcoder2": Architecture(
@@ -284,6 +238,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         },
         biased=_LAYER_NORMS,
         biases={"use_bias": (*_ATTENTION_BIASES, *_TWO_LAYER_BIASES)},
+        head_size="extra",
         window=True,
     ),
     "nemotron": Architecture(
@@ -333,6 +288,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         fixed={"block_auto_adjust_ff_dim": False},  # the file's width is the final one
         biases={"conv_bias": ("blk.{}.shortconv.in_proj", "blk.{}.shortconv.out_proj", "blk.{}.shortconv.conv")},
         unsqueezed={"blk.{}.shortconv.conv": 1},
+        head_size="extra",
         scalings=(),
     ),
     "qwen35": _QWEN35,
@@ -360,7 +316,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         },
         biased=(*_LAYER_NORMS, *_GPT2_LINEAR),
         transposed=_GPT2_LINEAR,
-        head_size=False,
+        head_size="none",
         rotary="none",
     ),
     "bloom": Architecture(
@@ -374,7 +330,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             **_OLD_NAMES, **_old_layers(_BLOOM_LAYERS),
         },
         biased=(*_LAYER_NORMS, "token_embd_norm", *_GPT2_LINEAR),
-        head_size=False,
+        head_size="none",
         rotary="none",
         always_tied=True,
     ),
@@ -391,7 +347,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         fixed={"multi_query": True, "alibi": False, "new_decoder_architecture": False},
         biased=("output_norm", "blk.{}.attn_norm"),
         biases={"bias": ("blk.{}.attn_qkv", "blk.{}.attn_output", *_TWO_LAYER_BIASES)},
-        head_size=False,
+        head_size="none",
         scalings=("linear", "yarn"),
         always_tied=True,
     ),
@@ -416,31 +372,3 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         rotary="none",
     ),
 }  # fmt: skip
-
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "attention.causal": (True,),
-    "attention.clamp_kqv": (0.0,),
-    "attention.max_alibi_bias": (0.0,),
-    "attn_logit_softcapping": (0.0,),
-    "final_logit_softcapping": (0.0,),
-    "router_logit_softcapping": (0.0,),
-    "logit_scale": (0.0, 1.0),
-    "residual_scale": (0.0, 1.0),
-    "embedding_scale": (0.0, 1.0),
-    "attention.output_scale": (0.0, 1.0),
-    "attention.temperature_scale": (0.0,),
-    "attention.shared_kv_layers": (0,),
-    "leading_dense_block_count": (0,),
-    "expert_count": (0,),
-    "expert_used_count": (0,),
-    "expert_shared_count": (0, 1),
-    "expert_group_count": (0, 1),
-    "expert_group_used_count": (0, 1),
-    "moe_every_n_layers": (0, 1),
-    "interleave_moe_layer_step": (0, 1),
-    "nextn_predict_layers": (0,),
-    "pooling_type": (0,),
-    "swin_norm": (False,),
-    "rescale_every_n_layers": (0,),
-}
-"""Values with which a key of any architecture changes nothing: the feature that it tells of is off."""

@@ -21,7 +21,9 @@ def attention_config(metadata: Metadata) -> dict[str, Any]:
     """The config keys on attention. Raises CheckpointError, UnsupportedModelError."""
     entry = metadata.entry
     size = head_size(metadata)
-    config: dict[str, Any] = {"head_dim": size} if entry.head_size else {}
+    usual = size == metadata.count(HIDDEN, 1) // metadata.count(HEADS, 1)
+    told = entry.head_size == "told" or (entry.head_size == "extra" and not usual)
+    config: dict[str, Any] = {"head_dim": size} if told else {}
     config |= _windows(metadata) | _score_scale(metadata, size)
     if entry.rotary != "none":
         config["rope_parameters"] = _positions(metadata, size)
@@ -40,10 +42,11 @@ def head_size(metadata: Metadata) -> int:
     values = metadata.count(_VALUE_SIZE, size)
     if values != size:
         raise metadata.beyond(_VALUE_SIZE, f"is {values}, and {metadata.name(_KEY_SIZE)} {size}")
-    if not entry.head_size and size * heads != hidden:
+    if entry.head_size == "none" and size * heads != hidden:
         raise UnsupportedModelError(
-            f"{file}: its heads have a size of their own ({metadata.name(_KEY_SIZE)} is {size}), but in a model of type "
-            f"'{entry.model_type}' a head has hidden size by heads, here {hidden} / {heads}; transformers cannot run it."
+            f"{file}: its heads have a size of their own ({metadata.name(_KEY_SIZE)} is {size}), but transformers "
+            f"gives heads of a model of type '{entry.model_type}' hidden size by heads, here {hidden} / {heads}; "
+            "choose another model."
         )
     query = next((tensor for name, tensor in tensors.items() if name.endswith(".attn_q.weight")), None)
     gated = 2 if entry.model_type.startswith("qwen3_5") else 1  # the gate of the output comes with the queries

@@ -9,9 +9,10 @@ from typing import Any
 
 from sa_convert.errors import CheckpointError, UnsupportedModelError
 from sa_convert.read.family import family_of
-from sa_convert.read.gguf_architectures import ARCHITECTURES, Architecture
+from sa_convert.read.gguf_architecture import Architecture
+from sa_convert.read.gguf_architectures import ARCHITECTURES
 from sa_convert.read.gguf_attention import attention_config, groups_in_place
-from sa_convert.read.gguf_header import GgufHeader
+from sa_convert.read.gguf_header import FOLDER, REMAKE, GgufHeader
 from sa_convert.read.gguf_metadata import DEPTH, GROUPS, HIDDEN, Metadata
 
 _TOKENS = {
@@ -40,7 +41,7 @@ def architecture_of(header: GgufHeader) -> Architecture:
             raise UnsupportedModelError(f"{header.file}: {error}") from None
         raise UnsupportedModelError(
             f"{header.file}: models of the GGUF architecture '{name}' are not read from such files, only those of "
-            f"{', '.join(sorted(ARCHITECTURES))}; convert the model's folder with safetensors."
+            f"{', '.join(sorted(ARCHITECTURES))}; {FOLDER}."
         )
     return ARCHITECTURES[name]
 
@@ -86,25 +87,20 @@ def _ends(metadata: Metadata) -> dict[str, Any]:
     header = metadata.header
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
-        raise CheckpointError(
-            f"{header.file}: has no matrix 'token_embd.weight', which every model needs; make the file anew with "
-            "convert_hf_to_gguf.py of llama.cpp."
-        )
+        raise CheckpointError(f"{header.file}: has no matrix 'token_embd.weight', which every model needs; {REMAKE}.")
     if metadata.take("vocab_size", embedding.shape[0]) != embedding.shape[0]:
         raise metadata.wrong("vocab_size", f"is not the {embedding.shape[0]} rows of 'token_embd.weight'")
     tied = metadata.entry.always_tied or "output.weight" not in header.tensors
     ids = {name: header.metadata.get(f"tokenizer.ggml.{key}") for key, name in _TOKENS.items()}
-    return {"vocab_size": embedding.shape[0], "tie_word_embeddings": tied} | {
-        name: value for name, value in ids.items() if value is not None
-    }
+    if ids["unk_token_id"] is None:  # no config has this one unless it is told
+        del ids["unk_token_id"]
+    return {"vocab_size": embedding.shape[0], "tie_word_embeddings": tied, **ids}
 
 
 def _biases(metadata: Metadata) -> dict[str, bool]:
     """For each config key of biases, whether the file has any of them."""
     held = {pattern_of(name) for name in metadata.header.tensors if name.endswith(".bias")}
-    return {
-        key: any(f"{module}.bias" in held for module in modules) for key, modules in metadata.entry.biases.items()
-    }
+    return {key: any(f"{module}.bias" in held for module in modules) for key, modules in metadata.entry.biases.items()}
 
 
 def pattern_of(name: str) -> str:
@@ -114,13 +110,19 @@ def pattern_of(name: str) -> str:
 
 def _qwen35(metadata: Metadata) -> dict[str, Any]:
     more = metadata.take(MORE_LAYERS, 0)
+    if not isinstance(more, int):
+        raise metadata.wrong(MORE_LAYERS, f"should be a whole number, but is {more!r}")
     depth = metadata.count(DEPTH, 1) - more
     interval = metadata.count("full_attention_interval", 4)
     heads, width = metadata.count("ssm.time_step_rank", 1), metadata.count("ssm.inner_size", 1)
     sections = metadata.own.get("rope.dimension_sections")
     metadata.taken.add("rope.dimension_sections")
-    if not isinstance(sections, list) or depth < 1 or width % heads:
-        raise metadata.wrong("rope.dimension_sections", "or the sizes of its linear attention are missing or impossible")
+    if not isinstance(sections, list):
+        raise metadata.wrong("rope.dimension_sections", f"should be a list, but is {sections!r}")
+    if depth < 1:
+        raise metadata.wrong(MORE_LAYERS, f"is {more!r}, no less than the layers")
+    if width % heads:
+        raise metadata.wrong("ssm.inner_size", f"is {width}, no multiple of {heads} heads")
     return {
         "num_hidden_layers": depth,
         "layer_types": ["linear_attention" if (layer + 1) % interval else "full_attention" for layer in range(depth)],

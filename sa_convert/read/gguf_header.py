@@ -1,4 +1,4 @@
-"""The header of a .gguf file: its metadata, and where its tensors are. Neither the tokenizer nor tensor data is read."""
+"""The header of a .gguf file: its metadata, and where its tensors are. Tokenizer and tensor data are skipped."""
 
 import mmap
 import struct
@@ -10,13 +10,17 @@ from typing import Any
 
 from sa_convert.errors import CheckpointError, UnsupportedModelError
 
+REMAKE = "make the file anew with convert_hf_to_gguf.py of llama.cpp"
+FOLDER = "convert the model's folder with safetensors"
+"""What to do about a file that contradicts itself, and about one that tells what cannot be read from it."""
+
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ALIGNMENT = 32
 _MOST_DIMENSIONS = 4  # of ggml
 _TOKENIZER = "tokenizer."
 
-_STRING, _ARRAY = 8, 9
+_FLOAT32, _STRING, _ARRAY = 6, 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Format characters of struct, by the type number of a metadata value."""
 
@@ -59,7 +63,7 @@ class GgufHeader:
         if tensor.kind not in _FLOATS:
             raise UnsupportedModelError(
                 f"{self.file}: '{name}' is of ggml type {tensor.kind}, not plain floats, so its values are not known; "
-                "convert the model's folder with safetensors."
+                f"{FOLDER}."
             )
         with self.file.open("rb") as stream:
             stream.seek(tensor.start)
@@ -91,10 +95,7 @@ class _Reader:
         if version not in _VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "big"), "little") in _VERSIONS
             what = "was written for big-endian machines" if swapped else f"is of GGUF version {version}"
-            raise UnsupportedModelError(
-                f"{self.file}: {what}, which transformers does not read; make the file anew with convert_hf_to_gguf.py "
-                "of llama.cpp."
-            )
+            raise UnsupportedModelError(f"{self.file}: {what}, which transformers does not read; {REMAKE}.")
         tensors, keys = self.scalar("Q"), self.scalar("Q")
         metadata: dict[str, Any] = {}
         for _ in range(keys):
@@ -113,7 +114,8 @@ class _Reader:
             return self.array(key)
         if kind not in _SCALARS:
             raise self.damaged(f"the key '{key}' has a value of the unknown type {kind}")
-        return self.scalar(_SCALARS[kind])
+        value = self.scalar(_SCALARS[kind])
+        return _decimal(value) if kind == _FLOAT32 else value
 
     def array(self, key: str) -> Any:
         """A list of values; of strings and of the tokenizer's arrays, how many they are."""
@@ -187,3 +189,12 @@ class _Reader:
 
     def damaged(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.file}: is damaged: {what}; download it again.")
+
+
+def _decimal(value: float) -> float:
+    """The shortest decimal number that the float32 `value` stands for: 1e-6 for 9.99999997e-07."""
+    for digits in range(6, 9):
+        short = float(f"{value:.{digits}g}")
+        if struct.unpack("<f", struct.pack("<f", short))[0] == value:
+            return short
+    return value

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sa_convert.errors import UnsupportedModelError
-from sa_convert.read.gguf_header import GgufHeader
+from sa_convert.read.gguf_header import FOLDER, GgufHeader
 
 FACTORS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 TENSORS = (FACTORS, LONG, SHORT)
@@ -33,9 +33,8 @@ def scaled_positions(header: GgufHeader, theta: float, rotated: int, allowed: Se
     model's config takes. Raises UnsupportedModelError for what transformers cannot compute.
     """
     told = _told(header)
-    found = _from_metadata(header, told)
-    if LONG in header.tensors or SHORT in header.tensors:
-        found = _longrope(header, told)
+    lists = LONG in header.tensors or SHORT in header.tensors
+    found = _longrope(header, told) if lists else _from_metadata(header, told)
     if FACTORS in header.tensors:
         factors = header.numbers(FACTORS)
         by_tensor = _from_factors(header, factors, told, theta, rotated)
@@ -56,8 +55,8 @@ def _told(header: GgufHeader) -> dict[str, Any]:
     if _OLD_LINEAR in own:
         told = {"type": "linear", "factor": own[_OLD_LINEAR]} | told
     for key, value in told.items():
-        kinds = {"type": str, "original_context_length": int, "finetuned": bool}.get(key, float)
-        if not isinstance(value, kinds) or (kinds in (int, float) and not 0 <= abs(value) < math.inf):
+        kind = {"type": str, "original_context_length": int, "finetuned": bool}.get(key, float)
+        if not isinstance(value, kind) or (isinstance(value, float) and not math.isfinite(value)):
             raise _refused(header, f"has {value!r} under '{header.architecture}.{_SCALING}{key}'")
     return told
 
@@ -78,8 +77,6 @@ def _from_metadata(header: GgufHeader, told: Mapping[str, Any]) -> dict[str, Any
         return {"rope_type": "linear", "factor": factor} if factor != 1 else {"rope_type": "default"}
     if kind == "yarn":
         return _yarn(header, told, factor)
-    if kind == "longrope" and LONG in header.tensors:
-        return {"rope_type": "default"}  # the tensors tell
     raise _refused(header, f"scales positions by '{kind}' ('{header.architecture}.{_SCALING}type')")
 
 
@@ -165,10 +162,10 @@ def llama3_factors(waves: Sequence[float], factor: float, low: float, high: floa
 def _guesses(
     factors: Sequence[float], waves: Sequence[float], factor: float, told: int | None
 ) -> list[tuple[float, float, int]]:
-    """Low and high factors, and contexts, that may have made the factors.
+    """Low and high factors, and contexts, that may have made the factors, those of the published models first.
 
-    Only two of the three can be told from the factors. The published models have 1 for the first, and 4 for the second
-    if too few waves lie between to tell it.
+    Of the three numbers, two can be told if two waves lie between, and one if one does. The rest is free then: whatever
+    makes the factors that the model has will do.
     """
     between = [
         (1 / wave, (1 / made - 1 / factor) / (1 - 1 / factor))
@@ -185,8 +182,14 @@ def _guesses(
             low, trained = offset * span, told or round(slope * span)
             guesses.append((_rounded(low), _rounded(low + span), trained))
             guesses.append((low, low + span, trained))
-    contexts = [told] if told else [2**power for power in range(7, 21)]
-    return [*((_LOW, _HIGH, trained) for trained in contexts), *guesses]
+    contexts = [told] if told else [2**power for power in range(4, 21)]
+    wave_kept = [(1 / inverse, kept) for inverse, kept in between[:1] if 0 < kept < 1]
+    highs = [(1 + (trained / wave - 1) / kept, trained) for wave, kept in wave_kept for trained in contexts]
+    return [
+        *((_LOW, _HIGH, trained) for trained in contexts),
+        *guesses,
+        *((_LOW, high, trained) for high, trained in highs if high > _LOW),
+    ]
 
 
 def _rounded(value: float) -> float:
@@ -208,6 +211,5 @@ def _refuse_others(header: GgufHeader, told: Mapping[str, Any], taken: Sequence[
 
 def _refused(header: GgufHeader, what: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{header.file}: {what}, which transformers cannot compute in a model of this type; convert the model's folder "
-        "with safetensors, whose config.json tells it."
+        f"{header.file}: {what}, which transformers cannot compute in a model of this type; {FOLDER}."
     )

@@ -1,4 +1,4 @@
-"""What becomes of every tensor of a .gguf file: its name and shape in the model, or why it is left out, or a refusal."""
+"""What becomes of every tensor of a .gguf file: its place in the model, or why it is left out, or a refusal."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -8,9 +8,9 @@ from typing import Any
 
 from sa_convert.data.checkpoint import DTYPE_BITS, Shard, TensorEntry
 from sa_convert.errors import CheckpointError, UnsupportedModelError
-from sa_convert.read.gguf_architectures import Architecture
+from sa_convert.read.gguf_architecture import Architecture
 from sa_convert.read.gguf_config import MORE_LAYERS, pattern_of
-from sa_convert.read.gguf_header import GgufHeader, GgufTensor
+from sa_convert.read.gguf_header import FOLDER, REMAKE, GgufHeader, GgufTensor
 from sa_convert.read.gguf_rope import TENSORS as ROPE_TENSORS
 
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -29,6 +29,11 @@ class Account:
     sources: Mapping[str, str]
     zeros: Mapping[str, tuple[int, ...]]
     left_out: Mapping[str, str]
+
+    @property
+    def held(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors of the model by their names."""
+        return {**self.taken, **self.zeros}
 
 
 def account_of(header: GgufHeader, entry: Architecture, config: Mapping[str, Any]) -> Account:
@@ -52,7 +57,7 @@ def account_of(header: GgufHeader, entry: Architecture, config: Mapping[str, Any
 def shard_of(header: GgufHeader, account: Account, dtype: str) -> Shard:
     """The tensors of the model as one safetensors file would have them. dtype: in the words of torch."""
     word, start, entries = _DTYPES[dtype], 0, []
-    for name, shape in (account.taken | account.zeros).items():
+    for name, shape in account.held.items():
         stop = start + prod(shape) * DTYPE_BITS[word] // 8
         entries.append(TensorEntry(name, word, shape, header.file, start, stop))
         start = stop
@@ -85,8 +90,8 @@ def _places(
     biased = ours in entry.biased or any(config[key] and ours in names for key, names in entry.biases.items())
     if theirs is None or ending not in (("weight", "bias") if biased else ("weight",)):
         raise UnsupportedModelError(
-            f"{header.file}: holds a tensor '{tensor.name}', for which a model of type '{entry.model_type}' has no place "
-            "when it is read from GGUF, and so would compute something else; convert the model's folder with safetensors."
+            f"{header.file}: holds a tensor '{tensor.name}', for which a model of type '{entry.model_type}' has no "
+            f"place when it is read from GGUF, and so would compute something else; {FOLDER}."
         )
     shape = tensor.shape
     if ending == "weight":
@@ -101,8 +106,7 @@ def _places(
         return
     if len(shape) != 3:
         raise CheckpointError(
-            f"{header.file}: '{tensor.name}' is of shape {list(shape)}, which are no matrices of experts; make the file "
-            "anew with convert_hf_to_gguf.py of llama.cpp."
+            f"{header.file}: '{tensor.name}' is of shape {list(shape)}, which are no matrices of experts; {REMAKE}."
         )
     for expert in range(shape[0]):
         yield name.replace("[]", str(expert)), shape[1:]
