@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy
 import pytest
@@ -277,8 +278,10 @@ def refusal(file):
     return None
 
 
-def test_every_architecture_is_tried():
+def test_every_architecture_is_tried_and_documented():
     assert set(MODELS) == set(ARCHITECTURES)
+    page = (Path(__file__).parents[1] / "docs" / "gguf.md").read_text()
+    assert all(f"`{architecture}`" in page for architecture in ARCHITECTURES)
 
 
 @pytest.mark.parametrize("architecture", MODELS)
@@ -598,6 +601,14 @@ def test_without_tokenizer(tmp_path):
         with pytest.raises(CheckpointError, match=r"holds no tokenizer .*; use a file with one, or convert"):
             open_model(str(file), tmp_path / "w")
         assert not (tmp_path / "w").exists()
+
+
+def test_with_a_tokenizer_that_transformers_does_not_know(tmp_path):
+    model, keys = made("llama")
+    file = write_gguf(tmp_path / "x.gguf", "llama", model, keys)
+    file.write_bytes(file.read_bytes().replace(b"gpt2", b"gptx"))
+    with pytest.raises(UnsupportedModelError, match=r"cannot read its tokenizer \(tokenizer.ggml.model is 'gptx'"):
+        open_model(str(file), tmp_path / "w")
 
 
 def test_without_one_of_its_tensors(tmp_path):

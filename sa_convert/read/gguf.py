@@ -40,7 +40,7 @@ def open_gguf(file: Path, workspace: Path | None, identity: str, dtype: str = "f
     if workspace is None:
         architectures = {"architectures": [family_of(config).default_class]}
         return Checkpoint(identity, file.parent, config | architectures, (shard_of(header, account, dtype),), None, ())
-    _check_tokenizer(header)  # before minutes of dequantising
+    _check_tokenizer(header)
     _tell(header, account)
     try:
         workspace.mkdir(parents=True, exist_ok=True)
@@ -78,6 +78,22 @@ def _check_tokenizer(header: GgufHeader) -> None:
         )
 
 
+def _tokenizer(header: GgufHeader) -> Any:
+    """Raises UnsupportedModelError for one that transformers has no reader for."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(header.file.parent, gguf_file=header.file.name)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever its readers do with what they do not know
+        kind = header.metadata["tokenizer.ggml.model"]
+        raise UnsupportedModelError(
+            f"{header.file}: transformers cannot read its tokenizer (tokenizer.ggml.model is {kind!r}: "
+            f"{_reason(error)}); {FOLDER}."
+        ) from error
+
+
 def _tell(header: GgufHeader, account: Account) -> None:
     reasons: dict[str, list[str]] = {}
     for name, reason in account.left_out.items():
@@ -88,8 +104,11 @@ def _tell(header: GgufHeader, account: Account) -> None:
 
 
 def _unreadable(file: Path, error: Exception) -> CheckpointError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return CheckpointError(f"{file}: transformers cannot read this GGUF file ({reason}); {FOLDER}.")
+    return CheckpointError(f"{file}: transformers cannot read this GGUF file ({_reason(error)}); {FOLDER}.")
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _auto_class(config: Mapping[str, Any]) -> Any:
@@ -102,12 +121,13 @@ def _auto_class(config: Mapping[str, Any]) -> Any:
 
 def _write(header: GgufHeader, account: Account, config: Mapping[str, Any], workspace: Path, dtype: str) -> None:
     import torch
-    from transformers import AutoConfig, AutoTokenizer, GgufConfig
+    from transformers import AutoConfig, GgufConfig
 
     file, number_type = header.file, getattr(torch, dtype)
+    tokenizer = _tokenizer(header)  # before minutes of dequantising
     with torch.device("meta"):
         model = _auto_class(config).from_config(AutoConfig.for_model(**config), dtype=number_type)
-    _compare(header, account, described_model(file, model))  # before minutes of dequantising
+    _compare(header, account, described_model(file, model))
     result: Any = _auto_class(config).from_pretrained(
         file.parent,
         config=AutoConfig.for_model(**config),
@@ -131,7 +151,7 @@ def _write(header: GgufHeader, account: Account, config: Mapping[str, Any], work
         model.tie_weights()
     model.generation_config = loaded.generation_config
     model.save_pretrained(workspace, max_shard_size=_SHARD_SIZE)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(workspace)
+    tokenizer.save_pretrained(workspace)
 
 
 def _compare(header: GgufHeader, account: Account, model: Shard) -> None:

@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sa_convert.errors import CheckpointError, UnsupportedModelError
-from sa_convert.read.family import family_of
 from sa_convert.read.gguf_architecture import Architecture
 from sa_convert.read.gguf_architectures import ARCHITECTURES
 from sa_convert.read.gguf_attention import attention_config, groups_in_place
 from sa_convert.read.gguf_header import FOLDER, REMAKE, GgufHeader
 from sa_convert.read.gguf_metadata import DEPTH, GROUPS, HIDDEN, Metadata
+from sa_convert.read.refusals import NO_ENTRY, reason_for
 
 _TOKENS = {
     "bos_token_id": "bos_token_id",
@@ -30,19 +30,16 @@ def architecture_of(header: GgufHeader) -> Architecture:
     kind = header.metadata.get("general.type", "model")
     if kind != "model":
         raise UnsupportedModelError(
-            f"{header.file}: holds no language model but something beside one ('{kind}' under general.type); give the "
+            f"{header.file}: holds no language model but something beside one ({kind!r} under general.type); give the "
             "model's own file."
         )
     name = header.architecture
     if name not in ARCHITECTURES:
-        try:
-            family_of({"model_type": name.replace("-", "_")})  # for the reason, if it is known
-        except UnsupportedModelError as error:
-            raise UnsupportedModelError(f"{header.file}: {error}") from None
-        raise UnsupportedModelError(
-            f"{header.file}: models of the GGUF architecture '{name}' are not read from such files, only those of "
-            f"{', '.join(sorted(ARCHITECTURES))}; {FOLDER}."
-        )
+        start = f"{header.file}: models of the GGUF architecture '{name}' are not"
+        reason = reason_for({"model_type": name.replace("-", "_")}, [])
+        if reason != NO_ENTRY:
+            raise UnsupportedModelError(f"{start} converted: {reason}.")
+        raise UnsupportedModelError(f"{start} read, only those of {', '.join(sorted(ARCHITECTURES))}; {FOLDER}.")
     return ARCHITECTURES[name]
 
 

@@ -99,11 +99,12 @@ class _Reader:
         tensors, keys = self.scalar("Q"), self.scalar("Q")
         metadata: dict[str, Any] = {}
         for _ in range(keys):
-            key = self.string()
+            key = self.name()
             if key in metadata:
                 raise self.damaged(f"the key '{key}' is there twice")
             metadata[key] = self.value(self.scalar("I"), key)
-        if not isinstance(metadata.get("general.architecture"), str):
+        architecture = metadata.get("general.architecture")
+        if not isinstance(architecture, str) or not architecture.isprintable():
             raise self.damaged("it does not name its architecture (general.architecture)")
         return GgufHeader(self.file, metadata, self.tensors(tensors, metadata.get("general.alignment", _ALIGNMENT)))
 
@@ -138,7 +139,7 @@ class _Reader:
         sizes = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
         found: list[tuple[str, tuple[int, ...], int, int]] = []
         for _ in range(count):
-            name, dimensions = self.string(), self.scalar("I")
+            name, dimensions = self.name(), self.scalar("I")
             if dimensions > _MOST_DIMENSIONS:
                 raise self.damaged(f"the tensor '{name}' has {dimensions} dimensions")
             # ggml names the dimension that runs fastest first, torch last.
@@ -181,6 +182,13 @@ class _Reader:
             return self.data[start : self.at].decode()
         except UnicodeDecodeError:
             raise self.damaged(f"the text at byte {start:,} is no UTF-8") from None
+
+    def name(self) -> str:
+        """Of a key or a tensor, which messages quote: no line breaks and the like."""
+        start, found = self.at, self.string()
+        if not found.isprintable():
+            raise self.damaged(f"the name at byte {start:,} is no plain text")
+        return found
 
     def skip(self, count: int) -> None:
         self.at += count

@@ -88,7 +88,7 @@ class Metadata:
         """Raises UnsupportedModelError for a key that is neither taken nor changes anything with its value."""
         for key, value in self.own.items():
             if key not in self.taken and value not in self.entry.neutral.get(key, NEUTRAL.get(key, ())):
-                raise self.beyond(key, f"is {str(value)[:60]}")
+                raise self.beyond(key, f"is {repr(value)[:60]}")
 
     def name(self, key: str) -> str:
         return f"'{self.header.architecture}.{key}'"

@@ -77,7 +77,7 @@ def _from_metadata(header: GgufHeader, told: Mapping[str, Any]) -> dict[str, Any
         return {"rope_type": "linear", "factor": factor} if factor != 1 else {"rope_type": "default"}
     if kind == "yarn":
         return _yarn(header, told, factor)
-    raise _refused(header, f"scales positions by '{kind}' ('{header.architecture}.{_SCALING}type')")
+    raise _refused(header, f"scales positions by {kind!r} ('{header.architecture}.{_SCALING}type')")
 
 
 def _yarn(header: GgufHeader, told: Mapping[str, Any], factor: float) -> dict[str, Any]:
