@@ -303,6 +303,15 @@ def test_written_as_transformers_has_it(tmp_path, architecture):
     assert config == right_config
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("architecture", ["minimax-m2", "t5", "bloom"])
+def test_half_precision(tmp_path, architecture, dtype):
+    """Of these, transformers keeps some weights in float32, or has buffers."""
+    model, keys = made(architecture)
+    file = write_gguf(tmp_path / "x.gguf", architecture, model, keys)
+    assert described(open_model(str(file), None, dtype)) == described(open_model(str(file), tmp_path / "w", dtype))
+
+
 DENSE = ("llama", "qwen2", "qwen3", "stablelm", "nemotron", "starcoder2")
 """Architectures whose config takes any way to scale positions."""
 
@@ -581,6 +590,14 @@ def test_counts_that_are_not_those_of_the_tensors(tmp_path):
         model, keys = made(architecture)
         file = write_gguf(tmp_path / "x.gguf", architecture, model, keys | {key: wrong})
         refused(file, f"'{architecture}.{key}' is", CheckpointError)
+
+
+def test_keys_that_are_missing(tmp_path):
+    needed = {"llama": RMS, "gpt2": EPSILON, "qwen3moe": "expert_used_count", "qwen2": "block_count"}
+    for architecture, key in needed.items():
+        model, keys = made(architecture)
+        del keys[key]
+        refused(write_gguf(tmp_path / "x.gguf", architecture, model, keys), f"'{architecture}.{key}'", CheckpointError)
 
 
 def test_architectures_that_are_refused(tmp_path):

@@ -34,12 +34,12 @@ def open_gguf(file: Path, workspace: Path | None, identity: str, dtype: str = "f
     """
     _check(file)
     header = read_gguf_header(file)
-    config = config_of(header)
-    family_of(config)
-    account = account_of(header, architecture_of(header), config)
+    entry, config = architecture_of(header), config_of(header)
+    family = family_of(config)
+    account = account_of(header, entry, config)
     if workspace is None:
-        architectures = {"architectures": [family_of(config).default_class]}
-        return Checkpoint(identity, file.parent, config | architectures, (shard_of(header, account, dtype),), None, ())
+        shard = shard_of(header, entry, account, dtype)
+        return Checkpoint(identity, file.parent, config | {"architectures": [family.default_class]}, (shard,), None, ())
     _check_tokenizer(header)
     _tell(header, account)
     try:

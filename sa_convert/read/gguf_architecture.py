@@ -23,6 +23,7 @@ class Architecture:
     biases: modules that have a bias if a config key is set, by that key.
     transposed: modules whose weights transformers keeps with rows and columns exchanged.
     unsqueezed: modules whose weights get one more dimension, of size 1, and the place of that dimension.
+    single: modules whose weights stay float32 where the others are float16.
     left_out: tensors that change nothing, with the reason.
     head_size: the config tells the size of a head ("told"), or may tell it if it is not hidden size by heads ("extra"),
         or cannot ("none").
@@ -43,6 +44,7 @@ class Architecture:
     biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     transposed: tuple[str, ...] = ()
     unsqueezed: Mapping[str, int] = field(default_factory=dict)
+    single: tuple[str, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
     head_size: str = "told"
     rotary: str = "all"

@@ -368,6 +368,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             **_t5_side("enc", "encoder", {**_T5_SELF, **_t5_mlp(1)}),
             **_t5_side("dec", "decoder", {**_T5_SELF, **_T5_CROSS, **_t5_mlp(2)}),
         },
+        single=("enc.blk.{}.ffn_down", "dec.blk.{}.ffn_down"),
         left_out={"dec.blk.{}.cross_attn_rel_b.weight": "a leftover of old checkpoints, which no T5 computes with"},
         rotary="none",
     ),

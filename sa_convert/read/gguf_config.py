@@ -21,6 +21,10 @@ _TOKENS = {
     "unknown_token_id": "unk_token_id",
     "padding_token_id": "pad_token_id",
 }
+_NEEDED = ("expert_used_count", "attention.relative_buckets_count")
+_NEEDED_NAMES = ("_eps", "_epsilon")
+"""What no tensor tells, and for what neither llama.cpp nor transformers has a default that holds for all models."""
+
 MORE_LAYERS = "nextn_predict_layers"
 """Key of the number of layers behind the last, which predict further tokens."""
 
@@ -65,7 +69,10 @@ def config_of(header: GgufHeader) -> dict[str, Any]:
 
 
 def _plain(metadata: Metadata, made: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that are config values under another name, but for those that are made already."""
+    """The values that are config values under another name, but for those that are made already.
+
+    Raises CheckpointError for one that is missing, UnsupportedModelError for two that contradict each other.
+    """
     config: dict[str, Any] = {}
     told_by: dict[str, str] = {}
     for key, name in metadata.entry.keys.items():
@@ -76,6 +83,9 @@ def _plain(metadata: Metadata, made: Mapping[str, Any]) -> dict[str, Any]:
             other = metadata.name(told_by[name])
             raise metadata.beyond(key, f"is {value!r}, and {other} {config[name]!r}")
         config[name], told_by[name] = value, key
+    for key, name in metadata.entry.keys.items():
+        if name not in config and (key in _NEEDED or name.endswith(_NEEDED_NAMES)):
+            raise metadata.wrong(key, "is missing")
     return config
 
 

@@ -54,10 +54,12 @@ def account_of(header: GgufHeader, entry: Architecture, config: Mapping[str, Any
     return Account(taken, sources, _zeros(header, entry, config, taken), left_out)
 
 
-def shard_of(header: GgufHeader, account: Account, dtype: str) -> Shard:
+def shard_of(header: GgufHeader, entry: Architecture, account: Account, dtype: str) -> Shard:
     """The tensors of the model as one safetensors file would have them. dtype: in the words of torch."""
-    word, start, entries = _DTYPES[dtype], 0, []
+    start, entries = 0, []
     for name, shape in account.held.items():
+        module = pattern_of(account.sources.get(name, "")).rpartition(".")[0]
+        word = "F32" if dtype == "float16" and module in entry.single else _DTYPES[dtype]
         stop = start + prod(shape) * DTYPE_BITS[word] // 8
         entries.append(TensorEntry(name, word, shape, header.file, start, stop))
         start = stop
