@@ -399,6 +399,9 @@ def test_two_lists_of_factors(tmp_path):
     same(tmp_path, model, write_gguf(tmp_path / "x.gguf", "phi3", model, keys, tensors))  # 200 tokens: the long ones
     file = write_gguf(tmp_path / "y.gguf", "phi3", model, keys, {"rope_factors_long.weight": long})
     refused(file, "without the other")
+    tensors["rope_factors_long.weight"] = numpy.ones(3)
+    file = write_gguf(tmp_path / "y.gguf", "phi3", model, keys, tensors)
+    refused(file, "2 factors in 'rope_factors_short.weight' and 3 in 'rope_factors_long.weight' for 2 pairs")
 
 
 @pytest.mark.parametrize(

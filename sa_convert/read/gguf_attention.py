@@ -126,10 +126,10 @@ def _base(metadata: Metadata, key: str) -> float:
     return theta
 
 
-def groups_in_place(metadata: Metadata) -> None:
-    """For model types without KV groups. Raises UnsupportedModelError if the file has them."""
-    heads, groups = metadata.count(HEADS, 1), metadata.own[GROUPS]
-    if GROUPS not in metadata.entry.keys and GROUPS not in metadata.entry.neutral:
-        metadata.taken.add(GROUPS)
-        if metadata.take(GROUPS) != heads:
-            raise metadata.beyond(GROUPS, f"is {groups}, not the number of heads")
+def refuse_groups(metadata: Metadata) -> None:
+    """Raises UnsupportedModelError if several heads share keys in a model type without KV groups."""
+    if GROUPS in metadata.entry.keys or GROUPS in metadata.entry.neutral:
+        return
+    groups = metadata.take(GROUPS)
+    if groups != metadata.count(HEADS, 1):
+        raise metadata.beyond(GROUPS, f"is {groups!r}, not the number of heads")

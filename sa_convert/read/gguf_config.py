@@ -10,7 +10,7 @@ from typing import Any
 from sa_convert.errors import CheckpointError, UnsupportedModelError
 from sa_convert.read.gguf_architecture import Architecture
 from sa_convert.read.gguf_architectures import ARCHITECTURES
-from sa_convert.read.gguf_attention import attention_config, groups_in_place
+from sa_convert.read.gguf_attention import attention_config, refuse_groups
 from sa_convert.read.gguf_header import FOLDER, REMAKE, GgufHeader
 from sa_convert.read.gguf_metadata import DEPTH, GROUPS, HIDDEN, Metadata
 from sa_convert.read.refusals import NO_ENTRY, reason_for
@@ -58,7 +58,7 @@ def config_of(header: GgufHeader) -> dict[str, Any]:
     config: dict[str, Any] = {"model_type": entry.model_type, **entry.fixed}
     config |= _SPECIAL.get(header.architecture, _nothing)(metadata)
     config |= _plain(metadata, config) | _ends(metadata) | _biases(metadata)
-    groups_in_place(metadata)
+    refuse_groups(metadata)
     if header.architecture != "t5":
         attention = attention_config(metadata)
         if "rope_parameters" in config:

@@ -20,7 +20,9 @@ _SIZES_OF_EXPERTS = (
 
 @dataclass(frozen=True)
 class Metadata:
-    """own: the architecture's keys, without its name, and llama.cpp's values for what a file may leave out.
+    """The metadata of a file, by the entry for its architecture.
+
+    own: the architecture's keys, without its name, and llama.cpp's values for what a file may leave out.
 
     taken: the keys that the config follows so far.
     """

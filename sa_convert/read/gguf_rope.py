@@ -34,7 +34,7 @@ def scaled_positions(header: GgufHeader, theta: float, rotated: int, allowed: Se
     """
     told = _told(header)
     lists = LONG in header.tensors or SHORT in header.tensors
-    found = _longrope(header, told) if lists else _from_metadata(header, told)
+    found = _longrope(header, told, rotated) if lists else _from_metadata(header, told)
     if FACTORS in header.tensors:
         factors = header.numbers(FACTORS)
         by_tensor = _from_factors(header, factors, told, theta, rotated)
@@ -98,7 +98,7 @@ def _yarn(header: GgufHeader, told: Mapping[str, Any], factor: float) -> dict[st
     return found
 
 
-def _longrope(header: GgufHeader, told: Mapping[str, Any]) -> dict[str, Any]:
+def _longrope(header: GgufHeader, told: Mapping[str, Any], rotated: int) -> dict[str, Any]:
     """Two lists of factors: for texts within the context that the model was trained on first, and for longer ones."""
     if LONG not in header.tensors or SHORT not in header.tensors:
         raise _refused(header, f"has one of '{LONG}' and '{SHORT}' without the other")
@@ -111,10 +111,16 @@ def _longrope(header: GgufHeader, told: Mapping[str, Any]) -> dict[str, Any]:
     if not strength:
         scale = context / trained
         strength = math.sqrt(1 + math.log(scale) / math.log(trained)) if scale > 1 else 1.0
+    short, long = header.numbers(SHORT), header.numbers(LONG)
+    if not len(short) == len(long) == rotated // 2:
+        raise _refused(
+            header,
+            f"has {len(short)} factors in '{SHORT}' and {len(long)} in '{LONG}' for {rotated // 2} pairs of numbers",
+        )
     return {
         "rope_type": "longrope",
-        "short_factor": header.numbers(SHORT),
-        "long_factor": header.numbers(LONG),
+        "short_factor": short,
+        "long_factor": long,
         "original_max_position_embeddings": trained,
         "attention_factor": strength,
     }

@@ -19,7 +19,9 @@ _LAYER = re.compile(r"\d+")
 
 @dataclass(frozen=True)
 class Account:
-    """taken: shape of each tensor of the model by its name, and `sources`, the tensors of the file that it comes from.
+    """What the model has of a file's tensors.
+
+    taken: shape of each tensor of the model by its name, and `sources`, the tensors of the file that it comes from.
 
     zeros: shapes of biases that the model has and the file has not, which are nothing but zeros then. left_out: for
     tensors that change nothing, the reason.
