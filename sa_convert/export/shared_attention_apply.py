@@ -7,7 +7,7 @@ from torch import nn
 
 from .shared_attention import SharedAttention
 from .shared_attention_attend import FORMS, ConfigView
-from .shared_attention_exchange import append_to_positions, open_by_context, open_by_keyword
+from .shared_attention_exchange import open_by_keyword, open_by_positions, open_by_thread, see_input
 from .shared_attention_modules import MODULES
 from .shared_attention_plan import LayerPlan, plan_layers
 from .shared_attention_weights import eager_attention
@@ -183,6 +183,8 @@ def _share_stack(model: nn.Module, names, stack, sharing: dict) -> bool:
         attention.config = ConfigView(configs[layer])
         if not hasattr(attention, "is_causal"):  # kernels take it for granted where a module does not say
             attention.is_causal = not names.bidirectional or getattr(configs[layer], "is_decoder", False)
+        if plan is not None and plan.lends:
+            attention.register_forward_pre_hook(see_input, with_kwargs=True)
         if plan is not None and plan.reuses:
             _shrink(attention, plan, names, attention.size)
     return bool(plans)
@@ -190,8 +192,8 @@ def _share_stack(model: nn.Module, names, stack, sharing: dict) -> bool:
 
 def _open_exchange(stack: nn.Module, names) -> None:
     if names.exchange == "positions":
-        stack.rotary_emb.register_forward_hook(append_to_positions)
+        open_by_positions(stack, stack.rotary_emb)
     elif names.exchange == "context":
-        open_by_context(stack)
+        open_by_thread(stack, lambda module: isinstance(module, SharedAttention))
     else:
-        stack.register_forward_pre_hook(open_by_keyword, with_kwargs=True)
+        open_by_keyword(stack)
