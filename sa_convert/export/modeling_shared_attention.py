@@ -17,7 +17,7 @@ from .shared_attention import SharedAttention  # noqa: F401
 from .shared_attention_apply import share_attention
 from .shared_attention_attend import Attending  # noqa: F401
 from .shared_attention_cache import PackedCache  # noqa: F401
-from .shared_attention_exchange import Exchange  # noqa: F401
+from .shared_attention_exchange import checkpoint_contexts
 from .shared_attention_families import FAMILIES, PREFIX, Family, auto_class_of
 from .shared_attention_modules import MODULES  # noqa: F401
 from .shared_attention_plan import LayerPlan  # noqa: F401
@@ -53,6 +53,8 @@ class SharedAttentionMixin:
                 "A model with shared attention needs gradient_checkpointing_kwargs={'use_reentrant': False}: "
                 "re-entrant checkpointing loses gradients of attention that is shared between layers."
             )
+        if FAMILIES[self.config.model_type.removeprefix(PREFIX)].exchange == "context":
+            options.setdefault("context_fn", checkpoint_contexts)
         super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=options, **kwargs)
 
 

@@ -1,7 +1,7 @@
 """Makes a freshly built model of a family share attention: its attention modules lose heads and learn to borrow."""
 
 import sys
-from functools import cache
+from functools import cache, partial
 
 from torch import nn
 
@@ -184,7 +184,8 @@ def _share_stack(model: nn.Module, names, stack, sharing: dict) -> bool:
         if not hasattr(attention, "is_causal"):  # kernels take it for granted where a module does not say
             attention.is_causal = not names.bidirectional or getattr(configs[layer], "is_decoder", False)
         if plan is not None and plan.lends:
-            attention.register_forward_pre_hook(see_input, with_kwargs=True)
+            see = partial(see_input, stack.name, layer)
+            submodule(model, stack.layers)[layer].register_forward_pre_hook(see, with_kwargs=True)
         if plan is not None and plan.reuses:
             _shrink(attention, plan, names, attention.size)
     return bool(plans)

@@ -7,6 +7,8 @@ Letters in shape comments: B batch, O own query heads of the lender, T query tok
 """
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -99,7 +101,7 @@ class Exchange:
                 self._loans.pop((stack, layer), None)
 
     def see(self, stack: str, layer: int, states: torch.Tensor) -> None:
-        """What a lender is about to run on, (B, T, hidden), when it is replayed."""
+        """What a layer that lends is about to run on, (B, T, hidden), when it is replayed."""
         place = stack, layer
         before = self._inputs.get(place)
         if before is not None and (before.shape != states.shape or not torch.equal(before, states)):
@@ -144,7 +146,7 @@ def _leave_stack(stack, args, output) -> None:
 
 
 def _enter_layer(layer, args, kwargs) -> None:
-    """A checkpointed layer that is computed again runs outside its stack, maybe in another thread, but on the same
+    """A layer that a wrapper checkpoints is computed again outside its stack, maybe in another thread, but on the same
     tensor: whoever checkpoints it keeps that."""
     exchange = current_exchange()
     if not torch.compiler.is_compiling():
@@ -167,6 +169,21 @@ def open_by_thread(stack, shares) -> None:
         if module is not stack and any(shares(part) for part in module.modules()):
             module.register_forward_pre_hook(_enter_layer, with_kwargs=True)
             module.register_forward_hook(leave, always_call=True)
+
+
+def checkpoint_contexts() -> tuple:
+    """For torch.utils.checkpoint around the forward of a layer, which hooks do not see."""
+    exchange = current_exchange()
+    return nullcontext(), _within(None if exchange is None else exchange.again())
+
+
+@contextmanager
+def _within(exchange: Exchange | None) -> Iterator[None]:
+    _enter(exchange)
+    try:
+        yield
+    finally:
+        leave(None, (), None)
 
 
 def _give_keyword(stack, args, kwargs):
@@ -195,9 +212,9 @@ def open_by_positions(stack, rotary) -> None:
     rotary.register_forward_hook(_append_to_positions)
 
 
-def see_input(attention, args, kwargs) -> None:
-    """Before the forward of a lender: tell an exchange whose pass is over what is replayed."""
+def see_input(stack: str, number: int, layer, args, kwargs) -> None:
+    """Before the forward of a layer that lends: tell an exchange whose pass is over what is replayed."""
     for value in kwargs.values():
         for item in value if isinstance(value, tuple) else (value,):
             if isinstance(item, Exchange) and item.over and not _computing_again():
-                item.see(attention.stack, attention.plan.layer, args[0] if args else kwargs["hidden_states"])
+                item.see(stack, number, args[0] if args else kwargs["hidden_states"])
