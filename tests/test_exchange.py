@@ -10,49 +10,18 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from tiny_models import tiny_config
+from memory_models import inputs, made
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
 
-from sa_convert.export.configuration_shared_attention import config_class_of
-from sa_convert.export.modeling_shared_attention import model_class_of
 from sa_convert.export.shared_attention import SharedAttention
-from sa_convert.export.shared_attention_families import FAMILIES
 
 # Families whose forward passes no keyword on, one or more of each kind of forward; and two of the other ways.
 BY_THREAD = ["bert", "roberta", "electra", "falcon", "bloom", "gptj", "xglm", "trocr", "t5", "mt5", "bart", "pegasus"]
 OTHERS = ["llama", "persimmon", "gemma2"]
-WHOLE, GROUP = [7, 6, 5, 4, 3, 2, 1, 0], [0, 1]
-
-
-def made(model_type, seed=0, share=True, **changes):
-    """A converted model of random weights; of each stack, layer 1 reuses wholly, and layer 3 two heads of two layers."""
-    family = FAMILIES[model_type]
-    config = tiny_config(model_type, **changes)
-    layers = {}
-    for stack in family.all_stacks:
-        name = f"{stack.name}." if stack.name else ""
-        layers[f"{name}1"] = [[0, head] for head in WHOLE]
-        layers[f"{name}3"] = [[0, 3], [0, 5], *[None] * 5, [2, 4]]
-    torch.manual_seed(seed)
-    if not share:
-        return getattr(transformers, family.default_class)(config).eval()
-    keys = {**config.to_dict(), "shared_attention": {"layers": layers}}
-    config = config_class_of(family)(**{key: value for key, value in keys.items() if key != "model_type"})
-    model = model_class_of(family, family.default_class)(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def inputs(model, length=9, seed=1):
-    torch.manual_seed(seed)
-    ids = torch.randint(3, 128, (2, length))
-    return {"input_ids": ids, **({"decoder_input_ids": ids.flip(1)} if model.config.is_encoder_decoder else {})}
 
 
 @pytest.mark.parametrize("model_type", BY_THREAD + OTHERS)

@@ -8,9 +8,10 @@ one number of heads and one width for each slot, and reports the length of the k
 | apart        | K (V if no own key) | V (width 0)   | those that grow                                               |
 | side by side | K V along heads     | width 0       | static ones, made when first written to (transformers 5)      |
 | halves       | first half of K V   | second half   | quantised ones; in transformers 4 static ones                 |
-| full         | K, filled up with V | V             | static ones made before (early initialisation), unknown ones  |
+| full         | K (V if no own key) | V             | static ones made before (early initialisation), unknown ones  |
 
-The first three save the memory of lost keys; the last one works in every cache that can hold the base's keys and values.
+The first three save the memory of lost keys. The last one, filled up to the heads of a slot, works in every cache that
+can hold keys and values of the base.
 New tokens come in by the public `Cache.update`, but for steps of a plain dynamic cache: see `extended`.
 """
 
@@ -56,10 +57,7 @@ class AttentionCache:
 
     def update(self, key, value, *extra):
         """Add key (B, own groups, t, D) or None, and value (B, G, t, D); return both with all that was cached."""
-        if key is not None and key.shape[1] == value.shape[1]:
-            key, value = self._cache.update(key, value, self._layer, *extra)
-        else:
-            key, value = _put(self._cache, key, value, self._layer, *extra)
+        key, value = _put(self._cache, key, value, self._layer, *extra)
         if self._cross and hasattr(self._whole, "is_updated"):
             self._whole.is_updated[self._layer] = True
         return key, value
@@ -69,15 +67,15 @@ class AttentionCache:
         another model did."""
         layer = self._cache.layers[self._layer]
         key, value = layer.keys, layer.values
-        if own == groups or (own and key.shape[1] == own):
+        if key.shape[1] == own:
             return key, value
         if not value.numel():
             return _split(key, own)
-        if key.shape[1] < groups:
+        if 2 * key.shape[1] == own + groups:
             return _split(torch.cat([key, value], dim=1), own)
         if type(layer).update in _GROW or not getattr(layer, "shared_attention", False):
             raise _foreign(self._layer, own, key.shape[1])
-        return (key[:, :own] if own else None), value
+        return (key[:, :own] if own else None), value[:, :groups]
 
 
 class PackedCache:
@@ -97,9 +95,9 @@ class PackedCache:
 def _foreign(number, own, found):
     """Why a cache that this model did not fill is refused."""
     return ValueError(
-        f"shared attention: layer {number} of this model caches {own} heads of keys, since its other heads reuse attention "
-        f"of earlier layers, but the cache given holds {found or 'others'}: another model filled it, or prefix tuning did. "
-        "Let this model fill its cache itself."
+        f"shared attention: layer {number} of this model caches {own} heads of keys (none of heads that reuse attention of "
+        f"an earlier layer), but the cache given holds {found or 'tokens'} already: another model filled it, or prefix tuning "
+        "did. Let this model fill its cache itself."
     )
 
 
@@ -108,19 +106,29 @@ def _split(states, own):
     return (states[:, :own] if own else None), states[:, own:]
 
 
+def _filled(states, heads):
+    """As many heads (B, heads, t, D) as a slot has."""
+    missing = heads - states.shape[1]
+    return torch.cat([states, states[:, :1].expand(-1, missing, -1, -1)], dim=1) if missing > 0 else states
+
+
 def _put(cache, key, value, layer_idx, *args, **kwargs):
     """Add key (B, own, t, D) or None, and value (B, G, t, D) of t tokens; return both with all that was cached."""
-    own = 0 if key is None else key.shape[1]
+    own, groups = 0 if key is None else key.shape[1], value.shape[1]
     layers = getattr(cache, "layers", ())  # transformers 4 has caches of other makes for mixed models
     layer = layers[layer_idx] if layer_idx < len(layers) else None
     kind = getattr(cache, "layer_class_to_replicate", None) if layer is None else type(layer)
     way = getattr(kind, "update", None)
+    slot = layer.keys.shape[1] if way in _STATIC and layer is not None and layer.is_initialized else 0
     if way in _GROW:
         slots = (key, value) if own else (value, value[..., :0])
         _refuse_foreign(layer, slots, layer_idx, own)
-        found = _update(cache, *slots, layer_idx, *args, **kwargs)
-        return found if own else (None, found[0])
-    fresh = _is_fresh(layer, layer_idx, own)
+        if own < groups:
+            found = _update(cache, *slots, layer_idx, *args, **kwargs)
+            return found if own else (None, found[0])
+    fresh = way not in _GROW and _is_fresh(layer, layer_idx, own)
+    if own == groups and slot <= groups:
+        return cache.update(key, value, layer_idx, *args, **kwargs)
     packed = torch.cat([key, value], dim=1) if own else value
     even = packed.shape[1] % 2 == 0
     if isinstance(kind, type) and issubclass(kind, _QUANTIZED):
@@ -128,14 +136,15 @@ def _put(cache, key, value, layer_idx, *args, **kwargs):
             _fit_groups(layer, packed)
         axis = 1 if even else -1
         return _split(torch.cat(cache.update(*packed.chunk(2, axis), layer_idx, *args, **kwargs), dim=axis), own)
-    if way in _STATIC and (fresh or layer.keys.shape[1] != value.shape[1] or not layer.values.numel()):
-        if _SIZES_SLOTS_ALONE:
-            return _split(cache.update(packed, packed[..., :0], layer_idx, *args, **kwargs)[0], own)
-        if even:
-            return _split(torch.cat(cache.update(*packed.chunk(2, 1), layer_idx, *args, **kwargs), dim=1), own)
-    filled = torch.cat([key, value[:, own:]], dim=1) if own else value
-    keys, values = cache.update(filled, value, layer_idx, *args, **kwargs)
-    return (keys[:, :own] if own else None), values
+    beside = way in _STATIC and _SIZES_SLOTS_ALONE and (fresh or not layer.values.numel())
+    if beside:
+        return _split(cache.update(packed, packed[..., :0], layer_idx, *args, **kwargs)[0], own)
+    if way in _STATIC and even and (fresh or slot == packed.shape[1] // 2):
+        return _split(torch.cat(cache.update(*packed.chunk(2, 1), layer_idx, *args, **kwargs), dim=1), own)
+    slot = max(slot, groups)
+    filled = _filled(key if own else value, slot), _filled(value, slot)
+    keys, values = cache.update(*filled, layer_idx, *args, **kwargs)
+    return (keys[:, :own] if own else None), values[:, :groups]
 
 
 def _refuse_foreign(layer, slots, layer_idx, own):
