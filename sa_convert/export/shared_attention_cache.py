@@ -127,17 +127,17 @@ def _put(cache, key, value, layer_idx, *args, **kwargs):
             found = _update(cache, *slots, layer_idx, *args, **kwargs)
             return found if own else (None, found[0])
     fresh = way not in _GROW and _is_fresh(layer, layer_idx, own)
+    quantized = isinstance(kind, type) and issubclass(kind, _QUANTIZED)
+    if fresh and quantized:
+        _fit_groups(layer, (own + groups) * value.shape[-1] // 2)
     if own == groups and slot <= groups:
         return cache.update(key, value, layer_idx, *args, **kwargs)
     packed = torch.cat([key, value], dim=1) if own else value
     even = packed.shape[1] % 2 == 0
-    if isinstance(kind, type) and issubclass(kind, _QUANTIZED):
-        if fresh:
-            _fit_groups(layer, packed)
+    if quantized:
         axis = 1 if even else -1
         return _split(torch.cat(cache.update(*packed.chunk(2, axis), layer_idx, *args, **kwargs), dim=axis), own)
-    beside = way in _STATIC and _SIZES_SLOTS_ALONE and (fresh or not layer.values.numel())
-    if beside:
+    if way in _STATIC and _SIZES_SLOTS_ALONE and (fresh or not layer.values.numel()):
         return _split(cache.update(packed, packed[..., :0], layer_idx, *args, **kwargs)[0], own)
     if way in _STATIC and even and (fresh or slot == packed.shape[1] // 2):
         return _split(torch.cat(cache.update(*packed.chunk(2, 1), layer_idx, *args, **kwargs), dim=1), own)
@@ -168,9 +168,9 @@ def _is_fresh(layer, layer_idx, own):
     return fresh
 
 
-def _fit_groups(layer, packed):
-    """Make groups of quantised numbers so small that every token fills a number of them, as it does in the base."""
-    numbers, size = packed.shape[1] * packed.shape[3] // 2, getattr(layer, "q_group_size", None)
+def _fit_groups(layer, numbers):
+    """Make groups of quantised numbers so small that the numbers of every token fill some, as they do in the base."""
+    size = getattr(layer, "q_group_size", None)
     if size:
         while numbers % size:
             size //= 2
