@@ -1,4 +1,4 @@
-"""Caches that have a shape, or contents, before a converted model writes to them, and quantised caches of odd shapes."""
+"""Caches that have a shape, or contents, before a converted model writes to them; quantised caches of odd shapes."""
 
 import inspect
 
@@ -139,7 +139,6 @@ def test_quantised_cache_at_any_length(name, first):
     cache = Cache(layers=[Grouped(residual_length=3) for _ in range(model.config.num_hidden_layers)])
     found = steps(model, ids, cache, cuts=(first, 7, 8, 9, 10, 14))
     torch.testing.assert_close(found, whole(model, ids), atol=1e-4, rtol=1e-4)
-    _, groups, size = GEOMETRIES[name]
     kept = [layer._quantized_keys[0].numel() + layer._quantized_values[0].numel() for layer in cache.layers]
     assert kept[1] == kept[0] // 2, "a layer without keys should keep half"
 
@@ -160,7 +159,7 @@ def test_fp8_cache(model_type):
 CACHES = {
     "dynamic": lambda model: DynamicCache(config=model.config),
     "static": lambda model: StaticCache(config=model.config, max_cache_len=20),
-    "quantised": lambda model: Cache(layers=[Grouped(residual_length=3) for _ in range(model.config.num_hidden_layers)]),
+    "quantised": lambda model: Cache(layers=[Grouped() for _ in range(model.config.num_hidden_layers)]),
 }
 REFUSED = r"^shared attention: layer [0-4] of this model caches [0-8] heads of keys .* Let this model fill its cache"
 
@@ -183,7 +182,7 @@ def test_prefix_tuning_is_refused(model_type):
     tuned = get_peft_model(model, PrefixTuningConfig(task_type=task, num_virtual_tokens=4, **sizes))
     given = inputs(model)
     labels = given.get("decoder_input_ids", given["input_ids"])
-    with pytest.raises(ValueError, match="^shared attention: layer"):
+    with pytest.raises(ValueError, match=r"^shared attention: layer"):
         tuned(**given, labels=labels)
 
 
@@ -197,7 +196,9 @@ class Unknown(Cache):
         before = self._held.get(layer_idx)
         assert key_states.shape == value_states.shape
         pair = key_states, value_states
-        self._held[layer_idx] = pair if before is None else tuple(torch.cat(both, -2) for both in zip(before, pair))
+        if before is not None:
+            pair = tuple(torch.cat([old, new], dim=-2) for old, new in zip(before, pair, strict=True))
+        self._held[layer_idx] = pair
         return self._held[layer_idx]
 
     def get_seq_length(self, layer_idx=0):

@@ -160,8 +160,8 @@ class Attending(nn.Module):
         exchange = exchange or current_exchange()
         if exchange is None:
             raise RuntimeError(
-                f"shared attention: layer {plan.layer} lends to other layers, or borrows from them, so it runs only within "
-                "its model's forward: run the whole model (checkpointing needs use_reentrant=False)."
+                f"shared attention: layer {plan.layer} lends to other layers, or borrows from them, so it runs only "
+                "within its model's forward: run the whole model (checkpointing needs use_reentrant=False)."
             )
         if plan.reuses:
             loans = [exchange.borrow(self.stack, layer) for layer in plan.lenders]

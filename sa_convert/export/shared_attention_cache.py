@@ -63,8 +63,8 @@ class AttentionCache:
         return key, value
 
     def read(self, own, groups):
-        """Key (B, own, S, D) or None, and value (B, groups, S, D), as an earlier pass left them. Raises ValueError where
-        another model did."""
+        """Key (B, own, S, D) or None, and value (B, groups, S, D), as an earlier pass left them. Raises ValueError if
+        it was another model's."""
         layer = self._cache.layers[self._layer]
         key, value = layer.keys, layer.values
         if key.shape[1] == own:
@@ -95,9 +95,9 @@ class PackedCache:
 def _foreign(number, own, found):
     """Why a cache that this model did not fill is refused."""
     return ValueError(
-        f"shared attention: layer {number} of this model caches {own} heads of keys (none of heads that reuse attention of "
-        f"an earlier layer), but the cache given holds {found or 'tokens'} already: another model filled it, or prefix tuning "
-        "did. Let this model fill its cache itself."
+        f"shared attention: layer {number} of this model caches {own} heads of keys (none of heads that reuse attention "
+        f"of an earlier layer), but the cache given holds {found or 'tokens'} already: another model filled it, or prefix "
+        "tuning did. Let this model fill its cache itself."
     )
 
 
@@ -151,7 +151,8 @@ def _refuse_foreign(layer, slots, layer_idx, own):
     """Raise ValueError where a growing layer holds other heads than this model keeps in it."""
     held = getattr(layer, "keys", None), getattr(layer, "values", None)
     for states, new in zip(held, slots, strict=True):
-        if states is not None and states.ndim == 4 and (states.shape[1], states.shape[3]) != (new.shape[1], new.shape[3]):
+        filled = states is not None and states.ndim == 4
+        if filled and (states.shape[1], states.shape[3]) != (new.shape[1], new.shape[3]):
             raise _foreign(layer_idx, own, held[0].shape[1])
 
 

@@ -52,9 +52,7 @@ class Loan:
 
     def apart(self) -> "Loan":
         weights = None if self.weights is None else [_apart(block) for block in self.weights]
-        return replace(
-            self, query=_apart(self.query), key=_apart(self.key), weights=weights, mask=_apart(self.mask)
-        )
+        return replace(self, query=_apart(self.query), key=_apart(self.key), weights=weights, mask=_apart(self.mask))
 
 
 class Exchange:
