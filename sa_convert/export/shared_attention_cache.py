@@ -64,7 +64,7 @@ class AttentionCache:
 
     def read(self, own, groups):
         """Key (B, own, S, D) or None, and value (B, groups, S, D), as an earlier pass left them. Raises ValueError if
-        it was another model's."""
+        that was another model's."""
         layer = self._cache.layers[self._layer]
         key, value = layer.keys, layer.values
         if key.shape[1] == own:
@@ -96,8 +96,8 @@ def _foreign(number, own, found):
     """Why a cache that this model did not fill is refused."""
     return ValueError(
         f"shared attention: layer {number} of this model caches {own} heads of keys (none of heads that reuse attention "
-        f"of an earlier layer), but the cache given holds {found or 'tokens'} already: another model filled it, or prefix "
-        "tuning did. Let this model fill its cache itself."
+        f"of an earlier layer), but the cache given holds {found or 'tokens'} already: another model filled it, or "
+        "prefix tuning did. Let this model fill its cache itself."
     )
 
 
