@@ -161,7 +161,7 @@ CACHES = {
     "static": lambda model: StaticCache(config=model.config, max_cache_len=20),
     "quantised": lambda model: Cache(layers=[Grouped() for _ in range(model.config.num_hidden_layers)]),
 }
-REFUSED = r"^shared attention: layer [0-4] of this model caches [0-8] heads of keys .* Let this model fill its cache"
+REFUSED = r"^shared_attention: layer [0-4] of this model caches [0-8] heads of keys .* Let this model fill its cache"
 
 
 @pytest.mark.parametrize("kind", CACHES)
@@ -182,7 +182,7 @@ def test_prefix_tuning_is_refused(model_type):
     tuned = get_peft_model(model, PrefixTuningConfig(task_type=task, num_virtual_tokens=4, **sizes))
     given = inputs(model)
     labels = given.get("decoder_input_ids", given["input_ids"])
-    with pytest.raises(ValueError, match=r"^shared attention: layer"):
+    with pytest.raises(ValueError, match=r"^shared_attention: layer"):
         tuned(**given, labels=labels)
 
 

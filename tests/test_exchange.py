@@ -163,7 +163,7 @@ def test_reentrant_wrappers_are_told(model_type):
     apply_activation_checkpointing(model, checkpoint_wrapper_fn=wrap, check_fn=is_layer)
     embeddings = model.get_input_embeddings()
     embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
-    with pytest.raises(RuntimeError, match=r"shared attention: .*use_reentrant=False"):
+    with pytest.raises(RuntimeError, match=r"shared_attention: .*use_reentrant=False"):
         gradients(model, inputs(model))
 
 
@@ -238,7 +238,7 @@ def test_one_set_of_keywords_for_several_inputs_is_told(model_type):
     caught = catch(model, model.model.layers, samples)
     kwargs = caught[0][1]
     states = [first(model.model.layers[0](args[0], **kwargs)) for args, _ in caught]
-    with pytest.raises(RuntimeError, match=r"shared attention: layer 0 .* was replayed on several inputs"):
+    with pytest.raises(RuntimeError, match=r"shared_attention: layer 0 .* was replayed on several inputs"):
         model.model.layers[1](states[0], **kwargs)
     # Sample by sample it is clear.
     kwargs = caught[1][1]
@@ -255,5 +255,5 @@ def test_replaying_families_without_keywords_is_told(model_type):
     backbone = model.base_model.decoder if hasattr(model.base_model, "decoder") else model.base_model
     layers = backbone.h if hasattr(backbone, "h") else backbone.layers
     ((args, kwargs),) = catch(model, layers, [torch.randint(3, 128, (1, 9))])
-    with pytest.raises(RuntimeError, match=r"shared attention: .* run the whole model"):
+    with pytest.raises(RuntimeError, match=r"shared_attention: .* run the whole model"):
         layers[0](*args, **kwargs)

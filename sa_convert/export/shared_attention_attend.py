@@ -160,7 +160,7 @@ class Attending(nn.Module):
         exchange = exchange or current_exchange()
         if exchange is None:
             raise RuntimeError(
-                f"shared attention: layer {plan.layer} lends to other layers, or borrows from them, so it runs only "
+                f"shared_attention: layer {plan.layer} lends to other layers, or borrows from them, so it runs only "
                 "within its model's forward: run the whole model (checkpointing needs use_reentrant=False)."
             )
         if plan.reuses:

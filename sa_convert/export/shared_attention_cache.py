@@ -95,7 +95,7 @@ class PackedCache:
 def _foreign(number, own, found):
     """Why a cache that this model did not fill is refused."""
     return ValueError(
-        f"shared attention: layer {number} of this model caches {own} heads of keys (none where heads reuse attention "
+        f"shared_attention: layer {number} of this model caches {own} heads of keys (none where heads reuse attention "
         f"of an earlier layer), but the cache given holds {found or 'tokens'} already: another model filled it, or "
         "prefix tuning did. Let this model fill its cache itself."
     )

@@ -80,14 +80,14 @@ class Exchange:
         place = stack, layer
         if place in self._mixed:
             raise RuntimeError(
-                f"shared attention: layer {layer} of one forward pass was replayed on several inputs before the layers "
+                f"shared_attention: layer {layer} of one forward pass was replayed on several inputs before the layers "
                 "that reuse its attention. Replay each input with the keyword arguments of its own pass, or run the "
                 "whole model."
             )
         self._inputs.pop(place, None)
         if place not in self._loans:
             raise RuntimeError(
-                f"shared attention: layer {layer} lends its attention to later layers, and has not run in this pass. "
+                f"shared_attention: layer {layer} lends its attention to later layers, and has not run in this pass. "
                 "Run the whole model, or every layer in order (checkpointing needs use_reentrant=False)."
             )
         return self._loans[place]
@@ -102,7 +102,8 @@ class Exchange:
         """What a layer that lends is about to run on, (B, T, hidden), when it is replayed."""
         place = stack, layer
         before = self._inputs.get(place)
-        if before is not None and (before.shape != states.shape or not torch.equal(before, states)):
+        known = before is not None and states is not None
+        if known and (before.shape != states.shape or not torch.equal(before, states)):
             self._mixed.add(place)
         self._inputs[place] = states
 
@@ -143,13 +144,18 @@ def _leave_stack(stack, args, output) -> None:
     leave(stack, args, output)
 
 
+def _states_in(args, kwargs):
+    """The states (B, T, hidden) that a layer is called with, whatever their name is, or None."""
+    given = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.ndim == 3)
+    return next(given, None)
+
+
 def _enter_layer(layer, args, kwargs) -> None:
     """A layer that a wrapper checkpoints is computed again outside its stack, maybe in another thread, but on the same
     tensor: whoever checkpoints it keeps that."""
     exchange = current_exchange()
     if not torch.compiler.is_compiling():
-        given = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.ndim == 3)
-        states = next(given, None)
+        states = _states_in(args, kwargs)
         if exchange is None:
             exchange = getattr(states, _AGAIN, None)
         elif states is not None and torch.is_grad_enabled():
@@ -215,4 +221,4 @@ def see_input(stack: str, number: int, layer, args, kwargs) -> None:
     for value in kwargs.values():
         for item in value if isinstance(value, tuple) else (value,):
             if isinstance(item, Exchange) and item.over and not _computing_again():
-                item.see(stack, number, args[0] if args else kwargs["hidden_states"])
+                item.see(stack, number, _states_in(args, kwargs))
