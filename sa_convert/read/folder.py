@@ -8,6 +8,7 @@ from typing import Any
 
 from sa_convert.data.checkpoint import Checkpoint, Shard
 from sa_convert.errors import CheckpointError, UnsupportedModelError
+from sa_convert.read.agreement import agree
 from sa_convert.read.header import read_shard
 from sa_convert.read.inside import check_inside, leads_out, real_folder, revision_of
 from sa_convert.read.side_files import code_files, side_files
@@ -28,13 +29,14 @@ def open_folder(folder: Path, identity: str | None = None, revision: str | None 
     if os.path.lexists(folder / CARD):  # the new model card quotes it
         check_inside(folder / CARD, root, "the model card")
     index: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
     if os.path.lexists(folder / SINGLE):  # transformers, too, looks for the single file first
         check_inside(folder / SINGLE, root, "the file of weights")
         shards: tuple[Shard, ...] = (read_shard(folder / SINGLE),)
     elif os.path.lexists(folder / INDEX):
         check_inside(folder / INDEX, root, "the index")
         index = read_json(folder / INDEX)
-        shards = _indexed_shards(folder, root, index)
+        shards, index, notes = _indexed_shards(folder, root, config, index)
     else:
         other = next(iter(sorted(folder.glob("*.safetensors"))), None)
         found = f"; {other.name} is there, but no index names it" if other else ""
@@ -50,6 +52,7 @@ def open_folder(folder: Path, identity: str | None = None, revision: str | None 
         side_files=side_files(root),
         revision=revision or revision_of(root),
         code=code_files(root),
+        notes=notes,
     )
 
 
@@ -104,27 +107,49 @@ def weight_map(file: Path, index: Mapping[str, Any]) -> dict[str, str]:
     return names
 
 
-def _indexed_shards(folder: Path, root: Path, index: Mapping[str, Any]) -> tuple[Shard, ...]:
-    """The shards in the order of their names, every tensor where the index says."""
+def _indexed_shards(
+    folder: Path, root: Path, config: Mapping[str, Any], index: Mapping[str, Any]
+) -> tuple[tuple[Shard, ...], dict[str, Any], tuple[str, ...]]:
+    """The shards in the order of their names, the index in agreement with them, and what is passed over."""
     file = folder / INDEX
     names = weight_map(file, index)
-    shards = []
+    shards = {}
     for name in sorted(set(names.values())):
         tensor = next(key for key, value in names.items() if value == name)
         check_inside(folder / name, root, f"the shard that {INDEX} names for tensor '{tensor}'")
-        shard = read_shard(folder / name)
-        check_agreement(shard.file, {entry.name for entry in shard.tensors}, names, name, INDEX)
-        shards.append(shard)
-    return tuple(shards)
+        shards[name] = read_shard(folder / name)
+    return agreed_shards(shards, names, config, index, file, [path.name for path in folder.glob("*.safetensors")])
 
 
-def check_agreement(file: Path, held: Collection[str], names: Mapping[str, str], name: str, index: str) -> None:
-    """Raises CheckpointError unless `file` holds the tensors that the index names for it, as `name`, and no others."""
-    missing = next((key for key, value in names.items() if value == name and key not in held), None)
-    if missing is not None:
-        raise CheckpointError(f"{file}: has no tensor '{missing}', though {index} says so; download both again.")
-    extra = next((key for key in sorted(held) if names.get(key) != name), None)
-    if extra is not None:
-        raise CheckpointError(
-            f"{file}: holds tensor '{extra}', which {index} does not name for it; download both again."
-        )
+def agreed_shards(
+    shards: Mapping[str, Shard],
+    names: Mapping[str, str],
+    config: Mapping[str, Any],
+    index: Mapping[str, Any],
+    file: Path,
+    present: Collection[str],
+) -> tuple[tuple[Shard, ...], dict[str, Any], tuple[str, ...]]:
+    """What is taken of the shards (by their names, in order), the index that says so, and what is passed over.
+
+    names: the file of each tensor, as the index has it. file: of the index. present: names of files that may be
+    weights, too. Raises CheckpointError, see `agree`.
+    """
+    held = {name: [entry.name for entry in shard.tensors] for name, shard in shards.items()}
+    agreement = agree(held, names, config, file)
+    taken = (agreement.taken(shard, name) for name, shard in shards.items())
+    notes = (*agreement.notes, *_beside(present, shards, file))
+    return tuple(shard for shard in taken if shard.tensors), agreement.index(index), notes
+
+
+def _beside(present: Collection[str], shards: Collection[str], index: Path) -> list[str]:
+    """A note on weight files that no index names. Mistral's own format of the same weights goes without saying."""
+    beside = sorted(
+        name
+        for name in present
+        if name.endswith(".safetensors") and "/" not in name
+        if name not in shards and not name.startswith("consolidated")
+    )
+    if not beside:
+        return []
+    files = f"{beside[0]} is" if len(beside) == 1 else f"{len(beside)} files, such as {beside[0]}, are"
+    return [f"{files} not named by {index.name}; left out, as in transformers."]

@@ -10,9 +10,9 @@ from typing import Any
 from sa_convert.data.checkpoint import Checkpoint
 from sa_convert.errors import CheckpointError, SaConvertError, UnsupportedModelError
 from sa_convert.export.shared_attention_families import auto_class_of
+from sa_convert.read.described import described_model
 from sa_convert.read.family import family_of
 from sa_convert.read.folder import open_folder
-from sa_convert.read.pickled import described_model
 
 _SHARD_SIZE = "4GB"
 

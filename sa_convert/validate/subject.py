@@ -15,6 +15,7 @@ from sa_convert.data.checkpoint import Checkpoint
 from sa_convert.data.report import BaseModel
 from sa_convert.errors import CheckpointError
 from sa_convert.export.shared_attention_families import PREFIX
+from sa_convert.progress import notes
 from sa_convert.read.code import code_references, refuse_code_elsewhere, shown_code
 from sa_convert.read.folder import read_json
 from sa_convert.read.model import complete, open_model
@@ -64,6 +65,7 @@ def open_subject(
     from transformers import CONFIG_MAPPING
 
     checkpoint = open_model(reference, None, stored_dtype)
+    notes(checkpoint.identity, checkpoint.notes)
     converted = str(checkpoint.config.get("model_type")).startswith(PREFIX)
     named = not converted and bool(list(code_references(checkpoint)))
     own = checkpoint.config.get("auto_map") and checkpoint.config.get("model_type") not in CONFIG_MAPPING
