@@ -51,12 +51,27 @@ def decode_check(
     return DecodeCheck(difference, same, tolerance)
 
 
+def rounds(model: Any) -> bool:
+    """Whether a model rounds more than float32 does: by its dtype, or because a part of it is quantised.
+
+    Modules for quantised weights round what they are given, too, in a way that depends on how many tokens that is.
+    """
+    import torch
+
+    return is_quantised(model) or model.dtype.itemsize < torch.float32.itemsize
+
+
+def is_quantised(model: Any) -> bool:
+    """Whether modules of the model hold quantised weights."""
+    return bool(getattr(model, "is_quantized", False))
+
+
 def rounding_difference(model: Any, sequence: "torch.Tensor", source: "torch.Tensor | None" = None) -> float:
-    """What rounding alone does to the logits of a model that is known to decode rightly: 0 in float32, where
+    """What rounding alone does to the logits of a model that is known to decode rightly: 0 in plain float32, where
     TOLERANCE is known to hold."""
     import torch
 
-    if model.dtype.itemsize >= torch.float32.itemsize:
+    if not rounds(model):
         return 0.0
     steps = len(sequence) - len(sequence) // 2
     with torch.inference_mode(), progress(steps, "decode check of the base model", unit="tok") as bar:
@@ -65,18 +80,21 @@ def rounding_difference(model: Any, sequence: "torch.Tensor", source: "torch.Ten
 
 def rounding_without_cache(model: Any, sequence: "torch.Tensor", source: "torch.Tensor | None" = None) -> float:
     """What rounding does to the logits of a model that nothing is known of: those of prefixes of the sequence (L)
-    against those of the whole, all without a cache. 0 in float32, where TOLERANCE is known to hold.
+    against those of the whole, all without a cache. 0 in plain float32, where TOLERANCE is known to hold.
 
     Odd lengths, since matrices of other shapes are multiplied in another order. SmolLM2-135M shows as much this way as
-    by decoding with a cache: 0.9 and 0.8 in bfloat16, 0.09 both ways in float16.
+    by decoding with a cache: 0.9 and 0.8 in bfloat16, 0.09 both ways in float16. All lengths if a part of the model is
+    quantised: bitsandbytes rounds at some of them only.
     """
     import torch
 
-    if model.dtype.itemsize >= torch.float32.itemsize:
+    if not rounds(model):
         return 0.0
     steps = Steps(model, Decoding(sequence, source))
     half, largest = len(sequence) // 2, 0.0
     lengths = sorted({(half + (len(sequence) - half) * part // PREFIXES) | 1 for part in range(PREFIXES)})
+    if is_quantised(model):
+        lengths = list(range(1, len(sequence)))
     with torch.inference_mode(), progress(len(lengths), "rounding", unit="pass") as bar:
         whole = steps.whole(steps.tokens).float()
         for length in lengths:
