@@ -13,10 +13,14 @@ WEIGHTS = (
 )  # fmt: skip
 """Weights of any format, and their indices: we write our own. `params.json` describes `consolidated.*` weights."""
 
+CUSTOM_GENERATE = "custom_generate"
+"""A folder with code for generate(), which transformers runs wherever the model's code is trusted."""
+
 _TRAINING = ("trainer_state.json", "optimizer*", "scheduler*", "rng_state*", "events.out.tfevents*")
 _WRITTEN_ANEW = ("config.json", "params.json", "README.md", "recipe.yaml", "report.json")
 _FOLDERS = (
     "original", "onnx", "openvino", "figures", "runs", "checkpoint-*", "global_step*", "__pycache__", "*.mlpackage",
+    CUSTOM_GENERATE,
 )  # fmt: skip
 _CODE = "*.py"
 

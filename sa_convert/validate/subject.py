@@ -107,10 +107,10 @@ def foreign_code(checkpoint: Checkpoint) -> str | None:
     for name, config in _configs(checkpoint):
         references = config.get("auto_map")
         values = references.values() if isinstance(references, dict) else [references] if references else []
-        for value in values:
+        for value in [one for some in values for one in (some if isinstance(some, list) else [some])]:
             module, _, _ = str(value).partition(".")
             shipped = module.isidentifier() and module != "__init__" and (_HOME / f"{module}.py").is_file()
-            if name != "config.json" or not shipped:
+            if not shipped or module.startswith("tokenization") == (name == "config.json"):
                 return f"{name} names code of its own ('{value}' under auto_map)"
     return None
 
