@@ -66,7 +66,7 @@ def refuse_code_elsewhere(checkpoint: Checkpoint) -> None:
         if f"{module}.py" not in {path.as_posix() for path in checkpoint.code}:
             raise CheckpointError(
                 f"{checkpoint.identity}: {file} names code that the model lacks ('{reference}' under auto_map): "
-                "download it again, or remove that key."
+                "put that file into its folder, or remove that key."
             )
 
 

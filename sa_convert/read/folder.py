@@ -11,6 +11,7 @@ from sa_convert.errors import CheckpointError, UnsupportedModelError
 from sa_convert.read.agreement import agree
 from sa_convert.read.header import read_shard
 from sa_convert.read.inside import check_inside, leads_out, real_folder, revision_of
+from sa_convert.read.kinds import other_kind
 from sa_convert.read.side_files import code_files, side_files
 
 SINGLE = "model.safetensors"
@@ -70,16 +71,25 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError naming the file, and the line where it is not JSON."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        data = file.read_bytes()
+        content = json.loads(data.decode("utf-8"))
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}.") from error
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file}: is not JSON (line {error.lineno}: {error.msg}); download it again.") from None
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{file}: is not JSON; download it again.") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: {_no_json(data, error)}.") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: holds no JSON object; download it again.")
+        raise CheckpointError(f"{file}: holds no JSON object; take the file from the model's author.")
     return content
+
+
+def _no_json(data: bytes, error: Exception) -> str:
+    """Why a file is not JSON, and what to do."""
+    if (kind := other_kind(data)) is not None:
+        return kind
+    if not isinstance(error, json.JSONDecodeError):
+        return "is not JSON; take the file from the model's author"
+    cut = error.pos >= len(error.doc.rstrip())
+    return f"is not JSON (line {error.lineno}: {error.msg}); " + ("it is cut; download it again" if cut else "mend it")
 
 
 def refuse_adapter(folder: Path, files: Collection[str] = ()) -> None:
@@ -96,10 +106,10 @@ def weight_map(file: Path, index: Mapping[str, Any]) -> dict[str, str]:
     """Tensor names and the files that hold them, from an index. Raises CheckpointError for files elsewhere."""
     names = index.get("weight_map")
     if not isinstance(names, dict) or not names:
-        raise CheckpointError(f"{file}: has no 'weight_map' of tensors and files; download it again.")
+        raise CheckpointError(f"{file}: has no 'weight_map' of tensors and files; save the model again.")
     for tensor, name in names.items():
         if not isinstance(name, str) or not name:
-            raise CheckpointError(f"{file}: names no file for tensor '{tensor}'; download it again.")
+            raise CheckpointError(f"{file}: names no file for tensor '{tensor}'; save the model again.")
         if leads_out(name):
             raise CheckpointError(
                 f"{file}: tensor '{tensor}' lies in '{name}', outside of the model's folder; do not trust this model."

@@ -22,6 +22,7 @@ from sa_convert.read.folder import (
     weight_map,
 )
 from sa_convert.read.inside import check_inside, real_folder, revision_of
+from sa_convert.read.kinds import other_kind
 from sa_convert.read.side_files import code_files, side_files
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def open_pickled(folder: Path, workspace: Path | None, identity: str) -> Checkpo
             bar.update()
     found = set(new_map) or {tensor.name for shard in shards for tensor in shard.tensors}
     if not found:
-        raise CheckpointError(f"{folder}: its .bin files hold no tensors; download the model again.")
+        raise CheckpointError(f"{folder}: its .bin files hold no tensors; save the model again.")
     if workspace is None:
         revision = revision_of(root)
         sides, code = side_files(root), code_files(root)
@@ -102,11 +103,18 @@ def _load(file: Path) -> dict[str, "torch.Tensor"]:
 
     import torch
 
+    with file.open("rb") as stream:
+        start = stream.read(32)
+    if not zipfile.is_zipfile(file):
+        if start.startswith(b"PK"):
+            raise CheckpointError(f"{file}: is a PyTorch checkpoint that is cut; download it again.")
+        if (kind := other_kind(start)) is not None:
+            raise CheckpointError(f"{file}: {kind}.")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         if "Weights only load failed" not in str(error):
-            raise CheckpointError(f"{file}: is not a PyTorch checkpoint, or damaged; download it again.") from None
+            raise CheckpointError(f"{file}: is not a PyTorch checkpoint; save the model again.") from None
         raise CheckpointError(
             f"{file}: holds more than weights, and loading the rest could run code, so it is not loaded; "
             "ask the author for safetensors."
@@ -114,7 +122,7 @@ def _load(file: Path) -> dict[str, "torch.Tensor"]:
     except Exception as error:  # torch raises whatever its readers do: RuntimeError, EOFError, KeyError, ...
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{file}: is not a PyTorch checkpoint, or damaged ({reason}); download it again."
+            f"{file}: is not a PyTorch checkpoint that can be read ({reason}); save the model again."
         ) from error
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{file}: holds a {type(state).__name__} in place of named tensors; it is no model.")

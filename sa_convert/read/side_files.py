@@ -20,7 +20,6 @@ _TRAINING = ("trainer_state.json", "optimizer*", "scheduler*", "rng_state*", "ev
 _WRITTEN_ANEW = ("config.json", "params.json", "README.md", "recipe.yaml", "report.json")
 _FOLDERS = (
     "original", "onnx", "openvino", "figures", "runs", "checkpoint-*", "global_step*", "__pycache__", "*.mlpackage",
-    CUSTOM_GENERATE,
 )  # fmt: skip
 _CODE = "*.py"
 
@@ -49,7 +48,7 @@ def side_files(folder: Path) -> tuple[Path, ...]:
 
 def is_side_file(path: Path) -> bool:
     """Whether a file (relative to the model's folder) belongs to the model, by its name."""
-    if any(_matches(name, (".*", *_FOLDERS)) for name in path.parts[:-1]):
+    if any(_matches(name, (".*", *_FOLDERS)) for name in path.parts[:-1]) or path.parts[0] == CUSTOM_GENERATE:
         return False
     ignored = (".*", _CODE, *WEIGHTS, *_TRAINING, *(_WRITTEN_ANEW if len(path.parts) == 1 else ()))
     return not _matches(path.name, ignored)

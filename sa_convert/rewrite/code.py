@@ -6,13 +6,13 @@ import sa_convert.export
 
 HOME = Path(sa_convert.export.__file__).parent
 
-TOKENIZERS = HOME / "tokenization_mistral.py"
+TOKENIZERS = HOME / "tokenizer" / "tokenization_mistral.py"
 """Carried only by a model whose tokenizer_config.json names it."""
 
 
 def model_code() -> list[Path]:
     """The modules of `sa_convert.export` that every converted model carries."""
-    return [file for file in sorted(HOME.glob("*.py")) if file.name != "__init__.py" and file != TOKENIZERS]
+    return [file for file in sorted(HOME.glob("*.py")) if file.name != "__init__.py"]
 
 
 def write_code(folder: Path) -> None:
