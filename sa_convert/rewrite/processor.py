@@ -15,6 +15,7 @@ PROCESSOR, IMAGES, VIDEOS = "processor_config.json", "preprocessor_config.json",
 
 CLASSES: Mapping[str, Mapping[str, str]] = {
     "gemma3": {PROCESSOR: "Gemma3Processor", IMAGES: "Gemma3ImageProcessor"},
+    "trocr": {PROCESSOR: "TrOCRProcessor", IMAGES: "ViTImageProcessor"},
     "qwen2_5_vl": {
         PROCESSOR: "Qwen2_5_VLProcessor",
         IMAGES: "Qwen2VLImageProcessor",
