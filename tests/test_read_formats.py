@@ -133,9 +133,12 @@ def test_damaged_and_strange_files(tmp_path):
     folder = bin_folder(tmp_path / "m", [state("float32")])
     file = folder / "pytorch_model.bin"
     whole = file.read_bytes()
-    for data in (b"", b"hello", whole[: len(whole) // 2], b"PK\x03\x04" + bytes(100)):
+    for data in (b"", b"hello"):
         file.write_bytes(data)
-        refused(folder, f"{file}: is not a PyTorch checkpoint, or damaged")
+        refused(folder, f"{file}: is not a PyTorch checkpoint")
+    for data in (whole[: len(whole) // 2], b"PK\x03\x04" + bytes(100)):
+        file.write_bytes(data)
+        refused(folder, f"{file}: is a PyTorch checkpoint that is cut; download it again")
     torch.save([1, 2], file)
     refused(folder, "holds a list in place of named tensors")
     torch.save({"model": {"w": torch.ones(2)}}, file)
@@ -151,16 +154,10 @@ def test_damaged_and_strange_files(tmp_path):
     refused(folder, "leads out of the model's folder")
 
 
-def test_index_and_files_must_agree(tmp_path):
+def test_an_index_may_not_lead_out_of_the_folder(tmp_path):
     folder = bin_folder(tmp_path / "m", [state("float32"), state("float16", "int8")])
     index_file = folder / "pytorch_model.bin.index.json"
     index = json.loads(index_file.read_text())
-    del index["weight_map"]["w.float16"]
-    index_file.write_text(json.dumps(index))
-    refused(folder, "holds tensor 'w.float16', which pytorch_model.bin.index.json does not name for it")
-    index["weight_map"]["w.float16"] = index["weight_map"]["other"] = "pytorch_model-00002-of-00002.bin"
-    index_file.write_text(json.dumps(index))
-    refused(folder, "has no tensor 'other', though pytorch_model.bin.index.json says so")
     index["weight_map"]["other"] = "../x.bin"
     index_file.write_text(json.dumps(index))
     refused(folder, "outside of the model's folder")

@@ -10,12 +10,12 @@ from sa_convert.data.checkpoint import Checkpoint, Shard
 from sa_convert.errors import CheckpointError, SaConvertError, UnsupportedModelError
 from sa_convert.export.shared_attention_families import auto_class_of
 from sa_convert.progress import note
+from sa_convert.read.described import described_model
 from sa_convert.read.family import family_of
 from sa_convert.read.folder import open_folder
 from sa_convert.read.gguf_config import architecture_of, config_of
 from sa_convert.read.gguf_header import FOLDER, REMAKE, GgufHeader, read_gguf_header
 from sa_convert.read.gguf_tensors import Account, account_of, shard_of
-from sa_convert.read.pickled import described_model
 
 _SHARD_SIZE = "4GB"
 
