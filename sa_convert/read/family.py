@@ -38,8 +38,11 @@ def family_of(config: Mapping[str, Any], tensors: Iterable[str] = ()) -> Family:
 
 
 def architecture_of(config: Mapping[str, Any], family: Family) -> str:
-    """The model class that config.json names. Raises UnsupportedModelError where it is no class of the family."""
+    """The model class that config.json names. Raises UnsupportedModelError where it is no class of the family,
+    CheckpointError where it is no list."""
     named = config.get("architectures") or [family.default_class]
+    if not isinstance(named, list):
+        raise CheckpointError(f"config.json: 'architectures' should be a list of class names, but is {named!r}.")
     found = next((name for name in map(str, named) if auto_class_of(family, name)), None)
     if found is None:
         raise UnsupportedModelError(

@@ -8,6 +8,7 @@ from typing import Any
 
 from sa_convert.data.checkpoint import Checkpoint, Shard
 from sa_convert.errors import CheckpointError, UnsupportedModelError
+from sa_convert.read.characters import check_characters
 from sa_convert.read.header import read_shard
 from sa_convert.read.inside import check_inside, leads_out, real_folder, revision_of
 from sa_convert.read.side_files import code_files, side_files
@@ -67,11 +68,15 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError naming the file, and the line where it is not JSON."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text)
+        check_characters(text, content)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}.") from error
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{file}: is not JSON (line {error.lineno}: {error.msg}); download it again.") from None
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{file}: holds half of a character, which is no text; download it again.") from None
     except (ValueError, RecursionError):
         raise CheckpointError(f"{file}: is not JSON; download it again.") from None
     if not isinstance(content, dict):

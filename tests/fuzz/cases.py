@@ -40,6 +40,8 @@ def make_case(name: str, seed: int, folder: Path, subjects: Subjects) -> Case:
     convert = ("convert", str(model), "--recipe", str(recipe))
     if kind == "recipe" and (chance.random() < 0.3 or _runs_a_model(recipe.read_bytes())):
         return Case(name, ("recipes", str(recipe)), None)
+    if kind == "earlier output":
+        return Case(name, (*convert, "-o", str(output), "--no-validate", "--overwrite"), output)
     way = chance.random()
     if way < 0.65:
         return Case(name, (*convert, "-o", str(output), "--no-validate"), output)
@@ -82,7 +84,7 @@ def _index(chance: random.Random, folder: Path, subjects: Subjects) -> tuple[Pat
 
 
 def _config(chance: random.Random, folder: Path, subjects: Subjects) -> tuple[Path, Path]:
-    name = chance.choice((base.SINGLE, base.SHARDED, *subjects.families))
+    name = chance.choice((base.SINGLE, base.SHARDED, base.CONVERTED, *subjects.families))
     model = copy_model(subjects.folder(name), folder / "model")
     words = ("llama", "bert", "t5", "gpt2", "qwen3_next", "shared_attention_llama", "LlamaForCausalLM", "LlamaModel",
              "full_attention", "sliding_attention", "linear_attention", ["full_attention"], [0, 1], {}, [[]])  # fmt: skip
@@ -153,6 +155,24 @@ def _gguf(chance: random.Random, folder: Path, subjects: Subjects) -> tuple[Path
     return file, subjects.recipe
 
 
+def _earlier(chance: random.Random, folder: Path, subjects: Subjects) -> tuple[Path, Path]:
+    """What stands at the destination, and --overwrite may or may not replace."""
+    output = folder / OUTPUT
+    if chance.random() < 0.6:
+        copy_model(subjects.folder(base.CONVERTED), output)
+        file = output / chance.choice(("config.json", "config.json", "report.json"))
+    else:
+        output.mkdir()
+        (output / "recipe.yaml").write_text(base.SPANS)
+        file = output / "analysis.json"
+        file.write_text(json.dumps({"versions": {"sa_convert": "1.0"}, "model": "m"}))
+    if chance.random() < 0.2:
+        _no_file(file, chance)
+    else:
+        _damage(file, chance, ("sa_convert", "shared_attention", ["sa_convert"]))
+    return subjects.folder(base.SINGLE), subjects.recipe
+
+
 def _damage(file: Path, chance: random.Random, words: tuple) -> None:
     text = file.read_text()
     if chance.random() < 0.3:
@@ -168,8 +188,9 @@ KINDS: dict[str, Maker] = {
     "side file": _side_file,
     "recipe": _recipe,
     "gguf": _gguf,
+    "earlier output": _earlier,
 }
-SHARES = {"header": 30, "index": 12, "config": 25, "side file": 8, "recipe": 15, "gguf": 10}
+SHARES = {"header": 27, "index": 12, "config": 25, "side file": 6, "recipe": 15, "gguf": 12, "earlier output": 3}
 """Of each kind, in a hundred cases."""
 
 

@@ -18,7 +18,7 @@ from fuzz.cases import Case
 SECONDS = 20
 """For one case, on a busy machine; most take a hundredth of a second."""
 
-LONGEST = 2000
+LONGEST = 3010
 """Characters of one line of error."""
 
 _PROGRESS = re.compile(r"\S.* \.\.\.|Note: .*|.*\d+%\|.*|.*\d+(\.\d+)?[kMG]?B?/s\]")
@@ -41,7 +41,8 @@ def judge(case: Case, folder: Path) -> Verdict:
     """Run a case whose input is in `folder`, and remove what it rightly made."""
     before = _listing(folder)
     status, out, err, broken = run_captured(case.arguments)
-    problem = broken or _problem(case, status, out, err) or _left(folder, before, case.output if status == 0 else None)
+    made = case.output if status == 0 else None
+    problem = broken or _problem(case, status, out, err) or _left(folder, before, made)
     if problem is None and status == 0 and case.output is not None:
         problem = incomplete(case.output)
     if case.output is not None:
@@ -91,7 +92,9 @@ def _problem(case: Case, status: int | None, out: str, err: str) -> str | None:
     if status == 0:
         if "Error: " in err:
             return "an error, but exit status 0"
-        return _not_json(out) if "--json" in case.arguments else None
+        if "--json" in case.arguments:
+            return _not_json(out)
+        return None if case.arguments[0] == "recipes" else _unprintable(out)
     if status != 1:
         return f"exit status {status}"
     if out:
@@ -106,8 +109,12 @@ def _problem(case: Case, status: int | None, out: str, err: str) -> str | None:
         return f"another line beside the error: {other[:200]}"
     if len(lines[-1]) > LONGEST:
         return f"a line of error with {len(lines[-1]):,} characters"
-    odd = next((character for character in lines[-1] if not character.isprintable()), None)
-    return f"the character {odd!a} in the error would reach the terminal" if odd else None
+    return _unprintable(lines[-1])
+
+
+def _unprintable(text: str) -> str | None:
+    odd = next((character for character in text if not character.isprintable() and character != "\n"), None)
+    return f"the character {odd!a} would reach the terminal" if odd else None
 
 
 def _not_json(out: str) -> str | None:
@@ -135,7 +142,8 @@ def _listing(folder: Path) -> dict[str, tuple[int, int]]:
 def _left(folder: Path, before: dict[str, tuple[int, int]], output: Path | None) -> str | None:
     """What is in the folder that was not, or no longer as it was."""
     made = "" if output is None else output.name
-    after = {name: stat for name, stat in _listing(folder).items() if not made or name.split("/")[0] != made}
+    before, after = ({name: stat for name, stat in listing.items() if not made or name.split("/")[0] != made}
+                     for listing in (before, _listing(folder)))  # fmt: skip
     if after == before:
         return None
     changed = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))

@@ -1,5 +1,7 @@
 """The models and recipes that are damaged: small, valid, and of several families, since each reads other keys."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -10,7 +12,7 @@ from make_checkpoint import tiny_llama
 
 from fuzz.gguf_file import tiny_gguf
 
-SHARDED, SINGLE = "sharded", "single"
+SHARDED, SINGLE, CONVERTED = "sharded", "single", "converted"
 FAMILIES = ("gemma3_text", "gpt2", "t5", "falcon", "qwen3_next", "llama4_text", "qwen2_5_vl", "bert", "modernbert")
 """Beside Llama: windows, fused projections, two stacks, layers without attention, layers without rotary, a text
 configuration inside of another, encoders."""
@@ -86,12 +88,22 @@ def make_subjects(root: Path, families: bool) -> Subjects:
     (root / "tiny.gguf").write_bytes(tiny_gguf().encode())
     subjects = Subjects(root)
     subjects.recipe.write_text(BY_DEPTH)
+    _convert(subjects)
     if families:
         from tiny_models import save_tiny
 
         for name in FAMILIES:
             save_tiny(name, root / name, max_shard_size="1GB")
     return subjects
+
+
+def _convert(subjects: Subjects) -> None:
+    """A model that shares already; what is damaged of it is what other commands read."""
+    from sa_convert.commands.main import run
+
+    arguments = ("convert", str(subjects.folder(SINGLE)), "--recipe", str(subjects.recipe))
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        assert run((*arguments, "-o", str(subjects.folder(CONVERTED)), "--no-validate")) == 0
 
 
 def copy_model(source: Path, target: Path) -> Path:

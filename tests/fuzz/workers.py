@@ -1,6 +1,5 @@
 """Runs many cases, some at a time, each in a process with little memory to spare. A process that dies is a finding."""
 
-import contextlib
 import faulthandler
 import multiprocessing
 import os
@@ -153,15 +152,13 @@ def try_case(name: str, seed: int, folder: Path, subjects: Subjects, keep: Path)
     verdict = judge(case, folder)
     if verdict.problem is None:
         return verdict.status, None
+    shutil.rmtree(folder)
+    folder.mkdir()
+    case = make_case(name, seed, folder, subjects)  # as it was, since the first run may have changed it
     said = verdict.said if "hangs" in verdict.problem else traceback_of(case)
     kept = keep / name.replace(":", "-").replace(" ", "-")
     shutil.rmtree(kept, ignore_errors=True)
-    with contextlib.suppress(OSError, shutil.Error):
-        shutil.copytree(folder, kept, symlinks=True, ignore=_special)
+    kept.mkdir(parents=True)
+    make_case(name, seed, kept, subjects)
     (kept / "command.txt").write_text(f"sa-convert {' '.join(case.arguments)}\n\n{verdict.problem}\n\n{said}\n")
     return verdict.status, Finding(name, verdict.problem, said, str(kept))
-
-
-def _special(folder: str, names: list[str]) -> list[str]:
-    """Pipes, which a copy would wait for."""
-    return [name for name in names if (Path(folder) / name).is_fifo()]
