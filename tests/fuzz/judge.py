@@ -37,10 +37,10 @@ class Verdict:
     said: str
 
 
-def judge(case: Case, folder: Path) -> Verdict:
-    """Run a case whose input is in `folder`, and remove what it rightly made."""
+def judge(case: Case, folder: Path, seconds: int = SECONDS) -> Verdict:
+    """Run a case whose input is in `folder`, and remove what it rightly made. seconds: after which it hangs."""
     before = _listing(folder)
-    status, out, err, broken = run_captured(case.arguments)
+    status, out, err, broken = run_captured(case.arguments, seconds)
     made = case.output if status == 0 else None
     problem = broken or _problem(case, status, out, err) or _left(folder, before, made)
     if problem is None and status == 0 and case.output is not None:
@@ -50,7 +50,9 @@ def judge(case: Case, folder: Path) -> Verdict:
     return Verdict(status, problem, err.strip()[-LONGEST:])
 
 
-def run_captured(arguments: Sequence[str]) -> tuple[int | None, str, str, str | None]:
+def run_captured(
+    arguments: Sequence[str], seconds: int = SECONDS
+) -> tuple[int | None, str, str, str | None]:
     """Exit status, standard output and error, and what went wrong beyond that. No traceback is asked for."""
     from sa_convert.commands.main import run
 
@@ -59,10 +61,10 @@ def run_captured(arguments: Sequence[str]) -> tuple[int | None, str, str, str | 
     status, broken = None, None
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            with _no_longer_than(SECONDS):
+            with _no_longer_than(seconds):
                 status = run(arguments)
         except Hang:
-            broken = f"hangs: not done after {SECONDS} s"
+            broken = f"hangs: not done after {seconds} s"
         except BaseException as error:
             broken = f"{type(error).__name__} leaves the command: {error}"
     texts = [stream.buffer.getvalue().decode("utf-8", "replace") for stream in (out, err)]  # type: ignore[attr-defined]

@@ -1,6 +1,5 @@
 """Runs many cases, some at a time, each in a process with little memory to spare. A process that dies is a finding."""
 
-import faulthandler
 import multiprocessing
 import os
 import resource
@@ -23,8 +22,11 @@ from fuzz.subjects import Subjects
 MEMORY = 1024 * 1024 * 1024
 """Bytes that a case may take beyond what the loaded libraries have: a length in a file must not be believed."""
 
+START = "start"
+"""What a process is at before its first case."""
+
 _SILENCE = 3 * SECONDS
-"""Seconds without news after which a process is killed: code in C cannot be interrupted."""
+"""Seconds without news of a case after which a process is killed: code in C cannot be interrupted."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def run_cases(
             process = context.Process(target=_work, args=job, daemon=True)
             process.start()
             theirs.close()
-            running[ours] = (number, process, "start", time.monotonic())
+            running[ours] = (number, process, START, time.monotonic())
 
     for number in left:
         start(number)
@@ -77,13 +79,15 @@ def run_cases(
             number, process, current, since = running[ours]  # type: ignore[index]
             try:
                 if not ours.poll():  # type: ignore[union-attr]
-                    if time.monotonic() - since > _SILENCE:
+                    if current != START and time.monotonic() - since > _SILENCE:
                         process.kill()
                     continue
                 kind, *news = ours.recv()  # type: ignore[union-attr]
             except EOFError:
                 process.join()
                 del running[ours]  # type: ignore[arg-type]
+                if process.exitcode and current == START:
+                    raise RuntimeError("undamaged models do not convert; see above")
                 if process.exitcode:
                     problem = f"the process ends with {process.exitcode}"
                     tally.findings.append(Finding(current, problem, "", f"--replay '{current}'"))
@@ -108,12 +112,11 @@ def _count(tally: Tally, name: str, status: int | None, finding: Finding | None,
 
 def _work(news: Connection, names: list[str], seed: int, subjects: Subjects, keep: Path, deadline: float) -> None:
     """In a process of its own: run the cases and tell of each as it begins and ends."""
-    # What libraries say past sys.stderr is not the command's word.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    faulthandler.disable()
     with tempfile.TemporaryDirectory(prefix="sa-convert-fuzz-") as work:
         warm_up(Path(work), subjects, any(name.startswith("gguf") for name in names))
         limit_memory()
+        # What libraries say past sys.stderr is not the command's word.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         for number, name in enumerate(names):
             if time.monotonic() > deadline:
                 return
@@ -135,7 +138,7 @@ def warm_up(work: Path, subjects: Subjects, gguf: bool) -> None:
         folder = work / "warm-up"
         folder.mkdir()
         arguments = ("convert", str(model), "--recipe", str(subjects.recipe), "-o", str(folder / "out"), "--no-validate")
-        verdict = judge(Case("warm-up", arguments, folder / "out"), folder)
+        verdict = judge(Case("warm-up", arguments, folder / "out"), folder, seconds=10 * SECONDS)
         assert (verdict.status, verdict.problem) == (0, None), (model, verdict)
         shutil.rmtree(folder)
 
