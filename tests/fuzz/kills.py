@@ -4,6 +4,7 @@ one more run a whole model and nothing beside it.
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from make_checkpoint import llama_config, llama_tensors, write_model
 from fuzz.judge import incomplete
 
 ROOT = Path(__file__).parents[2]
-RECIPE = "sharing: {spans: [{layers: 50%-100%}]}\n"
+RECIPE = "sharing: {spans: [{layers: 50%-100%}]}\ngate: {max_perplexity_increase: 900%}\n"
 PATIENCE = 300
 """Seconds for one run."""
 
@@ -59,8 +60,10 @@ def command(model: Path, recipe: Path, output: Path, *options: str) -> list[str]
     return [sys.executable, "-m", "sa_convert", *arguments]
 
 
-def start(arguments: Sequence[str]) -> subprocess.Popen:
+def start(arguments: Sequence[str], temporary: Path | None = None) -> subprocess.Popen:
+    """temporary: a folder for temporary files, in place of the system's."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.environ.get("PYTHONPATH", str(ROOT))}
+    environment |= {"TMPDIR": str(temporary)} if temporary else {}
     return subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, stdin=subprocess.DEVNULL
     )
@@ -94,14 +97,15 @@ def run_kills(scenes: Sequence[tuple[Scene, int]], seed: int, folder: Path, proc
 
 
 def _kill(scene: Scene, chance: random.Random, folder: Path, name: str, result: Kills) -> None:
-    """One kill, in an empty folder, which is empty afterwards."""
+    """One kill, in an empty folder, which is gone afterwards."""
     output, number = folder / "out", chance.choice((signal.SIGKILL, signal.SIGTERM))
     overwrites = chance.random() < 0.4
     arguments = command(scene.model, scene.recipe, output, *scene.options)
     if overwrites:
         _earlier(output)
         arguments.append("--overwrite")
-    child = start(arguments)
+    (temporary := folder.with_name(f"{folder.name}-temporary")).mkdir()
+    child = start(arguments, temporary)
     if chance.random() < 0.7:  # while it writes
         _await_stage(folder, child)
         time.sleep(chance.random() ** 2 * scene.seconds)
@@ -110,12 +114,15 @@ def _kill(scene: Scene, chance: random.Random, folder: Path, name: str, result: 
     child.send_signal(number)
     _, err = child.communicate(timeout=PATIENCE)
     problem = _after(folder, output, overwrites, child.returncode, number, err, result)
+    if problem is None and number is signal.SIGTERM and (left := os.listdir(temporary)):
+        problem = f"SIGTERM leaves temporary files: {', '.join(left)}"
     if problem is None:
         problem = _rerun(scene, folder, output)
     if problem is not None:
         result.findings.append(f"{name}, {number.name}: {problem}")
     result.signals[number.name] += 1
-    subprocess.run(["rm", "-rf", str(folder)], check=True)
+    shutil.rmtree(folder)
+    shutil.rmtree(temporary)
 
 
 def _earlier(output: Path) -> None:

@@ -12,7 +12,7 @@ from make_checkpoint import tiny_llama
 
 from fuzz.gguf_file import tiny_gguf
 
-SHARDED, SINGLE, CONVERTED = "sharded", "single", "converted"
+SHARDED, SINGLE, CONVERTED, VALIDATED = "sharded", "single", "converted", "validated"
 FAMILIES = ("gemma3_text", "gpt2", "t5", "falcon", "qwen3_next", "llama4_text", "qwen2_5_vl", "bert", "modernbert")
 """Beside Llama: windows, fused projections, two stacks, layers without attention, layers without rotary, a text
 configuration inside of another, encoders."""
@@ -90,8 +90,10 @@ def make_subjects(root: Path, families: bool) -> Subjects:
     subjects.recipe.write_text(BY_DEPTH)
     _convert(subjects)
     if families:
-        from tiny_models import save_tiny
+        from tiny_models import save_tiny, save_tokenizer
 
+        save_tiny("llama", root / VALIDATED)
+        save_tokenizer(root / VALIDATED)
         for name in FAMILIES:
             save_tiny(name, root / name, max_shard_size="1GB")
     return subjects
