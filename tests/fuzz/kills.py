@@ -20,7 +20,7 @@ from make_checkpoint import llama_config, llama_tensors, write_model
 from fuzz.judge import incomplete
 
 ROOT = Path(__file__).parents[2]
-RECIPE = "sharing: {spans: [{layers: 50%-100%}]}\ngate: {max_perplexity_increase: 900%}\n"
+RECIPE = "sharing: {spans: [{layers: 50%-100%}]}\ngate: {max_perplexity_increase: 100%}\n"
 PATIENCE = 300
 """Seconds for one run."""
 
