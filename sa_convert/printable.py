@@ -8,7 +8,7 @@ _END = 700
 
 
 def printable(text: str) -> str:
-    r"""The text with every character as an escape (\x1b) that would move the cursor, colour what follows, or turn it."""
+    r"""The text with an escape (\x1b) for each character that would move the cursor, or colour or turn what follows."""
     if text.isprintable():
         return text
     return "".join(part if part.isprintable() else ascii(part)[1:-1] for part in text)

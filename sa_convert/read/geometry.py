@@ -203,7 +203,7 @@ def _default_types(
     first_full, period = 28, family.period
     if "max_window_layers" in family.sliding and "max_window_layers" in config:
         first_full = number(config, "max_window_layers", least=0)
-    if family.period_key in config:
+    if family.period_key is not None and family.period_key in config:
         pattern = config[family.period_key]  # or "LLLG": local layers, then a global one
         period = len(pattern) if isinstance(pattern, str) and pattern else number(config, family.period_key)
     rules = {

@@ -60,7 +60,8 @@ def _run(arguments: argparse.Namespace, subjects: Subjects, work: Path, keep: Pa
     _say("full disks")
     disks = run_disks(subjects.root, _new(work / "disks"))
     _say("two runs at once")
-    races = run_races(large_model(work / "middle", 44), arguments.races, arguments.seed, _new(work / "races"), ends["races"])
+    middle = large_model(work / "middle", 44)
+    races = run_races(middle, arguments.races, arguments.seed, _new(work / "races"), ends["races"])
     _say("kills")
     folder = _new(work / "kills")
     recipe = work / "kills.yaml"
@@ -99,7 +100,7 @@ def _say(part: str) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m fuzz", description="Damaged input, kills, full disks, two runs at once.")
+    parser = argparse.ArgumentParser("python -m fuzz", description="Damaged input, kills, full disks, races.")
     parser.add_argument("--cases", type=int, default=10_000, help="damaged inputs")
     parser.add_argument("--kills", type=int, default=200, help="runs that are killed; a tenth of them with validation")
     parser.add_argument("--races", type=int, default=40, help="pairs of runs into one destination")
@@ -109,7 +110,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--keep", default="fuzz-findings", help="folder for the inputs that show a fault")
     parser.add_argument("--json", help="file for the counts")
     parser.add_argument("--page", help="docs/reliability.md, whose tables are written anew if nothing was found")
-    parser.add_argument("--replay", metavar="CASE", help="only write the input of a case, such as 'header:17', into --keep")
+    parser.add_argument("--replay", metavar="CASE", help="only write the input of a case, such as header:17, to --keep")
     return parser.parse_args()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from fuzz import subjects as base
 from fuzz.gguf_file import mutate_gguf
 from fuzz.mutate_bytes import mutate_bytes
-from fuzz.mutate_json import mutate_json
+from fuzz.mutate_json import Pairs, mutate_json
 from fuzz.mutate_yaml import mutate_recipe
 from fuzz.subjects import Subjects, copy_model, replace_file
 
@@ -66,7 +66,8 @@ def _header(chance: random.Random, folder: Path, subjects: Subjects) -> tuple[Pa
     if chance.random() < 0.4:
         new = mutate_bytes(data, chance, focus=8 + length)
     else:
-        words = ("F32", "F4", "F6_E2M3", "BOOL", "I64", "F99", "f32", [0, 0], [2**63, 2], [2**32, 2**32], [], [0], [-1, -1], [3072])
+        words = ("F32", "F4", "F6_E2M3", "BOOL", "I64", "F99", "f32", [0, 0], [2**63, 2], [2**32, 2**32], [], [0],
+                 [-1, -1], [3072])  # fmt: skip
         text = mutate_json(data[8 : 8 + length].decode().rstrip(), chance, words).encode("utf-8", "surrogatepass")
         claimed = chance.choice((len(text),) * 12 + (0, 1, len(text) + 1, len(text) - 1, 99_999_999, 2**63, 2**64 - 1))
         new = (claimed % 2**64).to_bytes(8, "little") + text + data[8 + length :]
@@ -77,7 +78,8 @@ def _header(chance: random.Random, folder: Path, subjects: Subjects) -> tuple[Pa
 def _index(chance: random.Random, folder: Path, subjects: Subjects) -> tuple[Path, Path]:
     model = copy_model(subjects.folder(base.SHARDED), folder / "model")
     shards = sorted(file.name for file in model.glob("*.safetensors"))
-    words = (*shards, "../model/config.json", "/etc/passwd", "config.json", "absent.safetensors", ".", "..", "a\0b", "x" * 300,
+    words = (*shards, "../model/config.json", "/etc/passwd", "config.json", "absent.safetensors", ".", "..", "a\0b",
+    "x" * 300,
              "x" * 5000, "./" + shards[0], "sub/../" + shards[0], INDEX, "C:\\x", "a\\b", "model")  # fmt: skip
     _damage(model / INDEX, chance, words)
     return model, subjects.recipe
@@ -87,15 +89,14 @@ def _config(chance: random.Random, folder: Path, subjects: Subjects) -> tuple[Pa
     name = chance.choice((base.SINGLE, base.SHARDED, base.CONVERTED, *subjects.families))
     model = copy_model(subjects.folder(name), folder / "model")
     words = ("llama", "bert", "t5", "gpt2", "qwen3_next", "shared_attention_llama", "LlamaForCausalLM", "LlamaModel",
-             "full_attention", "sliding_attention", "linear_attention", ["full_attention"], [0, 1], {}, [[]])  # fmt: skip
-    _damage(model / "config.json", chance, tuple(json_words(words)))
+             "full_attention", "sliding_attention", "linear_attention", ["full_attention"], [0, 1], {},
+             [[]])  # fmt: skip
+    _damage(model / "config.json", chance, tuple(_as_kept(words)))
     return model, subjects.recipe
 
 
-def json_words(words: tuple) -> list:
+def _as_kept(words: tuple) -> list:
     """Plain values as `mutate_json` keeps them: an object is made of pairs."""
-    from fuzz.mutate_json import Pairs
-
     return [Pairs([]) if word == {} else word for word in words]
 
 
@@ -107,8 +108,9 @@ def _side_file(chance: random.Random, folder: Path, subjects: Subjects) -> tuple
     elif chance.random() < 0.3:
         replace_file(model / "README.md", _card(chance))
     else:
-        name = chance.choice(("tokenizer_config.json", "tokenizer_config.json", "generation_config.json", "tokenizer.json"))
-        words = ("LlamaTokenizerFast", "PreTrainedTokenizerFast", "tokenizer.Own", "org/repo--tokenizer.Own", "../x.Own")
+        read = "tokenizer_config.json"
+        name = chance.choice((read, read, "generation_config.json", "tokenizer.json"))
+        words = ("LlamaTokenizerFast", "PreTrainedTokenizerFast", "own.Own", "org/repo--own.Own", "../x.Own")
         _damage(model / name, chance, words)
     return model, subjects.recipe
 
@@ -196,7 +198,7 @@ SHARES = {"header": 27, "index": 12, "config": 25, "side file": 6, "recipe": 15,
 
 def case_names(count: int, kinds: tuple[str, ...] = tuple(KINDS)) -> list[str]:
     """The kinds in turn, so that a run which is cut short has seen all of them."""
-    counts = {kind: 0 for kind in kinds}
+    counts = dict.fromkeys(kinds, 0)
     total = sum(SHARES[kind] for kind in kinds)
     names = []
     for number in range(count):

@@ -1,7 +1,7 @@
 """A disk that is full at every write: `python -m fuzz.full_disk FOLDER` prints what came of it, as JSON.
 
 Three limits, each tried at every value from nothing to enough, so that each write fails once: the size of a real file
-system in memory, in pages; its number of files; and, where mounting is not allowed too, the size of a file. The check of the
+system in memory, in pages; its number of files; and the size of a file, which needs no right to mount. The check of the
 free space before the first byte is passed by, as when something else fills the disk meanwhile.
 """
 
@@ -13,8 +13,9 @@ import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -27,7 +28,7 @@ Usage = namedtuple("Usage", "total used free")
 
 @dataclass
 class Disks:
-    """Runs that the limit ended, and those that it let pass, by kind of limit; not_run: kinds that are impossible here."""
+    """Runs that the limit ended, and those that it let pass, by its kind. not_run: kinds that cannot be had here."""
 
     refused: dict[str, int] = field(default_factory=dict)
     passed: dict[str, int] = field(default_factory=dict)
@@ -53,27 +54,31 @@ def _all(subjects: Subjects, folder: Path) -> Disks:
     result = Disks()
     disk = folder / "disk"
     disk.mkdir()
-    for name, option, largest in (("pages of a file system", "size={}", PAGE), ("files of a file system", "nr_inodes={}", 1)):
+    for name, option, unit in (("pages", "size", PAGE), ("files", "nr_inodes", 1)):
         for reserving in (True, False):
-            told = name if reserving else f"{name} that cannot reserve room"
+            told = f"{name} of a file system" + ("" if reserving else " that cannot reserve room")
             try:
-                _series(result, told, subjects, disk, lambda at: _mounted(disk, option.format(at * largest)), reserving)  # noqa: B023
+                _series(result, told, subjects, partial(_mounted, disk, option, unit), reserving)
             except PermissionError:
                 result.not_run.append(told)
     for reserving in (True, False):
-        told = "bytes of a file, in pages" if reserving else "bytes of a file, in pages, without reserving"
-        _series(result, told, subjects, disk, _file_size, reserving)
+        told = "pages of a file" + ("" if reserving else ", where no room can be reserved")
+        _series(result, told, subjects, partial(_file_size, folder), reserving)
     return result
 
 
 def _series(
-    result: Disks, name: str, subjects: Subjects, disk: Path, limited: Callable[[int], object], reserving: bool
+    result: Disks,
+    name: str,
+    subjects: Subjects,
+    limited: Callable[[int], AbstractContextManager[Path]],
+    reserving: bool,
 ) -> None:
-    """From the tightest limit on until a run succeeds three times."""
+    """From the tightest limit on until a run succeeds three times. limited: gives a folder with that limit."""
     passed, at = 0, 1
     while passed < 3:
-        with limited(at) as place:  # type: ignore[attr-defined]
-            status, problem = _convert(subjects, Path(place), reserving)
+        with limited(at) as place:
+            status, problem = _convert(subjects, place, reserving)
         if problem is not None:
             result.findings.append(f"{name}, limit {at}: {problem}")
             if len(result.findings) > 20:
@@ -91,7 +96,8 @@ def _convert(subjects: Subjects, place: Path, reserving: bool) -> tuple[int | No
     from sa_convert.rewrite import shards
 
     output = place / "out"
-    arguments = ("convert", str(subjects.folder(SHARDED)), "--recipe", str(subjects.recipe), "-o", str(output), "--no-validate")
+    model, recipe = str(subjects.folder(SHARDED)), str(subjects.recipe)
+    arguments = ("convert", model, "--recipe", recipe, "-o", str(output), "--no-validate")
     before = sorted(os.listdir(place))
     room = patch("shutil.disk_usage", lambda path: Usage(1 << 40, 0, 1 << 40))
     reserve = patch.object(shards, "reserve", shards.reserve if reserving else lambda target, size: None)
@@ -112,9 +118,10 @@ def _convert(subjects: Subjects, place: Path, reserving: bool) -> tuple[int | No
 
 
 @contextmanager
-def _mounted(disk: Path, option: str) -> Iterator[Path]:
+def _mounted(disk: Path, option: str, unit: int, limit: int) -> Iterator[Path]:
     """A file system in memory of this size; raises PermissionError where mounting is not allowed."""
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", option, "tmpfs", str(disk)], capture_output=True, text=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"{option}={limit * unit}", "tmpfs", str(disk)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise PermissionError(done.stderr)
     try:
@@ -124,10 +131,10 @@ def _mounted(disk: Path, option: str) -> Iterator[Path]:
 
 
 @contextmanager
-def _file_size(pages: int) -> Iterator[Path]:
+def _file_size(folder: Path, pages: int) -> Iterator[Path]:
     """No file of this process may be larger."""
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    place = Path(sys.argv[2]) / "plain"
+    place = folder / "plain"
     place.mkdir(exist_ok=True)
     resource.setrlimit(resource.RLIMIT_FSIZE, (pages * PAGE, hard))
     try:
@@ -137,5 +144,4 @@ def _file_size(pages: int) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
-    with suppress(BrokenPipeError):
-        print(json.dumps(asdict(_all(Subjects(Path(sys.argv[1])), Path(sys.argv[2])))))
+    print(json.dumps(asdict(_all(Subjects(Path(sys.argv[1])), Path(sys.argv[2])))))

@@ -25,7 +25,7 @@ class Tensor:
 
 @dataclass
 class Gguf:
-    """The parts of a file. counts: what the header claims, None for the truth. padding: of the data."""
+    """The parts of a file. counts: of tensors and keys in the header, None for the true ones. data: its bytes."""
 
     version: int = 3
     keys: list[tuple[bytes, int, object]] = field(default_factory=list)
@@ -80,7 +80,8 @@ def tiny_gguf() -> Gguf:
         (b"llama.attention.head_count_kv", UINT32, groups), (b"llama.attention.layer_norm_rms_epsilon", FLOAT32, 1e-5),
         (b"llama.vocab_size", UINT32, len(tokens)), (b"llama.rope.dimension_count", UINT32, hidden // heads),
         (b"llama.rope.freq_base", FLOAT32, 10000.0), (b"tokenizer.ggml.model", STRING, b"gpt2"),
-        (b"tokenizer.ggml.tokens", ARRAY, (STRING, tokens)), (b"tokenizer.ggml.token_type", ARRAY, (5, [1] * len(tokens))),
+        (b"tokenizer.ggml.tokens", ARRAY, (STRING, tokens)), (b"tokenizer.ggml.token_type", ARRAY, (5,
+        [1] * len(tokens))),
         (b"tokenizer.ggml.merges", ARRAY, (STRING, [b"t 1"])), (b"tokenizer.ggml.bos_token_id", UINT32, 1),
         (b"tokenizer.ggml.eos_token_id", UINT32, 2),
     ]  # fmt: skip
@@ -90,7 +91,8 @@ def tiny_gguf() -> Gguf:
         start = f"blk.{layer}."
         shapes |= {
             f"{start}attn_norm": (hidden,), f"{start}ffn_norm": (hidden,), f"{start}attn_q": (hidden, hidden),
-            f"{start}attn_output": (hidden, hidden), f"{start}attn_k": (narrow, hidden), f"{start}attn_v": (narrow, hidden),
+            f"{start}attn_output": (hidden, hidden), f"{start}attn_k": (narrow, hidden), f"{start}attn_v": (narrow,
+            hidden),
             f"{start}ffn_gate": (inner, hidden), f"{start}ffn_up": (inner, hidden), f"{start}ffn_down": (hidden, inner),
         }  # fmt: skip
     tensors = [Tensor(f"{name}.weight".encode(), list(reversed(shape))) for name, shape in shapes.items()]
@@ -135,7 +137,8 @@ def _key(file: Gguf, chance: random.Random) -> None:
     elif way == 2:
         file.keys[at] = (chance.choice((*_TEXTS, name + b"x")), kind, value)
     elif way == 3:  # another type than the value has
-        file.keys[at] = (name, chance.choice((0, 1, 5, 6, 7, 8, 9, 10, 12, 13, 99, 2**32 - 1)), chance.choice((1, b"\x01" * 8)))
+        other = chance.choice((0, 1, 5, 6, 7, 8, 9, 10, 12, 13, 99, 2**32 - 1))
+        file.keys[at] = (name, other, chance.choice((1, b"\x01" * 8)))
     elif way == 4 and isinstance(value, tuple):
         nested: object = (UINT32, [1])
         for _ in range(chance.choice((1, 3, 2000))):
@@ -166,9 +169,8 @@ def _tensor(file: Gguf, chance: random.Random) -> None:
     elif way == 2:
         tensor.name = chance.choice((*_TEXTS, tensor.name + b"x"))
     elif way == 3:
-        tensor.dims = chance.choice(
-            ([], [0], tensor.dims[::-1], [*tensor.dims, 1], [2**32, 2**32], [2**63], [1] * 40, [2**64 - 1, 2], [3, 5, 7])
-        )
+        odd = ([], [0], [2**32, 2**32], [2**63], [1] * 40, [2**64 - 1, 2], [3, 5, 7])
+        tensor.dims = chance.choice((tensor.dims[::-1], [*tensor.dims, 1], *odd))
     elif way == 4:
         tensor.type = chance.choice((1, 2, 8, 12, 14, 30, 39, 99, 2**32 - 1))
     else:

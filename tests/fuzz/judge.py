@@ -50,9 +50,7 @@ def judge(case: Case, folder: Path, seconds: int = SECONDS) -> Verdict:
     return Verdict(status, problem, err.strip()[-LONGEST:])
 
 
-def run_captured(
-    arguments: Sequence[str], seconds: int = SECONDS
-) -> tuple[int | None, str, str, str | None]:
+def run_captured(arguments: Sequence[str], seconds: int = SECONDS) -> tuple[int | None, str, str, str | None]:
     """Exit status, standard output and error, and what went wrong beyond that. No traceback is asked for."""
     from sa_convert.commands.main import run
 
@@ -156,8 +154,8 @@ def incomplete(output: Path) -> str | None:
     """What a converted folder lacks. Headers are read by the safetensors library, which shares no code with ours."""
     from safetensors import safe_open
 
-    missing = [name for name in ("config.json", "report.json", "recipe.yaml", "README.md", "modeling_shared_attention.py")
-               if not (output / name).is_file()]  # fmt: skip
+    expected = ("config.json", "report.json", "recipe.yaml", "README.md", "modeling_shared_attention.py")
+    missing = [name for name in expected if not (output / name).is_file()]
     if missing:
         return f"exit status 0, but the output lacks {', '.join(missing)}"
     try:

@@ -34,7 +34,8 @@ def write_page(page: Path, result: dict[str, Any]) -> None:
 
 def _lines(result: dict[str, Any]) -> Iterator[str]:
     cases, kills, disks, races = (result[part] for part in ("cases", "kills", "disks", "races"))
-    yield f"Seed {result['seed']}, {result['processes']} processes, {result['seconds']} s; {len(result['findings'])} faults."
+    faults = len(result["findings"])
+    yield f"Seed {result['seed']}, {result['processes']} processes, {result['seconds']} s; faults found: {faults}."
     yield ""
     yield "| damaged input | cases | refused | accepted |"
     yield "|---|---|---|---|"
@@ -43,7 +44,10 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
     yield f"| together, of {cases['asked']:,} | {cases['done']:,} | {_sum(cases, 0):,} | {_sum(cases, 1):,} |"
     yield ""
     memory = cases["peak_memory_bytes"] / 1e6
-    yield f"The slowest case took {cases['slowest_seconds']:.2f} s; the largest process had {memory:,.0f} MB, with torch loaded."
+    yield (
+        f"The slowest case took {cases['slowest_seconds']:.2f} s. The largest process had {memory:,.0f} MB of memory, "
+        "torch and transformers included."
+    )
     yield ""
     signals = ", ".join(f"{count} {name}" for name, count in sorted(kills["signals"].items()))
     yield f"| killed runs: {signals} | {kills['done']} of {kills['asked']} |"

@@ -63,7 +63,9 @@ def _race(model: Path, recipes: list[Path], chance: random.Random, number: int, 
     result.outcomes[f"{'with' if overwrite else 'without'} --overwrite: {ends}"] += 1
 
 
-def _wrong(output: Path, folder: Path, children: list[subprocess.Popen], said: list[str], overwrite: bool) -> str | None:
+def _wrong(
+    output: Path, folder: Path, children: list[subprocess.Popen], said: list[str], overwrite: bool
+) -> str | None:
     for child, err in zip(children, said, strict=True):
         last = err.strip().replace("\r", "\n").splitlines()[-1] if err.strip() else ""
         if "Traceback" in err or "Unexpected" in err or child.returncode not in (0, 1):

@@ -75,19 +75,20 @@ def run_cases(
     for number in left:
         start(number)
     while running:
-        for ours in wait(list(running), timeout=5) or list(running):
-            number, process, current, since = running[ours]  # type: ignore[index]
+        wait(list(running), timeout=5)
+        for ours in list(running):
+            number, process, current, since = running[ours]
             try:
-                if not ours.poll():  # type: ignore[union-attr]
+                if not ours.poll():
                     if current != START and time.monotonic() - since > _SILENCE:
                         process.kill()
                     continue
-                kind, *news = ours.recv()  # type: ignore[union-attr]
+                kind, *news = ours.recv()
             except EOFError:
                 process.join()
-                del running[ours]  # type: ignore[arg-type]
+                del running[ours]
                 if process.exitcode and current == START:
-                    raise RuntimeError("undamaged models do not convert; see above")
+                    raise RuntimeError("undamaged models do not convert; see above") from None
                 if process.exitcode:
                     problem = f"the process ends with {process.exitcode}"
                     tally.findings.append(Finding(current, problem, "", f"--replay '{current}'"))
@@ -98,7 +99,7 @@ def run_cases(
                 left[number].remove(current)
             elif kind == "end":
                 _count(tally, *news)
-            running[ours] = (number, process, current, time.monotonic())  # type: ignore[index]
+            running[ours] = (number, process, current, time.monotonic())
     return tally
 
 
@@ -137,7 +138,8 @@ def warm_up(work: Path, subjects: Subjects, gguf: bool) -> None:
     for model in [*models, *([subjects.folder("tiny.gguf")] if gguf else [])]:
         folder = work / "warm-up"
         folder.mkdir()
-        arguments = ("convert", str(model), "--recipe", str(subjects.recipe), "-o", str(folder / "out"), "--no-validate")
+        recipe, output = str(subjects.recipe), str(folder / "out")
+        arguments = ("convert", str(model), "--recipe", recipe, "-o", output, "--no-validate")
         verdict = judge(Case("warm-up", arguments, folder / "out"), folder, seconds=10 * SECONDS)
         assert (verdict.status, verdict.problem) == (0, None), (model, verdict)
         shutil.rmtree(folder)
