@@ -46,11 +46,11 @@ def test_more_layers_than_there_are_but_fewer_than_tensors(tmp_path):
     ("model_type", "changes", "told"),
     [
         ("gemma3_text", {"layer_types": 7}, "'layer_types' should be a list of names"),
-        ("gemma3_text", {"layer_types": ["full_attention", 3, None, "full_attention"]}, "'layer_types' should be a list"),
+        ("gemma3_text", {"layer_types": ["full_attention", 3, None, "x"]}, "'layer_types' should be a list"),
         ("qwen3", {"layer_types": {"0": "full_attention"}}, "'layer_types' should be a list of names"),
         ("gemma3_text", {"sliding_window_pattern": 0}, "'sliding_window_pattern' should be a positive whole number"),
         ("exaone4", {"sliding_window_pattern": ""}, "'sliding_window_pattern' should be a positive whole number"),
-        ("modernbert", {"global_attn_every_n_layers": "x" * 0}, "'global_attn_every_n_layers' should be a positive"),
+        ("modernbert", {"global_attn_every_n_layers": ""}, "'global_attn_every_n_layers' should be a positive"),
         ("modernbert", {"global_attn_every_n_layers": 2.5}, "'global_attn_every_n_layers' should be a positive"),
         ("mistral", {"sliding_window": "4096"}, "'sliding_window' should be a positive whole number, but is '4096'"),
         ("modernbert", {"local_attention": [1]}, "'local_attention' should be a positive whole number, but is [1]"),
@@ -121,17 +121,15 @@ HALF = r"\ud83d"
 WHOLE = r"\ud83d\ude00"
 
 
-@pytest.mark.parametrize(
-    "text", [f'{{"a": "{HALF}"}}', f'{{"a": ["x{HALF.upper().replace("U", "u", 1)}"]}}', f'{{"{HALF}": 1}}']
-)
-def test_half_of_a_character_is_refused_before_anything_is_written(tmp_path, text):
+@pytest.mark.parametrize("text", ['{"a": "HALF"}', '{"a": ["x HALF y"]}', '{"HALF": 1}'])
+@pytest.mark.parametrize("half", [HALF, HALF.replace("d8", "D8"), r"\ude00", r"\ude00\ud83d"])
+def test_half_of_a_character_is_refused_before_anything_is_written(tmp_path, text, half):
     file = tmp_path / "config.json"
-    file.write_text(text)
+    file.write_text(text.replace("HALF", half))
     with pytest.raises(CheckpointError, match=r"config\.json: holds half of a character, which is no text"):
         read_json(file)
-    file.write_text(text.replace(HALF, WHOLE))
-    if HALF in text:
-        assert "\U0001f600" in str(read_json(file))
+    file.write_text(text.replace("HALF", WHOLE))
+    assert "\U0001f600" in str(read_json(file))
 
 
 def test_half_of_a_character_in_a_header(tmp_path):
