@@ -199,13 +199,13 @@ def dies_at_one(news, names, *_):
 def test_the_page_is_written_between_its_marks(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    run = {"seed": 1, "seconds": 2, "processes": 1, "findings": []}
     result = {
-        "seed": 1, "seconds": 2, "processes": 1, "findings": [],
-        "cases": {"asked": 10_000, "done": 3, "kinds": {"header": [1200, 2]}, "slowest_seconds": 0.5,
-                  "peak_memory_bytes": 1},
-        "kills": {"asked": 2, "done": 2, "signals": {"SIGKILL": 2}, "reached": {"nothing was left": 2}},
-        "disks": {"refused": {"pages": 3}, "passed": {"pages": 1}, "not_run": ["files"]},
-        "races": {"asked": 1, "done": 1, "outcomes": {"one": 1}},
+        "damage": {**run, "asked": 10_000, "done": 3, "kinds": {"header": [1200, 2]}, "slowest_seconds": 0.5,
+                   "peak_memory_bytes": 1},
+        "kills": {**run, "asked": 2, "done": 2, "signals": {"SIGKILL": 2}, "reached": {"nothing was left": 2}},
+        "disks": {**run, "refused": {"pages": 3}, "passed": {"pages": 1}, "not_run": ["files"]},
+        "races": {**run, "asked": 1, "done": 1, "outcomes": {"one": 1}},
     }  # fmt: skip
     write_page(page, json.loads(json.dumps(result)))
     text = page.read_text()

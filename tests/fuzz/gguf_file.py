@@ -140,9 +140,8 @@ def _key(file: Gguf, chance: random.Random) -> None:
         other = chance.choice((0, 1, 5, 6, 7, 8, 9, 10, 12, 13, 99, 2**32 - 1))
         file.keys[at] = (name, other, chance.choice((1, b"\x01" * 8)))
     elif way == 4 and isinstance(value, tuple):
-        nested: object = (UINT32, [1])
-        for _ in range(chance.choice((1, 3, 2000))):
-            nested = (ARRAY, [nested])
+        depth = chance.choice((1, 3, 2000, 100_000))
+        nested = struct.pack("<IQ", ARRAY, 1) * depth + struct.pack("<IQI", UINT32, 1, 1)
         empty = (value[0], [])
         huge = struct.pack("<IQ", value[0], chance.choice(_NUMBERS))
         file.keys[at] = (name, kind, chance.choice((nested, empty, huge, (99, [1]), (value[0], value[1] * 2))))

@@ -19,7 +19,7 @@ _KINDS = {
 
 def tables(result: dict[str, Any]) -> str:
     """Markdown."""
-    return "\n".join(_lines(result))
+    return "\n".join(_lines(result)).strip()
 
 
 def write_page(page: Path, result: dict[str, Any]) -> None:
@@ -33,37 +33,53 @@ def write_page(page: Path, result: dict[str, Any]) -> None:
 
 
 def _lines(result: dict[str, Any]) -> Iterator[str]:
-    cases, kills, disks, races = (result[part] for part in ("cases", "kills", "disks", "races"))
-    faults = len(result["findings"])
-    yield f"Seed {result['seed']}, {result['processes']} processes, {result['seconds']} s; faults found: {faults}."
-    yield ""
+    """One table for each part that was run."""
+    for part, table in (("damage", _damage), ("kills", _kills), ("disks", _disks), ("races", _races)):
+        if part in result:
+            yield from table(result[part])
+            yield ""
+            yield _run(result[part])
+            yield ""
+
+
+def _run(part: dict[str, Any]) -> str:
+    faults = len(part["findings"])
+    return f"Faults found: {faults}. Seed {part['seed']}, {part['processes']} processes, {part['seconds']} s."
+
+
+def _damage(part: dict[str, Any]) -> Iterator[str]:
     yield "| damaged input | cases | refused | accepted |"
     yield "|---|---|---|---|"
-    for kind, (refused, accepted) in cases["kinds"].items():
+    for kind, (refused, accepted) in part["kinds"].items():
         yield f"| {_KINDS[kind]} | {refused + accepted:,} | {refused:,} | {accepted:,} |"
-    yield f"| together, of {cases['asked']:,} | {cases['done']:,} | {_sum(cases, 0):,} | {_sum(cases, 1):,} |"
+    yield f"| together, of {part['asked']:,} | {part['done']:,} | {_sum(part, 0):,} | {_sum(part, 1):,} |"
     yield ""
-    memory = cases["peak_memory_bytes"] / 1e6
     yield (
-        f"The slowest case took {cases['slowest_seconds']:.2f} s. The largest process had {memory:,.0f} MB of memory, "
-        "torch and transformers included."
+        f"The slowest case took {part['slowest_seconds']:.2f} s. The largest process had "
+        f"{part['peak_memory_bytes'] / 1e6:,.0f} MB of memory, torch and transformers included."
     )
-    yield ""
-    signals = ", ".join(f"{count} {name}" for name, count in sorted(kills["signals"].items()))
-    yield f"| killed runs: {signals} | {kills['done']} of {kills['asked']} |"
+
+
+def _kills(part: dict[str, Any]) -> Iterator[str]:
+    signals = ", ".join(f"{count} {name}" for name, count in sorted(part["signals"].items()))
+    yield f"| killed runs: {signals} | {part['done']} of {part['asked']} |"
     yield "|---|---|"
-    yield from (f"| {what} | {count} |" for what, count in sorted(kills["reached"].items(), key=lambda item: -item[1]))
-    yield ""
+    yield from (f"| {what} | {count} |" for what, count in sorted(part["reached"].items(), key=lambda item: -item[1]))
+
+
+def _disks(part: dict[str, Any]) -> Iterator[str]:
     yield "| full disk, by what is limited | limits that were refused | limits that were enough |"
     yield "|---|---|---|"
-    for name in {**disks["refused"], **disks["passed"]}:
-        yield f"| {name} | {disks['refused'].get(name, 0)} | {disks['passed'].get(name, 0)} |"
-    yield from (f"| {name} | not run: mounting is not allowed here | |" for name in disks["not_run"])
-    yield ""
-    yield f"| two runs into one destination | {races['done']} of {races['asked']} |"
+    for name in {**part["refused"], **part["passed"]}:
+        yield f"| {name} | {part['refused'].get(name, 0)} | {part['passed'].get(name, 0)} |"
+    yield from (f"| {name} | not run: mounting is not allowed here | |" for name in part["not_run"])
+
+
+def _races(part: dict[str, Any]) -> Iterator[str]:
+    yield f"| two runs into one destination | {part['done']} of {part['asked']} |"
     yield "|---|---|"
-    yield from (f"| {what} | {count} |" for what, count in sorted(races["outcomes"].items()))
+    yield from (f"| {what} | {count} |" for what, count in sorted(part["outcomes"].items()))
 
 
-def _sum(cases: dict[str, Any], at: int) -> int:
-    return sum(counts[at] for counts in cases["kinds"].values())
+def _sum(damage: dict[str, Any], at: int) -> int:
+    return sum(counts[at] for counts in damage["kinds"].values())

@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -125,7 +126,10 @@ def _work(news: Connection, names: list[str], seed: int, subjects: Subjects, kee
             began = time.monotonic()
             folder = Path(work) / f"case-{number}"
             folder.mkdir()
-            status, finding = try_case(name, seed, folder, subjects, keep)
+            try:
+                status, finding = try_case(name, seed, folder, subjects, keep)
+            except Exception:
+                status, finding = None, Finding(name, "the case cannot be made", traceback.format_exc(), "nowhere")
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             news.send(("end", name, status, finding, time.monotonic() - began, memory))
             shutil.rmtree(folder, ignore_errors=True)
