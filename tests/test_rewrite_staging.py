@@ -300,6 +300,28 @@ def test_a_run_ended_in_the_middle_leaves_nothing_and_a_rerun_succeeds(tmp_path,
         assert (out / file.name).stat().st_size == file.stat().st_size
 
 
+FREED = """
+import os, signal, sys
+from sa_convert.rewrite.signals import termination_as_exit
+
+class Freed:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        sum(range(100))  # Python hears of the signal here, and drops what the handler raises
+
+with termination_as_exit():
+    Freed()
+    print("went on", flush=True)
+print("ended as if nothing had been")
+"""
+
+
+def test_a_signal_while_an_object_is_freed_is_not_lost():
+    child = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True)
+    assert child.stdout == "went on\n"
+    assert child.returncode == 128 + signal.SIGTERM
+
+
 def test_two_interrupts_do_not_stop_the_cleaning(tmp_path, large):
     command = [sys.executable, "-c", CONVERT, str(large), str(tmp_path / "out"), "slowly"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
