@@ -7,7 +7,7 @@ VENV4 := .venv-transformers-4
 RUN := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs fuzz clean
 
 demo: $(VENV)/ready
 	$(RUN) docs/demo/demo.py demo
@@ -19,6 +19,10 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# Damaged input, kills, full disks, two runs at once: at most ten minutes. FUZZ: options, such as '--page docs/reliability.md'.
+fuzz: $(VENV)/ready
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(RUN) -m fuzz $(FUZZ)
 
 docs: $(VENV)/ready
 	$(RUN) docs/generate.py
