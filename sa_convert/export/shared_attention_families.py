@@ -9,6 +9,9 @@ from dataclasses import dataclass
 PREFIX = "shared_attention_"
 """Before the base's model type in that of a converted model."""
 
+CLASS_PREFIX = "SharedAttention"
+"""Before the base's class in that of a converted model."""
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -140,7 +143,7 @@ class Family:
 
     @property
     def class_prefix(self) -> str:
-        """What the names of all its model classes begin with: "Llama" of LlamaForCausalLM."""
+        """What the name of its default class begins with: "Llama" of LlamaForCausalLM."""
         for suffix in sorted(HEADS, key=len, reverse=True):
             if self.default_class.endswith(suffix):
                 return self.default_class.removesuffix(suffix)
@@ -166,15 +169,23 @@ HEADS = {
 ForConditionalGeneration is loaded by AutoModelForImageTextToText."""
 
 
+_MULTIMODAL_HEADS = {
+    "ForConditionalGeneration": "AutoModelForImageTextToText",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "Model": "AutoModel",
+}
+
+
 def auto_class_of(family: Family, architecture: str) -> str | None:
     """The auto class of transformers for a model class of this family, or None where it is no class of the family."""
-    if not architecture.startswith(family.class_prefix):
+    # Of the language model inside of a multimodal one, the config's name begins those of all classes but the default.
+    of_config = architecture != family.default_class
+    prefix = family.config_class.removesuffix("Config") if of_config else family.class_prefix
+    if not architecture.startswith(prefix):
         return None
-    head = architecture.removeprefix(family.class_prefix)
+    head = architecture.removeprefix(prefix)
     if family.text:
-        return {"ForConditionalGeneration": "AutoModelForImageTextToText", "Model": "AutoModel"}.get(head)
-    if family.config_class != f"{family.class_prefix}Config" and architecture != family.default_class:
-        return None  # of the multimodal model around this one
+        return _MULTIMODAL_HEADS.get(head)
     if head == "ForConditionalGeneration" and not family.encoder_decoder:
         return None
     return HEADS.get(head)
