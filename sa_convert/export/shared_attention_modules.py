@@ -114,7 +114,7 @@ class T5Attention(EncoderDecoderAttention):
                 return bias if _TRANSFORMERS_4 and bias is not None else mask
             masked = additive(mask, states, length)
             if bias is None:
-                bias = self._bias(tokens, length, before, kwargs)
+                bias = self._bias(tokens, length, before, kwargs, states.device)
                 bias = bias + masked if _TRANSFORMERS_4 and masked is not None else bias
             if _TRANSFORMERS_4:
                 return bias
@@ -129,9 +129,9 @@ class T5Attention(EncoderDecoderAttention):
             return (output, bias, weights) if kwargs.get("output_attentions") else (output, bias)
         return output, bias, weights
 
-    def _bias(self, tokens, length, before, kwargs):
-        """Relative positions of T new tokens to S: (1, H, T, S)."""
-        device = self.relative_attention_bias.weight.device
+    def _bias(self, tokens, length, before, kwargs, device):
+        """Relative positions of T new tokens to S: (1, H, T, S). device: that of the states, since an offloaded weight
+        is on none."""
         if _TRANSFORMERS_4:
             positions = kwargs["cache_position"]
             return self.compute_bias(length, length, device=device, cache_position=positions)[:, :, -tokens:]
