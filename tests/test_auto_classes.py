@@ -51,7 +51,9 @@ def test_every_auto_class_of_the_base_has_ours(model_type):
     family = FAMILIES[model_type]
     found = model_classes_of(family, family.default_class)
     for name in dir(transformers):
-        mapping = getattr(getattr(transformers, name, None), "_model_mapping", {}) if name.startswith("AutoModel") else {}
+        mapping = (
+            getattr(getattr(transformers, name, None), "_model_mapping", {}) if name.startswith("AutoModel") else {}
+        )
         architecture = getattr(mapping, "_model_mapping", {}).get(model_type)
         if architecture and getattr(transformers, architecture).config_class.__name__ == family.config_class:
             assert found.pop(name) == architecture, name
@@ -70,7 +72,8 @@ def test_each_auto_class_loads_what_it_loads_of_the_base(made, tmp_path, model_t
         expected, wanted = auto_class.from_pretrained(home / "base", output_loading_info=True)
         model, info = auto_class.from_pretrained(home / "out", trust_remote_code=True, output_loading_info=True)
         assert type(model).__module__.startswith("transformers_modules.")
-        assert isinstance(model, type(expected)) and type(model).__name__ == f"SharedAttention{type(expected).__name__}"
+        assert isinstance(model, type(expected))
+        assert type(model).__name__ == f"SharedAttention{type(expected).__name__}"
         # What a head adds is new in both; what it has no use for, such as a decoder, is left out of both.
         assert info["missing_keys"] == wanted["missing_keys"]
         assert {key for key in wanted["unexpected_keys"] if key in info["unexpected_keys"]} == info["unexpected_keys"]

@@ -6,6 +6,7 @@ from functools import cache
 from torch import nn
 
 from .shared_attention import SharedAttention
+from .shared_attention_arguments import Arguments, unlike
 from .shared_attention_attend import FORMS, ConfigView
 from .shared_attention_exchange import append_to_positions, open_by_context, open_by_keyword
 from .shared_attention_modules import MODULES
@@ -20,14 +21,21 @@ def shared_class(attention: type, names) -> type:
     """The attention class of a family that shares: ours, then the family's own."""
     family = sys.modules[attention.__module__]
     eager = getattr(family, "eager_attention_forward", eager_attention)
+    rotate = getattr(family, "apply_rotary_pos_emb", None)
+    ours = MODULES[names.module] if names.module else SharedAttention
+    rotates = names.rotary != "none" and names.plain_forward
+    if rotates and rotate is None:
+        raise RuntimeError(unlike(f"the module of {attention.__name__} has no apply_rotary_pos_emb"))
+    needs = ("mask", *ours.needs, *(() if names.bidirectional else ("cache",)))
+    needs += ("positions",) if names.exchange == "positions" or (rotates and not names.module) else ()
     members = {
         "family_eager": staticmethod(eager_attention if names.fused or names.module else eager),
-        "rotate": staticmethod(getattr(family, "apply_rotary_pos_emb", None)),
+        "rotate": staticmethod(rotate),
+        "arguments": Arguments(attention, needs),
         "__module__": __name__,
         # The class is no attribute of its module, so an instance is pickled by what the class is made of.
         "__reduce__": lambda self: (_unmade, (attention, names), self.__dict__),
     }
-    ours = MODULES[names.module] if names.module else SharedAttention
     return type(f"Shared{attention.__name__}", (_Loading, ours, attention), members)
 
 
@@ -40,16 +48,21 @@ def _unmade(attention: type, names) -> nn.Module:
 class _Loading(nn.Module):
     """What `load_state_dict` does in a layer that reuses attention: tensors made for the base model are refused."""
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        own = {name: parameter.shape for name, parameter in self.named_parameters()} if self.plan else {}
-        for key in [key for key in state_dict if key.startswith(prefix) and self.plan and self.plan.reuses]:
-            name = key.removeprefix(prefix)
-            if own.get(name, state_dict[key].shape) == state_dict[key].shape and hasattr(self, name.partition(".")[0]):
-                continue
-            del state_dict[key]
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        errors = others[-1]
+        for name in self._misfits(state_dict, prefix) if self.plan and self.plan.reuses else ():
+            del state_dict[name]
             if not any(_MISFIT in error for error in errors):
-                errors.append(f"{key} does not fit: layer {self.plan.layer} {_MISFIT}")
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+                errors.append(f"{name} does not fit: layer {self.plan.layer} {_MISFIT}")
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def _misfits(self, state_dict, prefix):
+        names = self.names
+        removed = {names.query, names.key, names.query_norm, names.key_norm, names.sinks} - set(dir(self))
+        shapes = {prefix + name: parameter.shape for name, parameter in self.named_parameters()}
+        within = [name for name in state_dict if name.startswith(prefix)]
+        gone = [name for name in within if name.removeprefix(prefix).partition(".")[0] in removed]
+        return gone + [name for name in within if shapes.get(name, state_dict[name].shape) != state_dict[name].shape]
 
 
 _MISFIT = (

@@ -22,9 +22,9 @@ TASKS: Mapping[str, PredictionTask] = {
 
 
 def auto_class_name(config: Mapping[str, Any]) -> str:
-    """The auto class for a model with this config.json, which is that of its architecture. The `auto_map` of a converted
-    model names more of them; that of a model with own code is the one to ask. AutoModelForCausalLM if nothing is said.
-    """
+    """The auto class for a model with this config.json: that of its architecture, although the `auto_map` of a converted
+    model names more; of a model with own code, the one that its `auto_map` names. If nothing is said,
+    AutoModelForCausalLM."""
     architecture = architecture_of(config)
     family = FAMILIES.get(_base_type(config))
     known = auto_class_of(family, (architecture or "").removeprefix(CLASS_PREFIX)) if family else None
