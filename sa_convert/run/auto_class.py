@@ -22,7 +22,7 @@ TASKS: Mapping[str, PredictionTask] = {
 
 
 def auto_class_name(config: Mapping[str, Any]) -> str:
-    """The auto class for a model with this config.json: that of its architecture, although the `auto_map` of a converted
+    """The auto class for a model with this config.json: that of its architecture, though the `auto_map` of a converted
     model names more; of a model with own code, the one that its `auto_map` names. If nothing is said,
     AutoModelForCausalLM."""
     architecture = architecture_of(config)
