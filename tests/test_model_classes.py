@@ -61,7 +61,7 @@ def test_label_smoothing_leaves_other_labels_where_they_are(tmp_path, model_type
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "olmoe", "ernie4_5_moe", "llama4_text"])
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss", "olmoe", "ernie4_5_moe", "llama4_text"])
 def test_experts_run_together_whichever_class_was_asked_first(model_type):
     """The base's class is asked after ours, in a new process: its answer is kept for classes that derive from it."""
     program = """
