@@ -65,3 +65,15 @@ def test_blocks_end_at_what_their_tokens_see():
     assert blocks_of(300, 400, False, True) == [(0, 300, 400)]
     assert pairs_of(300, 300, True) == 128 * 128 + 128 * 256 + 44 * 300
     assert pairs_of(300, 400, False) == 300 * 400
+
+
+def test_heads_that_another_process_holds_are_refused():
+    """Of four heads in two groups, a process has the first two: a span may run, exchanged or mixed heads may not."""
+    from sa_convert.export.shared_attention_attend import _gather
+    from sa_convert.export.shared_attention_plan import Run
+
+    share = torch.arange(2.0).view(1, 2, 1, 1)
+    assert torch.equal(_gather((Run(0, 0, 4),), None, {0: share}.__getitem__), share)
+    for runs in ((Run(0, 2, 4), Run(0, 0, 2)), (Run(0, 2, 4),), (Run(None, 0, 1), Run(0, 1, 4))):
+        with pytest.raises(RuntimeError, match="a head reuses one that is not in this process"):
+            _gather(runs, share, {0: share}.__getitem__)

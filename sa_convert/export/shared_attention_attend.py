@@ -78,11 +78,19 @@ def _dispatch(implementation, module, query, key, value, attention_mask, **argum
 
 
 def _gather(runs, own, borrowed):
-    """Concatenate runs along the head axis: own is this layer's tensor or None, borrowed(layer) that of a loan."""
+    """Concatenate runs along the head axis: own is this layer's tensor or None, borrowed(layer) that of a loan.
+
+    Raises RuntimeError if heads are missing, as in a process that tensor parallelism gave a share of them.
+    """
     pieces = []
     for run in runs:
         heads = own if run.layer is None else borrowed(run.layer)
         whole = run.start == 0 and run.stop == heads.shape[1]
+        if run.stop > heads.shape[1] > 1 and (len(runs) > 1 or run.start):
+            raise RuntimeError(
+                "shared_attention: a head reuses one that is not in this process. Heads that reuse others than their "
+                "own number cannot be divided: leave attention out of the tp_plan."
+            )
         pieces.append(heads if whole else heads[:, run.start : run.stop])
     device = pieces[-1].device if own is None else own.device
     if len(pieces) == 1:
