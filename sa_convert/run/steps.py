@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.export.shared_attention_families import FAMILIES, PREFIX
+from sa_convert.run.arguments import cache_keyword, cache_of
 from sa_convert.run.device import input_device
 from sa_convert.run.task import Decoding
 
@@ -44,7 +45,7 @@ class Steps:
         else:
             read = BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)
             inputs = {"decoder_input_ids": token, "encoder_outputs": read}
-        return self.model(**inputs, past_key_values=output.past_key_values, use_cache=True)
+        return self.model(**inputs, **{cache_keyword(self.model): cache_of(output)}, use_cache=True)
 
     def generate(self, prompt: "torch.Tensor", tokens: int, streamer: Any) -> "torch.Tensor":
         """The prompt (1, T) and `tokens` greedy ones after it, decoded with a cache as transformers does it."""
