@@ -71,4 +71,4 @@ def test_tool(python, tmp_path):
         told = json.loads(done.stdout)
         if command[0] == "convert":
             assert told["savings"]["key_cache_removed"] > 0
-            assert told["decode"]["tokens_equal"]
+            assert told["decode_check"]["same_greedy_tokens"]
