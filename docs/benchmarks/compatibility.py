@@ -1,0 +1,166 @@
+"""Writes docs/compatibility.md: which releases of transformers run the folders that the pinned one makes.
+
+    python docs/benchmarks/compatibility.py                   # every release; half an hour, and 150 MB of disk at a time
+    python docs/benchmarks/compatibility.py --only 5.0 5.24   # prints what these do, and writes nothing
+
+Tiny random models of the families that `tests/elsewhere.py` lists are converted once, by maps of spans, groups and
+heads. Then the last release of each minor, from 4.57 on, is installed into a folder (without torch, which is that of
+this environment) and runs `tests/on_transformers.py`, a process that cannot import sa_convert. What it finds is
+compared with what the pinned release finds.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "compatibility.md"
+FIRST = (4, 57)
+sys.path.insert(0, str(ROOT / "tests"))
+
+from elsewhere import KINDS, MINIMUM, Folders, difference, make_folders, make_job, run_elsewhere  # noqa: E402
+
+TITLES = {"span": "spans", "groups": "groups", "heads": "heads"}
+HEAD = """# Releases of transformers
+
+This page is written by `python docs/benchmarks/compatibility.py`. Models of {count} families ({families}), tiny and
+random, were converted on transformers {pinned} (torch {torch}), each by a map of spans (whole layers), one of groups
+(whole KV groups) and one of single heads. The folders were then loaded on the last release of each minor version that
+the registry served, by the code inside of them, in processes that cannot import sa_convert.
+
+A folder *runs* if it loads, its logits equal those on {pinned} (1e-4, float32; if the base model's differ between the
+releases, three times that difference), and it generates the same tokens with a cache and without. It is *refused* if
+its code says in a sentence which release it needs. Anything else is *broken*.
+
+| transformers | {titles} |
+|---|{rules}
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one folder on one release: "runs", "refused" or "broken", and why."""
+
+    release: str
+    family: str
+    kind: str
+    what: str
+    why: str = ""
+
+
+def releases() -> list[str]:
+    """The last release of each minor version from FIRST on, oldest first."""
+    command = [sys.executable, "-m", "pip", "index", "versions", "transformers"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"Available versions: (.*)", listed)
+    assert found, listed
+    newest: dict[tuple[int, ...], tuple[int, ...]] = {}
+    for name in re.findall(r"\d+\.\d+(?:\.\d+)?", found.group(1)):
+        parts = tuple(map(int, name.split(".")))
+        newest[parts[:2]] = max(parts, newest.get(parts[:2], ()))
+    return [".".join(map(str, newest[minor])) for minor in sorted(newest) if minor >= FIRST]
+
+
+def install(release: str, folder: Path) -> None:
+    """transformers and what it needs beside torch."""
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-compile", "--target", str(folder)]
+    done = subprocess.run([*command, f"transformers=={release}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def outcomes(release: str, folders: Folders, found: dict[str, Any], pinned: dict[str, Any]) -> Iterator[Outcome]:
+    """What became of every converted folder; found: on this release."""
+    for (family, kind), folder in folders.items():
+        if kind == "base":
+            continue
+        base = folders[family, "base"]
+        results = [found[folder], *(found[folder].get(way) for way in ("cached", "uncached"))]
+        failed = next((result for result in results if isinstance(result, dict) and "error" in result), None)
+        if "absent" in found[folder]:
+            yield Outcome(release, family, kind, "refused", f"this release has no {found[folder]['absent']}")
+        elif failed:
+            what = "refused" if failed["refused"] else "broken"
+            yield Outcome(release, family, kind, what, " ".join(failed["error"].split()))
+        elif "error" in pinned[folder]:
+            yield Outcome(release, family, kind, "broken", "it does not run on the pinned release")
+        else:
+            why = difference(found[folder], pinned[folder], found[base], pinned[base])
+            yield Outcome(release, family, kind, "broken" if why else "runs", why or "")
+
+
+def cell(outcomes: list[Outcome]) -> str:
+    """Such as "11 of 13 run, 2 refused"."""
+    number = {what: sum(outcome.what == what for outcome in outcomes) for what in ("runs", "refused", "broken")}
+    text = f"{number['runs']} of {len(outcomes)} run"
+    return text + "".join(f", {number[what]} {what}" for what in ("refused", "broken") if number[what])
+
+
+def reasons(outcomes: Iterable[Outcome]) -> Iterator[str]:
+    """One line for each reason that a release gives, with the families and kinds that it concerns."""
+    concerned: dict[tuple[str, str, str], dict[str, list[str]]] = {}
+    for outcome in outcomes:
+        if outcome.what != "runs":
+            why = outcome.why.replace(f"shared_attention_{outcome.family} ", "this type ")
+            families = concerned.setdefault((outcome.release, outcome.what, why), {})
+            families.setdefault(outcome.family, []).append(TITLES[outcome.kind])
+    for (release, what, why), families in concerned.items():
+        named = ", ".join(f"`{family}` ({', '.join(kinds)})" for family, kinds in families.items())
+        yield f"- {release}, {what}: {named}: {why}\n"
+
+
+def page(every: list[Outcome], pinned: str) -> str:
+    import torch
+
+    text = HEAD.format(
+        count=len(MINIMUM),
+        families=", ".join(f"`{family}`" for family in MINIMUM),
+        pinned=pinned,
+        torch=torch.__version__.partition("+")[0],
+        titles=" | ".join(TITLES[kind] for kind in KINDS),
+        rules="---|" * len(KINDS),
+    )
+    for release in dict.fromkeys(outcome.release for outcome in every):
+        of = [[outcome for outcome in every if (outcome.release, outcome.kind) == (release, kind)] for kind in KINDS]
+        text += f"| {release}{' (pinned)' if release == pinned else ''} | {' | '.join(map(cell, of))} |\n"
+    why = list(reasons(every))
+    return text + "".join(["\n## Refused and broken\n\n", *why] if why else [])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", nargs="+", metavar="X.Y", help="minor versions to run; the page is not written")
+    options = parser.parse_args()
+    wanted, pinned = releases(), version("transformers")
+    if options.only:
+        wanted = [release for release in wanted if release.rpartition(".")[0] in options.only]
+    every: list[Outcome] = []
+    with tempfile.TemporaryDirectory(prefix="sa-convert-compatibility-") as name:
+        root = Path(name)
+        folders = make_folders(root, dict.fromkeys(MINIMUM, KINDS))
+        job = make_job(folders.values(), ["cached", "uncached"])
+        expected = run_elsewhere(sys.executable, job, root / "pinned")["found"]
+        for release in wanted:
+            with tempfile.TemporaryDirectory(dir=root) as packages:
+                install(release, Path(packages))
+                result = run_elsewhere(sys.executable, job, root / f"on-{release}", Path(packages))
+            assert result["transformers"] == release
+            found = list(outcomes(release, folders, result["found"], expected))
+            print(
+                release, *(f"{TITLES[kind]}: {cell([o for o in found if o.kind == kind])}" for kind in KINDS), sep="\t"
+            )
+            print(*reasons(found), sep="", flush=True)
+            every += found
+    if not options.only:
+        PAGE.write_text(page(every, pinned), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
