@@ -15,11 +15,13 @@ from .configuration_shared_attention import config_class_of
 # transformers 4 copies only those files of a local folder that this one names, so it names them all.
 from .shared_attention import SharedAttention  # noqa: F401
 from .shared_attention_apply import share_attention
+from .shared_attention_arguments import is_newer, unlike
 from .shared_attention_attend import Attending  # noqa: F401
 from .shared_attention_cache import PackedCache  # noqa: F401
 from .shared_attention_exchange import checkpoint_contexts
 from .shared_attention_families import FAMILIES, PREFIX, Family, auto_class_of
 from .shared_attention_modules import MODULES  # noqa: F401
+from .shared_attention_paged import PagedCache  # noqa: F401
 from .shared_attention_plan import LayerPlan  # noqa: F401
 from .shared_attention_weights import weigh  # noqa: F401
 
@@ -43,6 +45,14 @@ class SharedAttentionMixin:
         with _as_base(config, family):
             super().__init__(config, *args, **kwargs)
         share_attention(self, family, config.shared_attention)
+
+    if is_newer():  # what a later release changed shows anywhere in a pass
+
+        def __call__(self, *args, **kwargs):
+            try:
+                return super().__call__(*args, **kwargs)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise RuntimeError(unlike(f"{type(error).__name__}: {error}")) from error
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
         """As in the base class, without re-entrant checkpointing: it would cut the gradient to queries and keys of

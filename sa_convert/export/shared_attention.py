@@ -10,7 +10,7 @@ How it works in any model that dispatches through the attention interface of tra
   do not meet, nothing outlives the pass, and a checkpointed layer that is computed again finds the same tensors.
 - The attention module keeps its family's own `forward`; it sees a config that names our attention function, which
   receives query and key as the family prepared them (normalised, rotated, cached), lends them, and fills in borrowed
-  heads. A layer without any own head needs only its values, and runs `SharedAttention._reuse`.
+  heads. A layer without any own head needs only its values, and runs `SharedAttention._plain`.
 - Sharing weights equals attention over the source's query and key, so there are two forms (`shared_attention_attend`).
 - A reusing head caches no keys. Values (and the keys that a layer still owns) lie in the cache's key slot, beside a
   zero-width value slot, so that every public cache operation keeps working on them.
@@ -22,59 +22,74 @@ tokens, D head size.
 import torch
 from torch import nn
 
+from .shared_attention_arguments import Arguments, Call, is_paged, unlike
 from .shared_attention_attend import Attending
 from .shared_attention_cache import AttentionCache, PackedCache
 from .shared_attention_exchange import EXCHANGE
-
-
-def _probability(dropout):
-    return dropout.p if isinstance(dropout, nn.Dropout) else dropout
+from .shared_attention_paged import PagedCache, update_paged
 
 
 class SharedAttention(Attending):
     """Mixed into the attention class of a family by `shared_attention_apply`: lends own heads, borrows the others'."""
 
     size: int  # D
+    arguments: Arguments  # of the family's own forward
+    needs: tuple[str, ...] = ()  # roles that the family's forward must have, beside the usual ones
 
-    def forward(self, hidden_states, *args, **kwargs):
-        if self.names.exchange == "positions":
-            *kwargs["position_embeddings"], kwargs[EXCHANGE] = kwargs["position_embeddings"]
-        plan = self.plan
-        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
-        if plan is not None and (not plan.own or self.names.plain_forward):
-            positions = kwargs.pop("position_embeddings", None)
-            mask = kwargs.pop("attention_mask", args[0] if args else None)
-            return self._plain(hidden_states, mask, positions, cache, **kwargs)
+    def forward(self, *args, **kwargs):
+        names, plan = self.names, self.plan
+        given = self.arguments.by_name(args, kwargs)
+        if names.exchange == "positions":
+            name = self.arguments.roles["positions"]
+            *positions, given[EXCHANGE] = given[name]
+            given[name] = tuple(positions)
+        if plan is not None and (not plan.own or names.plain_forward):
+            return self._run(self.arguments.by_role(given, EXCHANGE))
         if plan is None:
-            kwargs.pop(EXCHANGE, None)
-        elif cache is not None and plan.packs_cache:
-            kwargs["past_key_values"] = PackedCache(cache)
-        return super().forward(hidden_states, *args, **kwargs)
+            given.pop(EXCHANGE, None)
+        elif plan.packs_cache and given.get(self.arguments.roles.get("cache")) is not None:
+            name = self.arguments.roles["cache"]
+            given[name] = (PagedCache if is_paged(given[name]) else PackedCache)(given[name])
+        outputs = super().forward(**given)
+        if len(outputs) != 2:
+            raise RuntimeError(unlike(f"{type(self).__name__} returns {len(outputs)} values instead of 2"))
+        return outputs
 
-    def _plain(self, hidden_states, mask, positions, cache, **kwargs):
-        """Attention as families without special steps do it, for any number of own heads; of a layer that reuses
-        wholly, values and output projection only."""
-        query, key, value, gate = self._project(hidden_states)
+    def _run(self, call: Call):
+        """What the family's forward does, for any number of own heads. Families with steps of their own override it."""
+        return self._plain(call, call.mask, call.positions)
+
+    def _plain(self, call: Call, mask, positions):
+        """Attention as families without special steps do it; of a layer that reuses wholly, values and output
+        projection only. mask and positions: as the family uses them, else as in `call`."""
+        query, key, value, gate = self._project(call.states)
         if query is not None:
             query, key = self._normalise(query, key)
-            query, key = self._turn(query, key, positions, kwargs)
-        if cache is not None:
-            # transformers 4 hands the positions to a static cache; 5 counts them itself.
-            extra = ({"cache_position": kwargs["cache_position"]},) if "cache_position" in kwargs else ()
-            key, value = AttentionCache(cache, self.layer_idx).update(key, value, *extra)
-        output, weights = self._attend(query, key, value, mask, kwargs)
-        return self._output(output, hidden_states, gate), weights
+            query, key = self._turn(query, key, positions)
+        if is_paged(call.cache):
+            key, value = update_paged(call.cache, key, value, self.plan.layer, call.rest)
+        elif call.cache is not None:
+            key, value = AttentionCache(call.cache, self.plan.layer).update(key, value, *self._extra(call))
+        output, weights = self._attend(query, key, value, mask, call)
+        return self._output(output, call.states, gate), weights
 
-    def _attend(self, query, key, value, mask, kwargs):
+    def _extra(self, call):
+        """What a cache's update takes besides: in transformers 4 the positions, for static caches; later it counts."""
+        return () if call.cache_position is None else ({"cache_position": call.cache_position},)
+
+    def _attend(self, query, key, value, mask, call):
         """As `attend`, with what a family's forward would have handed to the attention function."""
-        arguments = None
+        arguments = dict(call.rest)
         if query is not None:
-            arguments = {
-                "scaling": self._scaling(),
-                "dropout": _probability(getattr(self, self.names.dropout, 0.0)) if self.training else 0.0,
-            }
+            arguments["scaling"] = self._scaling()
+            arguments["dropout"] = self._dropout() if self.training else 0.0
         implementation = self.model_config._attn_implementation or "eager"
-        return self.attend(kwargs.get(EXCHANGE), implementation, query, key, value, mask, arguments)
+        return self.attend(call.exchange, implementation, query, key, value, mask, arguments)
+
+    def _dropout(self):
+        names = (self.names.dropout, "attention_dropout", "attn_dropout")
+        rate = next((getattr(self, name) for name in names if hasattr(self, name)), 0.0)
+        return rate.p if isinstance(rate, nn.Dropout) else rate
 
     def _scaling(self):
         return getattr(self, "scaling", self.size**-0.5)
@@ -132,7 +147,7 @@ class SharedAttention(Attending):
             query, key = getattr(self, names.query_norm)(query), getattr(self, names.key_norm)(key)
         return query, key
 
-    def _turn(self, query, key, positions, kwargs):
+    def _turn(self, query, key, positions):
         """Rotate queries and keys by their positions, in families that do."""
         if positions is None:
             return query, key

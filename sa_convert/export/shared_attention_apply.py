@@ -6,6 +6,7 @@ from functools import cache
 from torch import nn
 
 from .shared_attention import SharedAttention
+from .shared_attention_arguments import Arguments, unlike
 from .shared_attention_attend import FORMS, ConfigView
 from .shared_attention_exchange import append_to_positions, open_by_context, open_by_keyword
 from .shared_attention_modules import MODULES
@@ -20,12 +21,19 @@ def shared_class(attention: type, names) -> type:
     """The attention class of a family that shares: ours, then the family's own."""
     family = sys.modules[attention.__module__]
     eager = getattr(family, "eager_attention_forward", eager_attention)
+    rotate = getattr(family, "apply_rotary_pos_emb", None)
+    ours = MODULES[names.module] if names.module else SharedAttention
+    rotates = names.rotary != "none" and names.plain_forward
+    if rotates and rotate is None:
+        raise RuntimeError(unlike(f"the module of {attention.__name__} has no apply_rotary_pos_emb"))
+    needs = ("mask", *ours.needs, *(() if names.bidirectional else ("cache",)))
+    needs += ("positions",) if names.exchange == "positions" or (rotates and not names.module) else ()
     members = {
         "family_eager": staticmethod(eager_attention if names.fused or names.module else eager),
-        "rotate": staticmethod(getattr(family, "apply_rotary_pos_emb", None)),
+        "rotate": staticmethod(rotate),
+        "arguments": Arguments(attention, needs),
         "__module__": __name__,
     }
-    ours = MODULES[names.module] if names.module else SharedAttention
     return type(f"Shared{attention.__name__}", (ours, attention), members)
 
 

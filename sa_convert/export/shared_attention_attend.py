@@ -17,7 +17,9 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .shared_attention_arguments import take_paged
 from .shared_attention_exchange import EXCHANGE, Loan, current_exchange
+from .shared_attention_paged import update_paged
 from .shared_attention_plan import LayerPlan
 from .shared_attention_weights import additive, blocks_of, causal_mask, pairs_of, probabilities, weigh
 
@@ -87,7 +89,7 @@ def _gather(runs, own, borrowed):
         return pieces[0]
     if any(piece.device != device for piece in pieces):
         pieces = [piece.to(device) for piece in pieces]
-    if len({piece.shape[0] for piece in pieces}) > 1:  # a mask may be one for all sequences
+    if any(piece.shape[0] != pieces[0].shape[0] for piece in pieces):  # a mask may be one for all sequences
         batch = max(piece.shape[0] for piece in pieces)
         pieces = [piece.expand(batch, *piece.shape[1:]) for piece in pieces]
     return torch.cat(pieces, dim=1)
@@ -123,6 +125,8 @@ class Attending(nn.Module):
         # Compiled, a prompt's blocks would make a graph for every length.
         if tokens > 1 and (torch.is_grad_enabled() or self.plan.gain < GAIN or torch.compiler.is_compiling()):
             return False
+        if torch.compiler.is_compiling():  # one token's fit, and no graph should depend on how many are cached
+            return True
         pairs = pairs_of(tokens, length, self._triangular(implementation, mask, tokens))
         needed = batch * len(self.plan.heads) * pairs * query.element_size() * self.plan.lenders_at_once
         return needed <= self.sharing.get("weights_memory", WEIGHTS_MEMORY)
@@ -139,9 +143,14 @@ class Attending(nn.Module):
         where they were computed, else None.
         """
         plan = self.plan
-        kernel = self.family_eager if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
         if plan is None:
+            kernel = self.family_eager if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
             return kernel(_KernelModule(self, self.group), query, key, value, mask, **arguments)
+        implementation = "eager" if implementation == "paged|eager" else implementation
+        kernel = self.family_eager if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
+        paged = take_paged(arguments)
+        if paged is not None:
+            key, value = update_paged(paged, key, value, plan.layer, arguments)
         exchange = exchange or current_exchange()
         if exchange is None:
             raise RuntimeError(
@@ -159,7 +168,11 @@ class Attending(nn.Module):
         if weights_form:
             whole = implementation == "eager" or torch.compiler.is_compiling()
             triangular = query is not None and self._triangular(implementation, mask, query.shape[-2])
-            own = None if query is None else self._own_blocks(query, key, mask, arguments, triangular, whole)
+            own = (
+                None
+                if query is None
+                else self._own_blocks(implementation, query, key, mask, arguments, triangular, whole)
+            )
             if own and plan.lends:
                 exchange.lend(self.stack, plan.layer, Loan(query, key, own, arguments, own_mask))
             output, weights = self._attend_weights(exchange, own, value, whole)
@@ -171,9 +184,13 @@ class Attending(nn.Module):
         exchange.settle(self.stack, plan.settled)
         return output, weights
 
-    def _own_blocks(self, query, key, mask, arguments, triangular, whole):
+    def _own_blocks(self, implementation, query, key, mask, arguments, triangular, whole):
         """Probabilities of own heads: blocks (B, O, R, E)."""
-        plan, tokens, length = self.plan, query.shape[-2], key.shape[-2]
+        plan, tokens, length, dtype = self.plan, query.shape[-2], key.shape[-2], query.dtype
+        if implementation != "eager" and dtype.itemsize < 4:
+            # Fused kernels keep scores in float32, so who chose one must not get less: below it, scores of heads with
+            # large biases overflow (float16) or lose what tells tokens apart (bfloat16).
+            query, key = query.float(), key.float()
         group = plan.own_group
         if group is None:
             key, group = key[:, plan.own_key_of_head], 1
@@ -186,7 +203,8 @@ class Attending(nn.Module):
             every = mask is None or mask.shape[-2] in (1, stop - start)
             rows_mask = mask if every else mask[:, :, start:stop]
             keys = key if seen == length else key[:, :, :seen]
-            found.append(probabilities(self.family_eager, module, rows, keys, rows_mask, group, arguments))
+            lent = probabilities(self.family_eager, module, rows, keys, rows_mask, group, arguments)
+            found.append(lent if lent.dtype == dtype else lent.to(dtype))
         return found
 
     def _attend_weights(self, exchange, own, value, whole):

@@ -25,39 +25,47 @@ class GPT2Attention(SharedAttention):
 class FalconAttention(SharedAttention):
     """Falcon: rotary embeddings or ALiBi."""
 
-    def forward(
-        self, hidden_states, alibi=None, attention_mask=None, layer_past=None, position_embeddings=None, **kwargs
-    ):
-        if alibi is not None:
-            position_embeddings = None
+    needs = ("alibi", "positions")
+
+    def _run(self, call):
+        mask, positions = call.mask, call.positions
+        if call.alibi is not None:
+            positions = None
             if (self.model_config._attn_implementation or "eager") == "eager":
                 # The mask holds ALiBi as well: with eager attention Falcon adds it twice, and so its models do here.
-                bias = alibi.view(hidden_states.shape[0], len(self.plan.heads), 1, -1) * self.size**-0.5
-                attention_mask = bias + attention_mask
-        return self._plain(hidden_states, attention_mask, position_embeddings, layer_past, **kwargs)
+                bias = call.alibi.view(call.states.shape[0], len(self.plan.heads), 1, -1) * self.size**-0.5
+                mask = bias + mask
+        return self._plain(call, mask, positions)
 
 
 class BloomAttention(SharedAttention):
     """BLOOM: ALiBi, and the residual is added here."""
 
-    def forward(self, hidden_states, residual, alibi, attention_mask=None, layer_past=None, **kwargs):
-        mask = alibi.view(hidden_states.shape[0], len(self.plan.heads), 1, -1)  # (B, H, 1, S)
-        if attention_mask is not None:
-            mask = mask + attention_mask
-        output, weights = self._plain(hidden_states, mask, None, layer_past, **kwargs)
-        return residual + nn.functional.dropout(output, p=self.hidden_dropout, training=self.training), weights
+    needs = ("alibi", "residual")
+
+    def _run(self, call):
+        mask = call.alibi.view(call.states.shape[0], len(self.plan.heads), 1, -1)  # (B, H, 1, S)
+        if call.mask is not None:
+            mask = mask + call.mask
+        output, weights = self._plain(call, mask, None)
+        output = nn.functional.dropout(output, p=self.hidden_dropout, training=self.training)
+        return call.residual + output, weights
 
 
 class GPTJAttention(SharedAttention):
-    """GPT-J: rotary embeddings of pairs of neighbours, from a table by position."""
+    """GPT-J: rotary embeddings of pairs of neighbours. The stack makes them since 5.24; before, each layer reads them
+    from a table by position."""
 
-    def forward(self, hidden_states, layer_past=None, attention_mask=None, position_ids=None, **kwargs):
-        return self._plain(hidden_states, attention_mask, position_ids, layer_past, **kwargs)
+    def _run(self, call):
+        sines = call.positions
+        if sines is None and self.plan.own:
+            table = self._get_embed_positions(call.position_ids)  # (B, positions, rotary size)
+            places = call.position_ids.unsqueeze(-1).expand(-1, -1, table.shape[-1])
+            sines = table.gather(1, places).to(call.states.dtype).chunk(2, dim=-1)
+        return self._plain(call, call.mask, sines)
 
-    def _turn(self, query, key, positions, kwargs):
-        table = self._get_embed_positions(positions)  # (B, positions, rotary size)
-        sincos = table.gather(1, positions.unsqueeze(-1).expand(-1, -1, table.shape[-1])).to(key.dtype)
-        sin, cos = sincos.chunk(2, dim=-1)
+    def _turn(self, query, key, positions):
+        sin, cos = positions
         width = self.rotary_dim or self.size
 
         def turn(states):
@@ -70,72 +78,75 @@ class GPTJAttention(SharedAttention):
 class EncoderDecoderAttention(SharedAttention):
     """Self-attention and cross-attention of BART and its kin."""
 
-    def forward(self, hidden_states, key_value_states=None, past_key_values=None, attention_mask=None, **kwargs):
-        output, weights = self._across(hidden_states, key_value_states, past_key_values, attention_mask, **kwargs)
-        return self._output(output, hidden_states), weights
+    needs = ("source",)
 
-    def _across(self, hidden_states, source_states, past_key_values, mask, **kwargs):
-        """Heads' outputs (B, T, H, D) and weights. source_states: the encoder's (B, S, hidden) for cross-attention."""
-        plan, cross, cache = self.plan, source_states is not None, None
-        if past_key_values is not None:
-            cache = AttentionCache(past_key_values, self.layer_idx, cross)
+    def _run(self, call):
+        output, weights = self._across(call, call.mask)
+        return self._output(output, call.states), weights
+
+    def _across(self, call, mask):
+        """Heads' outputs (B, T, H, D) and weights. mask: as in `call`, or what makes it of queries and their keys'
+        number."""
+        plan, cross, cache = self.plan, call.source is not None, None
+        if call.cache is not None:
+            cache = AttentionCache(call.cache, plan.layer, cross)
         if cache is not None and cache.is_filled:
-            query = self._split(getattr(self, self.names.query)(hidden_states)) if plan.own else None
+            query = self._split(getattr(self, self.names.query)(call.states)) if plan.own else None
             key, value = cache.read(len(plan.own_groups), len(plan.heads) // plan.group)
         else:
-            query, key, value, _ = self._project(hidden_states, source_states)
+            query, key, value, _ = self._project(call.states, call.source)
             if cache is not None:
-                positions = kwargs.get("cache_position")
-                extra = () if cross or positions is None else ({"cache_position": positions},)
-                key, value = cache.update(key, value, *extra)
+                key, value = cache.update(key, value, *(() if cross else self._extra(call)))
         if callable(mask):
             mask = mask(query if query is not None else value, value.shape[-2])
-        return self._attend(query, key, value, mask, kwargs)
+        return self._attend(query, key, value, mask, call)
 
 
 class T5Attention(EncoderDecoderAttention):
     """T5: relative positions as a bias for each head, which the first layer computes for all."""
 
-    def forward(
-        self, hidden_states, mask=None, key_value_states=None, position_bias=None, past_key_values=None, **kwargs
-    ):
-        tokens, cross = hidden_states.shape[1], key_value_states is not None
-        before = 0
-        if past_key_values is not None and not cross:
-            before = AttentionCache(past_key_values, self.layer_idx).length()
+    needs = ("source", "bias")
+
+    def _run(self, call):
+        before, bias = 0, call.bias
+        if call.cache is not None and call.source is None:
+            before = AttentionCache(call.cache, self.plan.layer).length()
             before = before.clone() if isinstance(before, torch.Tensor) else before
-        bias = position_bias
 
         def combined(states, length):
             """Bias and mask together: (1 or B, H, T, S), or None."""
             nonlocal bias
-            if cross:
+            if call.source is not None:
                 # transformers 4 hands on a bias of nothing but the mask
-                return bias if _TRANSFORMERS_4 and bias is not None else mask
-            masked = additive(mask, states, length)
+                return bias if _TRANSFORMERS_4 and bias is not None else call.mask
             if bias is None:
-                bias = self._bias(tokens, length, before, kwargs)
-                bias = bias + masked if _TRANSFORMERS_4 and masked is not None else bias
-            if _TRANSFORMERS_4:
-                return bias
-            if masked is None and self.is_causal and tokens > 1:
-                seen = torch.ones(tokens, length, dtype=torch.bool, device=states.device).tril()
-                masked = additive(seen[None, None], states, length)
-            return bias if masked is None else bias + masked
+                bias = self._bias(call, length, before)
+                if _TRANSFORMERS_4 and call.mask is not None:
+                    bias = bias + additive(call.mask, states, length)
+            return bias if _TRANSFORMERS_4 else self._masked(bias, call.mask, length)
 
-        output, weights = self._across(hidden_states, key_value_states, past_key_values, combined, **kwargs)
-        output = self._output(output, hidden_states)
+        output, weights = self._across(call, combined)
+        output = self._output(output, call.states)
         if _TRANSFORMERS_4:
-            return (output, bias, weights) if kwargs.get("output_attentions") else (output, bias)
+            return (output, bias, weights) if call.output_attentions else (output, bias)
         return output, bias, weights
 
-    def _bias(self, tokens, length, before, kwargs):
+    def _bias(self, call, length, before):
         """Relative positions of T new tokens to S: (1, H, T, S)."""
-        device = self.relative_attention_bias.weight.device
+        tokens, device = call.states.shape[1], call.states.device
         if _TRANSFORMERS_4:
-            positions = kwargs["cache_position"]
-            return self.compute_bias(length, length, device=device, cache_position=positions)[:, :, -tokens:]
-        return self.compute_bias(tokens, length, device=device, past_seen_tokens=before)
+            return self.compute_bias(length, length, device, call.cache_position)[:, :, -tokens:]
+        return self.compute_bias(tokens, length, device, before)
+
+    def _masked(self, bias, mask, length):
+        """The bias, and the least number wherever a token does not see: not their sum, which half precision lacks."""
+        tokens = bias.shape[-2]
+        if mask is None and not (self.is_causal and tokens > 1):
+            return bias
+        if mask is None:
+            mask = torch.ones(tokens, length, dtype=torch.bool, device=bias.device).tril()
+        mask = mask[..., :length]
+        return torch.where(mask, bias, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else bias + mask
 
     def _scaling(self):
         return 1.0

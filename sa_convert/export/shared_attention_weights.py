@@ -10,6 +10,8 @@ Letters in shape comments as in `shared_attention`; R is the number of tokens in
 import torch
 from torch import nn
 
+from .shared_attention_arguments import unlike
+
 BLOCK = 128
 """Query tokens in a block of probabilities."""
 
@@ -18,7 +20,10 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     """Plain attention, for families whose modeling file does not offer its own for any number of heads.
 
     query: (B, H, T, D); key, value: (B, G, S, D). Returns the output (B, T, H, D) and the weights (B, H, T, S).
+    Raises NotImplementedError for what it does not compute.
     """
+    if unknown := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
+        raise NotImplementedError(unlike(f"attention takes {' and '.join(unknown)}, which this family's did not,"))
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
