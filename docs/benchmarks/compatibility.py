@@ -1,6 +1,6 @@
 """Writes docs/compatibility.md: which releases of transformers run the folders that the pinned one makes.
 
-    python docs/benchmarks/compatibility.py                   # every release; half an hour, and 150 MB of disk at a time
+    python docs/benchmarks/compatibility.py                   # every release, in half an hour or more
     python docs/benchmarks/compatibility.py --only 5.0 5.24   # prints what these do, and writes nothing
 
 Tiny random models of the families that `tests/elsewhere.py` lists are converted once, by maps of spans, groups and
@@ -152,9 +152,8 @@ def main() -> int:
                 result = run_elsewhere(sys.executable, job, root / f"on-{release}", Path(packages))
             assert result["transformers"] == release
             found = list(outcomes(release, folders, result["found"], expected))
-            print(
-                release, *(f"{TITLES[kind]}: {cell([o for o in found if o.kind == kind])}" for kind in KINDS), sep="\t"
-            )
+            of = {TITLES[kind]: [outcome for outcome in found if outcome.kind == kind] for kind in KINDS}
+            print(release, *(f"{title}: {cell(some)}" for title, some in of.items()), sep="\t")
             print(*reasons(found), sep="", flush=True)
             every += found
     if not options.only:
