@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +42,19 @@ its code says in a sentence which release it needs. Anything else is *broken*.
 
 | transformers | {titles} |
 |---|{rules}
+"""
+TAIL = """
+## New releases
+
+`make test` ends with a look at the newest release. `tests/newest.py` asks the registry for it. If it is not the pinned
+one, it is installed into `.venv-newest`, with the newest of everything else but torch. The folders above, made by the
+pinned release, must then run there as they do on the pinned one, and `convert` (with a search, a refit and validation),
+`evaluate` and `bench` must run there themselves. What came out is printed last and written to `build/newest.txt`. It
+does not change the exit status: a release breaks what it breaks, whatever is being landed. Nor does it if the registry
+does not answer, or if the environment cannot be made. Only if the newest release is the pinned one, a failure counts.
+
+`make test-newest` runs every test in that environment. To move to a new release, write it into `constraints.txt`, and
+run `python docs/generate.py`, `python docs/benchmarks/smoke.py` and `python docs/benchmarks/compatibility.py`.
 """
 
 
@@ -130,28 +144,38 @@ def page(every: list[Outcome], pinned: str) -> str:
         of = [[outcome for outcome in every if (outcome.release, outcome.kind) == (release, kind)] for kind in KINDS]
         text += f"| {release}{' (pinned)' if release == pinned else ''} | {' | '.join(map(cell, of))} |\n"
     why = list(reasons(every))
-    return text + "".join(["\n## Refused and broken\n\n", *why] if why else [])
+    return text + "".join(["\n## Refused and broken\n\n", *why] if why else []) + TAIL
+
+
+def run(release: str, root: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """What `on_transformers.py` finds on a release, which is installed for it and removed again."""
+    with tempfile.TemporaryDirectory(dir=root) as packages:
+        install(release, Path(packages))
+        result = run_elsewhere(sys.executable, job, root / f"on-{release}", Path(packages))
+    assert result["transformers"] == release
+    found: dict[str, Any] = result["found"]
+    return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", nargs="+", metavar="X.Y", help="minor versions to run; the page is not written")
+    parser.add_argument("--jobs", type=int, default=2, help="releases that run at the same time")
     options = parser.parse_args()
     wanted, pinned = releases(), version("transformers")
     if options.only:
         wanted = [release for release in wanted if release.rpartition(".")[0] in options.only]
     every: list[Outcome] = []
-    with tempfile.TemporaryDirectory(prefix="sa-convert-compatibility-") as name:
+    with (
+        tempfile.TemporaryDirectory(prefix="sa-convert-compatibility-") as name,
+        ThreadPoolExecutor(options.jobs) as pool,
+    ):
         root = Path(name)
         folders = make_folders(root, dict.fromkeys(MINIMUM, KINDS))
         job = make_job(folders.values(), ["cached", "uncached"])
         expected = run_elsewhere(sys.executable, job, root / "pinned")["found"]
-        for release in wanted:
-            with tempfile.TemporaryDirectory(dir=root) as packages:
-                install(release, Path(packages))
-                result = run_elsewhere(sys.executable, job, root / f"on-{release}", Path(packages))
-            assert result["transformers"] == release
-            found = list(outcomes(release, folders, result["found"], expected))
+        for release, result in zip(wanted, pool.map(lambda release: run(release, root, job), wanted), strict=True):
+            found = list(outcomes(release, folders, result, expected))
             of = {TITLES[kind]: [outcome for outcome in found if outcome.kind == kind] for kind in KINDS}
             print(release, *(f"{title}: {cell(some)}" for title, some in of.items()), sep="\t")
             print(*reasons(found), sep="", flush=True)
