@@ -14,7 +14,8 @@ from sa_convert.run.arguments import cache_keyword, cache_of, caches_in, first_a
 from sa_convert.validate.cache import cache_bytes_per_token
 from sa_convert.validate.decode import decode_check
 
-FAMILIES = ["llama", "qwen3_next", "t5", "bart"]  # one cache, one with states of fixed size, two of two caches
+# One cache; one with states of fixed size; one that the output does not name; two that consist of two caches.
+FAMILIES = ["llama", "qwen3_next", "recurrent_gemma", "t5", "bart"]
 
 
 def rename(model):

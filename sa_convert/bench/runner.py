@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sa_convert.data.report import PredictionTask
 from sa_convert.errors import SaConvertError
 from sa_convert.export.shared_attention_families import FAMILIES, PREFIX
-from sa_convert.run.arguments import cache_keyword, cache_of, caches_in
+from sa_convert.run.arguments import cache_keyword, cache_of, caches_in, dynamic_cache
 from sa_convert.run.device import input_device
 from sa_convert.run.load import embedded_tokens
 
@@ -31,6 +31,7 @@ class Runner:
         # As generate() tells them; Bamba counts from 0 in every pass that is not told.
         self._told_positions = family is not None and family.mixed and family.rotary != "none"
         self.keeps_one = "logits_to_keep" in signature(model.forward).parameters
+        self._hands_cache = static  # rather than let the model make its own
         self._cache: Any = None
         self._read: Any = None  # the encoder's output
 
@@ -58,14 +59,15 @@ class Runner:
             inputs["attention_mask"] = _ones(tokens)
         if self.caches:
             inputs["use_cache"] = True
-            if self._static:
-                from transformers import StaticCache
-
-                config = self.model.config.get_text_config(decoder=True)
-                inputs[cache_keyword(self.model)] = StaticCache(config=config, max_cache_len=self._room)
+            if self._hands_cache:
+                self._cache = inputs[cache_keyword(self.model)] = self._new_cache()
             if self.keeps_one:
                 inputs["logits_to_keep"] = 1
-        return self._timed(inputs)
+        seconds = self._timed(inputs)
+        if self.caches and self._cache is None:
+            self._hands_cache = True
+            return self.prefill()
+        return seconds
 
     def step(self) -> float:
         """Seconds of a pass over one more token of each sequence."""
@@ -98,8 +100,17 @@ class Runner:
         _synchronize(device)
         seconds = perf_counter() - start
         if self.caches:
-            self._cache, self._read = cache_of(output), getattr(output, "encoder_last_hidden_state", None)
+            found = cache_of(output)
+            self._cache = self._cache if found is None else found
+            self._read = getattr(output, "encoder_last_hidden_state", None)
         return seconds
+
+    def _new_cache(self) -> Any:
+        if not self._static:
+            return dynamic_cache(self.model)
+        from transformers import StaticCache
+
+        return StaticCache(config=self.model.config.get_text_config(decoder=True), max_cache_len=self._room)
 
 
 def _states(cache: Any) -> "Iterator[torch.Tensor]":

@@ -24,8 +24,15 @@ def cache_keyword(model: Any) -> str:
 
 
 def cache_of(output: Any) -> Any:
-    """The cache in a model's output, whatever it is called there; None if there is none."""
+    """The cache in a model's output, whatever it is called there; None if the output has none (RecurrentGemma's)."""
     return next((value for value in output.values() if _is_cache(value)), None)
+
+
+def dynamic_cache(model: Any) -> Any:
+    """A new one, for a model whose output does not name the cache that it makes itself."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
 def caches_in(cache: Any) -> Iterator[Any]:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from sa_convert.run.arguments import cache_of, caches_in
+from sa_convert.run.arguments import caches_in
 from sa_convert.run.steps import Steps
 from sa_convert.run.task import Decoding
 
@@ -24,9 +24,9 @@ def cache_bytes_per_token(
 
     steps = Steps(model, Decoding(tokens, source))
     with torch.inference_mode():
-        cache = cache_of(steps.first(steps.tokens))
+        steps.first(steps.tokens)
     total = 0
-    for layer in (layer for part in caches_in(cache) for layer in part.layers):
+    for layer in (layer for part in caches_in(steps.cache) for layer in part.layers):
         if getattr(layer, "keys", None) is None:
             continue  # a state of fixed size
         for states in (layer.keys, layer.values):  # (1, heads, tokens, head size), the last may be 0
