@@ -74,13 +74,15 @@ def difference(found: dict, expected: dict, base: dict, base_expected: dict) -> 
     for result in (found, found.get("cached"), found.get("uncached")):
         if isinstance(result, dict) and "error" in result:
             return result["error"]
+    if "absent" in found:
+        return f"no {found['absent']} there"
     for way in ("cached", "uncached"):
         if way in expected and found[way] != expected["cached"]:
             return f"other tokens, {way}"
     apart = _apart(found, expected)
     allowed = LOGITS
     if apart > LOGITS:
-        versions = _apart(base, base_expected)
+        versions = _apart(base, base_expected) if "logits" in base else 0.0
         allowed = max(LOGITS, 3 * versions if versions < 0.01 else 0.0)
     return None if apart <= allowed else f"logits differ by {apart:.2g}"
 

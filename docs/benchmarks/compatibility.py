@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from elsewhere import KINDS, MINIMUM, Folders, difference, make_folders, make_job, run_elsewhere  # noqa: E402
 
+SAID = {"refused": "refused", "broken": "broken", "base": "like the base"}
 TITLES = {"span": "spans", "groups": "groups", "heads": "heads"}
 HEAD = """# Releases of transformers
 
@@ -38,7 +39,8 @@ the registry served, by the code inside of them, in processes that cannot import
 
 A folder *runs* if it loads, its logits equal those on {pinned} (1e-4, float32; if the base model's differ between the
 releases, three times that difference), and it generates the same tokens with a cache and without. It is *refused* if
-its code says in a sentence which release it needs. Anything else is *broken*.
+its code says in a sentence which release it needs. It is *like the base* if the unconverted model itself fails on that
+release, or says other things there than on {pinned}. Anything else is *broken*.
 
 | transformers | {titles} |
 |---|{rules}
@@ -60,7 +62,8 @@ run `python docs/generate.py`, `python docs/benchmarks/smoke.py` and `python doc
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one folder on one release: "runs", "refused" or "broken", and why."""
+    """What became of one folder on one release: "runs", "refused", "broken", or "base" if its base does not run there as
+    on the pinned release either; and why."""
 
     release: str
     family: str
@@ -95,25 +98,30 @@ def outcomes(release: str, folders: Folders, found: dict[str, Any], pinned: dict
         if kind == "base":
             continue
         base = folders[family, "base"]
-        results = [found[folder], *(found[folder].get(way) for way in ("cached", "uncached"))]
-        failed = next((result for result in results if isinstance(result, dict) and "error" in result), None)
         if "absent" in found[folder]:
             yield Outcome(release, family, kind, "refused", f"this release has no {found[folder]['absent']}")
-        elif failed:
-            what = "refused" if failed["refused"] else "broken"
-            yield Outcome(release, family, kind, what, " ".join(failed["error"].split()))
-        elif "error" in pinned[folder]:
-            yield Outcome(release, family, kind, "broken", "it does not run on the pinned release")
-        else:
-            why = difference(found[folder], pinned[folder], found[base], pinned[base])
-            yield Outcome(release, family, kind, "broken" if why else "runs", why or "")
+            continue
+        if "error" in pinned[folder]:
+            yield Outcome(
+                release, family, kind, "broken", f"it does not run on the pinned one: {pinned[folder]['error']}"
+            )
+            continue
+        why = difference(found[folder], pinned[folder], found[base], pinned[base])
+        if why is None:
+            yield Outcome(release, family, kind, "runs")
+            continue
+        results = (found[folder], *(found[folder].get(way) for way in ("cached", "uncached")))
+        refused = any(isinstance(result, dict) and result.get("refused") for result in results)
+        of_base = difference(found[base], pinned[base], found[base], found[base])
+        what = "refused" if refused else "base" if of_base else "broken"
+        yield Outcome(release, family, kind, what, " ".join((of_base if what == "base" else why).split()))
 
 
 def cell(outcomes: list[Outcome]) -> str:
     """Such as "11 of 13 run, 2 refused"."""
-    number = {what: sum(outcome.what == what for outcome in outcomes) for what in ("runs", "refused", "broken")}
+    number = {what: sum(outcome.what == what for outcome in outcomes) for what in ("runs", *SAID)}
     text = f"{number['runs']} of {len(outcomes)} run"
-    return text + "".join(f", {number[what]} {what}" for what in ("refused", "broken") if number[what])
+    return text + "".join(f", {number[what]} {said}" for what, said in SAID.items() if number[what])
 
 
 def reasons(outcomes: Iterable[Outcome]) -> Iterator[str]:
@@ -126,7 +134,7 @@ def reasons(outcomes: Iterable[Outcome]) -> Iterator[str]:
             families.setdefault(outcome.family, []).append(TITLES[outcome.kind])
     for (release, what, why), families in concerned.items():
         named = ", ".join(f"`{family}` ({', '.join(kinds)})" for family, kinds in families.items())
-        yield f"- {release}, {what}: {named}: {why}\n"
+        yield f"- {release}, {SAID[what]}: {named}: {why}\n"
 
 
 def page(every: list[Outcome], pinned: str) -> str:
