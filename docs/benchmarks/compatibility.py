@@ -62,8 +62,8 @@ run `python docs/generate.py`, `python docs/benchmarks/smoke.py` and `python doc
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one folder on one release: "runs", "refused", "broken", or "base" if its base does not run there as
-    on the pinned release either; and why."""
+    """What became of one folder on one release: "runs", "refused", "broken", or "base" if its base does not do there
+    what it does on the pinned release either; and why."""
 
     release: str
     family: str
