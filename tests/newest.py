@@ -22,7 +22,7 @@ PYTHON = ROOT / ".venv-newest" / "bin" / "python"
 def newest_release() -> str | None:
     """None if the registry does not answer."""
     listed = run(sys.executable, "-m", "pip", "index", "versions", "transformers")
-    found = re.match(r"transformers \(([^)]+)\)", listed.stdout)
+    found = re.search(r"^transformers \(([^)]+)\)", listed.stdout, re.MULTILINE)
     return found.group(1) if found else None
 
 
