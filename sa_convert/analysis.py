@@ -11,7 +11,7 @@ from sa_convert.data.report import BaseModel
 from sa_convert.data.sharing_map import SharingMap
 from sa_convert.data.units import Unit, Units
 from sa_convert.errors import RecipeError
-from sa_convert.progress import peak_memory
+from sa_convert.progress import notes, peak_memory
 from sa_convert.publish.analysis import write_analysis
 from sa_convert.publish.report import installed_versions
 from sa_convert.read.code import allow_code
@@ -70,6 +70,7 @@ def analyze(
     """
     described = open_model(model, None, options.stored_dtype)
     units = Units(geometry_of(described, family_of(described.config, described.tensors)))
+    notes(described.identity, described.notes)
     described = allow_code(described, options.trust_remote_code, announce)
     _check_budget(units, options.key_cache)
     ready = described.is_safetensors

@@ -11,9 +11,9 @@ from sa_convert.data.report import BaseModel, Change, Report, Savings, Validatio
 from sa_convert.data.sharing_map import SharingMap
 from sa_convert.data.units import Units
 from sa_convert.plan.plan import ConversionPlan, Subject, plan_conversion
-from sa_convert.progress import peak_memory
+from sa_convert.progress import notes, peak_memory
 from sa_convert.publish.report import installed_versions, write_report
-from sa_convert.read.code import allow_code
+from sa_convert.read.code import allow_code, left_out
 from sa_convert.read.model import complete, open_model
 from sa_convert.rewrite.refitted import check_refittable, refit_edits
 from sa_convert.rewrite.rewrite import needed_bytes, rewrite_checkpoint
@@ -124,6 +124,7 @@ def source_of(checkpoint: Checkpoint, model: str) -> Path:
 def _described(model: str, options: Options, announce: Announce) -> Subject:
     """From headers alone. Code of the model is not run, but refused here where it would have to."""
     subject = Subject.of(open_model(model, None, options.stored_dtype))
+    notes(subject.checkpoint.identity, (*subject.checkpoint.notes, *left_out(subject.checkpoint)))
     return replace(subject, checkpoint=allow_code(subject.checkpoint, options.trust_remote_code, announce))
 
 

@@ -1,6 +1,7 @@
 """Progress bars: always on stderr, gone when the work is done."""
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -27,3 +28,9 @@ def peak_memory() -> int:
 def note(text: str) -> None:
     """One line on stderr that users should read, though the work goes on."""
     print(f"Note: {text}", file=sys.stderr)
+
+
+def notes(of: str, texts: Iterable[str]) -> None:
+    """What is to be said of a model, a line each."""
+    for text in texts:
+        note(f"{of}: {text}")

@@ -57,7 +57,9 @@ def save_base(model_type, folder, layout):
     names = OLD_NAMES if layout == "old" else NEW_NAMES
     assert any(re.match(names[model_type], name) for name in tensors_in(folder))
     for name in SIDE_FILES:
-        (folder / name).write_text(json.dumps({"file": name}))
+        # They name their classes: see test_chosen_by_type for those that do not.
+        named = {"processor_class": "P", "image_processor_type": "I", "video_processor_type": "V"}
+        (folder / name).write_text(json.dumps({"file": name, **named}))
     return model
 
 

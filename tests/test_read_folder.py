@@ -155,17 +155,11 @@ def test_an_index_may_not_lead_out_of_the_folder(tmp_path, name):
     refused(folder, "outside of the model's folder")
 
 
-def test_index_and_shards_must_agree(tmp_path):
+def test_an_index_that_cannot_be_followed(tmp_path):
     folder = tiny_llama(tmp_path / "a", 2)
     (folder / "model-00002-of-00002.safetensors").unlink()
     refused(folder, "model-00002-of-00002.safetensors: the shard that model.safetensors.index.json names for tensor '")
     refused(folder, "is missing")
-    folder = tiny_llama(tmp_path / "b", 2)
-    change_index(folder, lambda names: names.update({"made.up": "model-00001-of-00002.safetensors"}))
-    refused(folder, "has no tensor 'made.up', though model.safetensors.index.json says so")
-    folder = tiny_llama(tmp_path / "c", 2)
-    change_index(folder, lambda names: names.pop("lm_head.weight"))
-    refused(folder, "holds tensor 'lm_head.weight', which model.safetensors.index.json does not name for it")
     folder = tiny_llama(tmp_path / "d", 2)
     change_index(folder, dict.clear)
     refused(folder, "has no 'weight_map'")

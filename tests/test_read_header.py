@@ -86,7 +86,8 @@ def test_refuses_what_is_not_safetensors(tmp_path, header, data, length, message
         read_shard(file)
     assert message in str(error.value)
     assert str(file) in str(error.value)
-    assert "download it again" in str(error.value)
+    cut = ("but is 10 bytes long", "ends at byte")
+    assert ("download it again" in str(error.value)) == any(words in message for words in cut)
     assert "\n" not in str(error.value)
     with pytest.raises(Exception):  # noqa: B017, PT011 - the library's own class, whatever it is called
         safe_open(file, "numpy").__enter__()

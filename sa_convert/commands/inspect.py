@@ -25,9 +25,12 @@ def command(model: str, as_json: bool) -> None:
     Reads config.json and the headers of the weights only. A .gguf file is shown as it will be once dequantised.
     """
     from sa_convert.plan.inspection import inspect_checkpoint
+    from sa_convert.progress import notes
     from sa_convert.read.model import open_model
 
-    inspection = inspect_checkpoint(open_model(model))
+    checkpoint = open_model(model)
+    notes(checkpoint.identity, checkpoint.notes)
+    inspection = inspect_checkpoint(checkpoint)
     if as_json:
         echo_json(inspection.to_json())
         return

@@ -54,6 +54,8 @@ class Checkpoint:
 
     absent: bytes of the files that are not in the folder yet, by path relative to it: those of the model `identity` on
     the Hub at `revision`, whose folder is that of the snapshot in the cache. Empty for a model that is all here.
+
+    notes: what of the files is passed over, one sentence each, for the user to read.
     """
 
     identity: str
@@ -66,6 +68,7 @@ class Checkpoint:
     code: tuple[Path, ...] = ()
     trusted: bool = False
     absent: Mapping[Path, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def size(self, path: Path) -> int:
         """Bytes of a file, which may be absent yet. path: relative to the folder."""

@@ -76,9 +76,26 @@ class Savings:
 
 
 @dataclass(frozen=True)
+class StoredPerplexity:
+    """Perplexity of both models on a few sequences in the dtype of their files, and on the same ones as computed."""
+
+    dtype: str
+    tokens: int
+    before: float
+    after: float
+    exact_before: float
+    exact_after: float
+
+    @property
+    def rounding(self) -> float:
+        """What the converted model loses by rounding, more than its base: 0.01 is 1%."""
+        return (self.after / self.exact_after) / (self.before / self.exact_before) - 1
+
+
+@dataclass(frozen=True)
 class PerplexityReport:
     """Perplexity of both models on the same tokens. dtype: in which both were computed. task: of which tokens.
-    increase: 0.05 is 5%."""
+    increase: 0.05 is 5%. stored: in the dtype of their files, if it is another one."""
 
     text: str
     tokens: int
@@ -86,6 +103,7 @@ class PerplexityReport:
     after: float
     dtype: str
     task: PredictionTask = "next-token"
+    stored: StoredPerplexity | None = None
 
     @property
     def increase(self) -> float:
@@ -203,6 +221,17 @@ def _perplexity_json(perplexity: PerplexityReport) -> dict[str, Any]:
         "after": round(perplexity.after, 4),
         "increase": round(perplexity.increase, 6),
         "dtype": perplexity.dtype,
+        **({"stored": _stored_json(perplexity.stored)} if perplexity.stored else {}),
+    }
+
+
+def _stored_json(stored: StoredPerplexity) -> dict[str, Any]:
+    return {
+        "dtype": stored.dtype,
+        "tokens": stored.tokens,
+        "before": round(stored.before, 4),
+        "after": round(stored.after, 4),
+        "rounding": round(stored.rounding, 6),
     }
 
 

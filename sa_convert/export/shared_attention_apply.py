@@ -1,14 +1,14 @@
 """Makes a freshly built model of a family share attention: its attention modules lose heads and learn to borrow."""
 
 import sys
-from functools import cache
+from functools import cache, partial
 
 from torch import nn
 
 from .shared_attention import SharedAttention
 from .shared_attention_arguments import Arguments, unlike
 from .shared_attention_attend import FORMS, ConfigView
-from .shared_attention_exchange import append_to_positions, open_by_context, open_by_keyword
+from .shared_attention_exchange import open_by_keyword, open_by_positions, open_by_thread, see_input
 from .shared_attention_modules import MODULES
 from .shared_attention_plan import LayerPlan, plan_layers
 from .shared_attention_weights import eager_attention
@@ -191,6 +191,9 @@ def _share_stack(model: nn.Module, names, stack, sharing: dict) -> bool:
         attention.config = ConfigView(configs[layer])
         if not hasattr(attention, "is_causal"):  # kernels take it for granted where a module does not say
             attention.is_causal = not names.bidirectional or getattr(configs[layer], "is_decoder", False)
+        if plan is not None and plan.lends:
+            see = partial(see_input, stack.name, layer)
+            submodule(model, stack.layers)[layer].register_forward_pre_hook(see, with_kwargs=True)
         if plan is not None and plan.reuses:
             _shrink(attention, plan, names, attention.size)
     return bool(plans)
@@ -198,8 +201,8 @@ def _share_stack(model: nn.Module, names, stack, sharing: dict) -> bool:
 
 def _open_exchange(stack: nn.Module, names) -> None:
     if names.exchange == "positions":
-        stack.rotary_emb.register_forward_hook(append_to_positions)
+        open_by_positions(stack, stack.rotary_emb)
     elif names.exchange == "context":
-        open_by_context(stack)
+        open_by_thread(stack, lambda module: isinstance(module, SharedAttention))
     else:
-        stack.register_forward_pre_hook(open_by_keyword, with_kwargs=True)
+        open_by_keyword(stack)

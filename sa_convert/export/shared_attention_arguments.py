@@ -34,7 +34,7 @@ def _is_annotated(role: str, parameter: Parameter) -> bool:
     """Whether an argument of unknown name can only be this one, by its annotation or the word in its name."""
     name, annotation = parameter.name, str(parameter.annotation)
     if role == "cache":
-        return "Cache" in annotation
+        return "Cache" in annotation or ("cache" in name.split("_") and name != "use_cache")
     if role == "positions":
         return "tuple[torch.Tensor, torch.Tensor]" in annotation
     if role == "position_ids":

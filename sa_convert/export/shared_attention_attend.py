@@ -95,6 +95,12 @@ def _gather(runs, own, borrowed):
     return torch.cat(pieces, dim=1)
 
 
+def as_laid_out_by_families(query, key, value):
+    """The same, in the order in memory that they have in layers without sharing: flex attention compiles a kernel for
+    every order, up to a limit."""
+    return query.transpose(1, 2).contiguous().transpose(1, 2), key.contiguous(), value.contiguous()
+
+
 def _rescaled(loan, arguments):
     """The loan's query for a kernel that scales scores as `arguments` say: layers may differ in that."""
     wanted, scaling = arguments.get("scaling"), loan.arguments.get("scaling")
@@ -154,7 +160,8 @@ class Attending(nn.Module):
         exchange = exchange or current_exchange()
         if exchange is None:
             raise RuntimeError(
-                f"Layer {plan.layer} shares attention with other layers, so it runs only within its model's forward."
+                f"shared_attention: layer {plan.layer} lends to other layers, or borrows from them, so it runs only "
+                "within its model's forward: run the whole model (checkpointing needs use_reentrant=False)."
             )
         if plan.reuses:
             loans = [exchange.borrow(self.stack, layer) for layer in plan.lenders]
@@ -241,4 +248,7 @@ class Attending(nn.Module):
         if plan.key_group != plan.group:
             value = value.repeat_interleave(plan.group, dim=1)
         module = _KernelModule(self, plan.key_group, arguments.get("s_aux"))
-        return kernel(module, query.to(value.device), key.to(value.device), value, mask, **arguments)
+        query, key = query.to(value.device), key.to(value.device)
+        if "flex" in (self.model_config._attn_implementation or ""):
+            query, key, value = as_laid_out_by_families(query, key, value)
+        return kernel(module, query, key, value, mask, **arguments)

@@ -1,19 +1,40 @@
 """How a layer without some of its keys uses the caches of transformers.
 
-A layer that owns no keys keeps its values in the cache's key slot, beside a zero-width value slot: an unmodified cache
-then reports the right length, and reorders, crops and slides as usual. A layer that owns some of its keys uses both
-slots; where a cache gives both as many heads (static and quantised ones), own keys and values lie side by side in the
-key slot. New tokens come in by the public `Cache.update`, but for steps of a plain dynamic cache: see `extended`.
+What a layer keeps lies in the two slots of its cache layer, in one of four ways. K: own keys, V: values; a cache knows
+one number of heads and one width for each slot, and reports the length of the key slot.
+
+| way          | key slot            | value slot    | of which layers                                               |
+|--------------|---------------------|---------------|---------------------------------------------------------------|
+| apart        | K (V if no own key) | V (width 0)   | those that grow                                               |
+| side by side | K V along heads     | width 0       | static ones, made when first written to (transformers 5)      |
+| halves       | first half of K V   | second half   | quantised ones; in transformers 4 static ones                 |
+| full         | K (V if no own key) | V             | static ones made before (early initialisation), unknown ones  |
+
+The first three save the memory of lost keys. The last one, filled up to the heads of a slot, works in every cache that
+can hold keys and values of the base.
+New tokens come in by the public `Cache.update`, but for steps of a plain dynamic cache: see `extended`.
 """
 
 from inspect import signature
 
 import torch
-from transformers.cache_utils import DynamicLayer, EncoderDecoderCache, QuantizedLayer, StaticLayer
+from transformers import EncoderDecoderCache, cache_utils
 
-# transformers 4 sizes both slots of a static cache by the keys, so there a zero-width value slot is not possible; nor
-# can zero-width tensors be quantised.
-_STATIC_CACHE_SIZES_SLOTS_ALONE = "value_states" in signature(StaticLayer.lazy_initialization).parameters
+
+def _classes(*names):
+    """Those of transformers' cache layers that this release has."""
+    return tuple(getattr(cache_utils, name) for name in names if hasattr(cache_utils, name))
+
+
+# A class of another name that inherits the way in which these take new tokens is as good as they are.
+_GROW = {layer.update for layer in _classes("DynamicLayer", "DynamicSlidingWindowLayer")}
+_STATIC = {layer.update for layer in _classes("StaticLayer", "StaticSlidingWindowLayer")}
+_PLAIN = _classes("DynamicLayer")
+_QUANTIZED = _classes("BaseQuantizedLayer", "QuantizedLayer")
+# transformers 4 sizes both slots of a static cache by the keys.
+_SIZES_SLOTS_ALONE = all(
+    "value_states" in signature(layer.lazy_initialization).parameters for layer in _classes("StaticLayer")
+)
 
 
 class AttentionCache:
@@ -36,25 +57,25 @@ class AttentionCache:
 
     def update(self, key, value, *extra):
         """Add key (B, own groups, t, D) or None, and value (B, G, t, D); return both with all that was cached."""
-        if key is None:
-            value = store(self._cache, value, self._layer, *extra)
-        elif key.shape[1] == value.shape[1]:
-            key, value = self._cache.update(key, value, self._layer, *extra)
-        else:
-            key, value = PackedCache(self._cache).update(key, value, self._layer, *extra)
+        key, value = _put(self._cache, key, value, self._layer, *extra)
         if self._cross and hasattr(self._whole, "is_updated"):
             self._whole.is_updated[self._layer] = True
         return key, value
 
     def read(self, own, groups):
-        """Key (B, own, S, D) or None, and value (B, groups, S, D), as an earlier pass left them."""
+        """Key (B, own, S, D) or None, and value (B, groups, S, D), as an earlier pass left them. Raises ValueError if
+        that was another model's."""
         layer = self._cache.layers[self._layer]
-        if not own:
-            return None, (torch.cat([layer.keys, layer.values], dim=-1) if layer.values.numel() else layer.keys)
-        if layer.keys.shape[1] == own:
-            return layer.keys, layer.values
-        states = torch.cat([layer.keys, layer.values], dim=-1) if layer.values.numel() else layer.keys
-        return states[:, :own], states[:, own:]
+        key, value = layer.keys, layer.values
+        if key.shape[1] == own:
+            return key, value
+        if not value.numel():
+            return _split(key, own)
+        if 2 * key.shape[1] == own + groups:
+            return _split(torch.cat([key, value], dim=1), own)
+        if type(layer).update in _GROW or not getattr(layer, "shared_attention", False):
+            raise _foreign(self._layer, own, key.shape[1])
+        return (key[:, :own] if own else None), value[:, :groups]
 
 
 class PackedCache:
@@ -68,44 +89,101 @@ class PackedCache:
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Add (B, own groups, t, D) and (B, G, t, D); return both with all that was cached."""
-        layer_class = _layer_class(self._cache, layer_idx)
-        if issubclass(layer_class, DynamicLayer) and not issubclass(layer_class, QuantizedLayer):
-            return _update(self._cache, key_states, value_states, layer_idx, *args, **kwargs)
-        own = key_states.shape[1]
-        packed = torch.cat([key_states, value_states], dim=1)
-        packed = store(self._cache, packed, layer_idx, *args, **kwargs)
-        return packed[:, :own], packed[:, own:]
+        return _put(self._cache, key_states, value_states, layer_idx, *args, **kwargs)
 
 
-def store(cache, states, layer_idx, *args, **kwargs):
-    """Add states to the cache of a layer, and return all that it holds: (B, ?, t, D) -> (B, ?, S, D)."""
-    if not _takes_both_slots(cache, layer_idx):
-        return _update(cache, states, states[..., :0], layer_idx, *args, **kwargs)[0]
-    half = states.shape[-1] // 2
-    return torch.cat(cache.update(states[..., :half], states[..., half:], layer_idx, *args, **kwargs), dim=-1)
+def _foreign(number, own, found):
+    """Why a cache that this model did not fill is refused."""
+    return ValueError(
+        f"shared_attention: layer {number} of this model caches {own} heads of keys (none where heads reuse attention "
+        f"of an earlier layer), but the cache given holds {found or 'tokens'} already: another model filled it, or "
+        "prefix tuning did. Let this model fill its cache itself."
+    )
 
 
-def _takes_both_slots(cache, layer_idx):
-    """Whether a cache cannot do with an empty value slot; then each slot takes half of every head."""
-    if cache.is_compileable:
-        return not _STATIC_CACHE_SIZES_SLOTS_ALONE
-    return issubclass(_layer_class(cache, layer_idx), QuantizedLayer)
+def _split(states, own):
+    """Own keys (None if there are none) and values, which lie side by side: (B, own + G, S, D)."""
+    return (states[:, :own] if own else None), states[:, own:]
 
 
-def _layer_class(cache, layer_idx):
-    """The class of a layer of the cache, or what it will be when first used."""
-    layers = getattr(cache, "layers", None)  # transformers 4 has caches of other makes for mixed models
-    if layers is None:
-        return object
-    return type(layers[layer_idx]) if layer_idx < len(layers) else getattr(cache, "layer_class_to_replicate", object)
+def _filled(states, heads):
+    """As many heads (B, heads, t, D) as a slot has."""
+    missing = heads - states.shape[1]
+    return torch.cat([states, states[:, :1].expand(-1, missing, -1, -1)], dim=1) if missing > 0 else states
+
+
+def _put(cache, key, value, layer_idx, *args, **kwargs):
+    """Add key (B, own, t, D) or None, and value (B, G, t, D) of t tokens; return both with all that was cached."""
+    own, groups = 0 if key is None else key.shape[1], value.shape[1]
+    layers = getattr(cache, "layers", ())  # transformers 4 has caches of other makes for mixed models
+    layer = layers[layer_idx] if layer_idx < len(layers) else None
+    kind = getattr(cache, "layer_class_to_replicate", None) if layer is None else type(layer)
+    way = getattr(kind, "update", None)
+    slot = layer.keys.shape[1] if way in _STATIC and layer is not None and layer.is_initialized else 0
+    if way in _GROW:
+        slots = (key, value) if own else (value, value[..., :0])
+        _refuse_foreign(layer, slots, layer_idx, own)
+        if own < groups:
+            found = _update(cache, *slots, layer_idx, *args, **kwargs)
+            return found if own else (None, found[0])
+    fresh = way not in _GROW and _is_fresh(layer, layer_idx, own)
+    quantized = isinstance(kind, type) and issubclass(kind, _QUANTIZED)
+    if fresh and quantized:
+        _fit_groups(layer, (own + groups) * value.shape[-1] // 2)
+    if own == groups and slot <= groups:
+        return cache.update(key, value, layer_idx, *args, **kwargs)
+    packed = torch.cat([key, value], dim=1) if own else value
+    even = packed.shape[1] % 2 == 0
+    if quantized:
+        axis = 1 if even else -1
+        return _split(torch.cat(cache.update(*packed.chunk(2, axis), layer_idx, *args, **kwargs), dim=axis), own)
+    if way in _STATIC and _SIZES_SLOTS_ALONE and (fresh or not layer.values.numel()):
+        return _split(cache.update(packed, packed[..., :0], layer_idx, *args, **kwargs)[0], own)
+    if way in _STATIC and even and (fresh or slot == packed.shape[1] // 2):
+        return _split(torch.cat(cache.update(*packed.chunk(2, 1), layer_idx, *args, **kwargs), dim=1), own)
+    slot = max(slot, groups)
+    filled = _filled(key if own else value, slot), _filled(value, slot)
+    keys, values = cache.update(*filled, layer_idx, *args, **kwargs)
+    return (keys[:, :own] if own else None), values[:, :groups]
+
+
+def _refuse_foreign(layer, slots, layer_idx, own):
+    """Raise ValueError where a growing layer holds other heads than this model keeps in it."""
+    held = getattr(layer, "keys", None), getattr(layer, "values", None)
+    for states, new in zip(held, slots, strict=True):
+        filled = states is not None and states.ndim == 4
+        if filled and (states.shape[1], states.shape[3]) != (new.shape[1], new.shape[3]):
+            raise _foreign(layer_idx, own, held[0].shape[1])
+
+
+def _is_fresh(layer, layer_idx, own):
+    """Whether a layer that does not grow has no slots yet. Slots of the base's shape may be empty, or full of its keys,
+    so the first write leaves a mark; without it, ValueError where there are tokens."""
+    if layer is None:
+        return False
+    fresh = not getattr(layer, "is_initialized", True)
+    ours = fresh or torch.compiler.is_compiling() or getattr(layer, "shared_attention", False)
+    if not ours and int(layer.get_seq_length()) > 0:
+        raise _foreign(layer_idx, own, None)
+    layer.shared_attention = True
+    return fresh
+
+
+def _fit_groups(layer, numbers):
+    """Make groups of quantised numbers so small that the numbers of every token fill some, as they do in the base."""
+    size = getattr(layer, "q_group_size", None)
+    if size:
+        while numbers % size:
+            size //= 2
+        layer.q_group_size = size
 
 
 def _update(cache, key_states, value_states, layer_idx, *args, **kwargs):
     """As `Cache.update`, without the copy of everything cached that a plain dynamic layer makes at every step."""
     layers = getattr(cache, "layers", ())
     layer = layers[layer_idx] if layer_idx < len(layers) else None
-    plain = type(layer) is DynamicLayer and layer.is_initialized and not getattr(cache, "offloading", False)
-    if not plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    plain = type(layer) in _PLAIN and getattr(layer, "is_initialized", False)
+    if not plain or getattr(cache, "offloading", False) or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return cache.update(key_states, value_states, layer_idx, *args, **kwargs)
     layer.keys, layer.values = extended(layer.keys, key_states), extended(layer.values, value_states)
     return layer.keys, layer.values

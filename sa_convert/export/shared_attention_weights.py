@@ -12,6 +12,9 @@ from torch import nn
 
 from .shared_attention_arguments import unlike
 
+# Folding heads into tokens makes a graph with a dynamic number of tokens refuse some of them. (From torch 2.7 on.)
+is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
 BLOCK = 128
 """Query tokens in a block of probabilities."""
 
@@ -55,8 +58,9 @@ def causal_mask(query, start, stop):
 def blocks_of(tokens, length, triangular, whole):
     """The blocks of T tokens over S keys: [(first token, last token + 1, keys seen)]. triangular: as kernels mean
     causal attention without a mask, the first token sees the first key, whatever else a static cache has room for."""
-    size = tokens if whole else BLOCK
-    ends = [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+    if whole:  # without a loop, which would fix the number of tokens in an exported graph
+        return [(0, tokens, tokens if triangular else length)]
+    ends = [(start, min(start + BLOCK, tokens)) for start in range(0, tokens, BLOCK)]
     return [(start, stop, stop if triangular else length) for start, stop in ends]
 
 
@@ -72,22 +76,26 @@ def probabilities(eager, module, query, key, mask, group, arguments):
 
     module: the attention module as the function should see it, with a method `grouped` to see it with another group.
     """
-    batch, heads, tokens, size = query.shape
-    if group > 1 and not module.names.sinks:
+    heads, tokens = query.shape[1:3]
+    folded = 1 if module.names.sinks or is_exporting() else group
+    if folded > 1:
         # Queries that read one key stand in as so many tokens of one head, so that no key is repeated.
         if mask is not None and mask.shape[1] > 1:
-            mask = mask.reshape(mask.shape[0], -1, group * tokens, mask.shape[-1])
+            mask = mask.unflatten(1, (-1, group)).flatten(2, 3)
         elif mask is not None and tokens > 1:
-            mask = mask.repeat(1, 1, group, 1)
-        query, group = query.reshape(batch, -1, group * tokens, size), 1
+            mask = torch.cat([mask] * group, dim=2)
+        query, group = query.unflatten(1, (heads // group, group)).flatten(2, 3), 1
     # Zero-width values: only the weights are wanted here.
     weights = eager(module.grouped(group), query, key, key[..., :0], mask, **arguments)[1]
-    return weights.view(batch, heads, tokens, -1)
+    return weights.unflatten(2, (folded, tokens)).flatten(1, 2)
 
 
 def weigh(weights, value):
     """Weights (B, H, R, E) times values (B, G, S, D) -> (B, R, H, D), without repeating the values."""
-    batch, heads, tokens, seen = weights.shape
-    weights = weights.to(value.device).reshape(batch, value.shape[1], -1, seen)
+    _, heads, tokens, seen = weights.shape
+    weights, group = weights.to(value.device), heads // value.shape[1]
     value = value if value.shape[2] == seen else value[:, :, :seen]
-    return torch.matmul(weights, value).view(batch, heads, tokens, -1).transpose(1, 2)
+    if group == 1 or is_exporting():
+        return torch.matmul(weights, value.repeat_interleave(group, dim=1) if group > 1 else value).transpose(1, 2)
+    folded = weights.unflatten(1, (-1, group)).flatten(2, 3)
+    return torch.matmul(folded, value).unflatten(2, (group, tokens)).flatten(1, 2).transpose(1, 2)

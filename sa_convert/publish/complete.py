@@ -12,7 +12,7 @@ from sa_convert.plan.converted import converted_parts
 from sa_convert.publish import card, figure, report
 from sa_convert.read.folder import INDEX, open_folder, read_json
 from sa_convert.read.inside import check_inside
-from sa_convert.rewrite.code import HOME
+from sa_convert.rewrite.code import TOKENIZERS, model_code
 from sa_convert.units import format_percent
 from sa_convert.validate.subject import foreign_code
 
@@ -64,18 +64,13 @@ def _check_model(checkpoint: Checkpoint) -> None:
     except SaConvertError as error:
         raise CheckpointError(f"{folder}: {error} Convert the model again.") from error
     fault = foreign_code(checkpoint)
-    missing = next((path.name for path in _code() if not (folder / path.name).is_file()), None)
+    missing = next((path.name for path in model_code() if not (folder / path.name).is_file()), None)
     if missing is not None:
         fault = f"its code {missing} is missing"
     if fault is not None:
         raise CheckpointError(
             f"{folder}: {fault}, not what this version of sa-convert writes; convert the model again."
         )
-
-
-def _code() -> list[Path]:
-    """The files of code that every conversion carries."""
-    return [path for path in sorted(HOME.glob("*.py")) if path.name != "__init__.py"]
 
 
 def _check_report(folder: Path, checkpoint: Checkpoint, found: Mapping[str, Any], allow_unvalidated: bool) -> None:
@@ -124,6 +119,6 @@ def _files(checkpoint: Checkpoint, root: Path) -> Iterator[Path]:
         yield Path(INDEX)
     yield Path("config.json")
     yield from map(Path, _WRITTEN)
-    for path in [root / code.name for code in _code()]:
+    for path in [root / code.name for code in (*model_code(), TOKENIZERS) if (root / code.name).exists()]:
         check_inside(path, root, "the code")
         yield path.relative_to(root)

@@ -72,6 +72,9 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
     perplexity, check = report.perplexity, report.decode_check
     change = f"{perplexity.before:.3f} -> {perplexity.after:.3f} ({perplexity.increase:+.2%})"
     yield f"Perplexity{TASK_NAMES[perplexity.task]}", f"{change}, {perplexity.tokens:,} tokens in {perplexity.dtype}"
+    if stored := perplexity.stored:
+        change = f"{stored.before:.3f} -> {stored.after:.3f} ({stored.after / stored.before - 1:+.2%})"
+        yield f"In {stored.dtype}", f"{change}, {stored.tokens:,} tokens; {stored.rounding:+.2%} by rounding"
     yield "Text", perplexity.text
     if report.agreement:
         kl, top1 = f"{report.agreement.kl:.4f} nats", f"{report.agreement.top1:.1%}"

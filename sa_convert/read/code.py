@@ -10,6 +10,7 @@ from dataclasses import replace
 from sa_convert.data.checkpoint import Checkpoint
 from sa_convert.errors import CheckpointError, UnsupportedModelError
 from sa_convert.read.hub_download import side_json
+from sa_convert.read.side_files import CUSTOM_GENERATE
 
 TOKENIZER = "tokenizer_config.json"
 
@@ -35,6 +36,16 @@ def allow_code(checkpoint: Checkpoint, trust: bool, announce: Callable[[str], No
     return replace(checkpoint, trusted=True)
 
 
+def left_out(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What is to be said of code that a conversion leaves out, though the base would run it if it were trusted."""
+    if not any(path.parts[0] == CUSTOM_GENERATE for path in checkpoint.code):
+        return ()
+    return (
+        f"{CUSTOM_GENERATE}/, code of the model's own for generate(), is left out: everyone who trusts the converted "
+        "model would run it; look at it, and copy it into the converted folder if you want that.",
+    )
+
+
 def shown_code(checkpoint: Checkpoint) -> str:
     """The code by file names and revision, for the user to see."""
     files = ", ".join(path.as_posix() for path in checkpoint.code) or "no files"
@@ -55,7 +66,7 @@ def refuse_code_elsewhere(checkpoint: Checkpoint) -> None:
         if f"{module}.py" not in {path.as_posix() for path in checkpoint.code}:
             raise CheckpointError(
                 f"{checkpoint.identity}: {file} names code that the model lacks ('{reference}' under auto_map): "
-                "download it again, or remove that key."
+                "put that file into its folder, or remove that key."
             )
 
 

@@ -4,8 +4,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sa_convert.errors import CheckpointError, UnsupportedModelError
-from sa_convert.export.shared_attention_families import FAMILIES, PREFIX, Family, auto_class_of
+from sa_convert.export.shared_attention_families import FAMILIES, HEADS, PREFIX, Family, auto_class_of
 from sa_convert.read.refusals import reason_for
+
+_WRAPPERS = (
+    "OptimizedModule", "DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "DeepSpeedEngine",
+    "PipelineEngine",
+)  # fmt: skip
+"""What transformers writes under `architectures` if it is asked to save a model from outside of such a wrapper."""
+
+_FSDP = "FSDP"
+"""What fully_shard of PyTorch puts before the name of a model class."""
 
 
 def family_of(config: Mapping[str, Any], tensors: Iterable[str] = ()) -> Family:
@@ -14,7 +23,7 @@ def family_of(config: Mapping[str, Any], tensors: Iterable[str] = ()) -> Family:
     config: its config.json. tensors: the names of its tensors, if they are known; they only serve to explain a refusal.
     Raises CheckpointError where config.json names no model type, UnsupportedModelError where we cannot convert it.
     """
-    model_type = config.get("model_type")
+    model_type = type_of(config)
     if not isinstance(model_type, str) or not model_type:
         raise CheckpointError("config.json has no 'model_type'; give a folder that transformers can load.")
     if model_type.startswith(PREFIX):
@@ -37,13 +46,36 @@ def family_of(config: Mapping[str, Any], tensors: Iterable[str] = ()) -> Family:
     return family
 
 
+def type_of(config: Mapping[str, Any]) -> Any:
+    """The model type that transformers goes by: it takes a Mistral that lists its layers' types for a Ministral."""
+    model_type = config.get("model_type")
+    return "ministral" if model_type == "mistral" and "layer_types" in config else model_type
+
+
 def architecture_of(config: Mapping[str, Any], family: Family) -> str:
-    """The model class that config.json names. Raises UnsupportedModelError where it is no class of the family."""
+    """The model class that config.json names, or that of a model of this family if it names a wrapper around one.
+
+    Raises UnsupportedModelError where it is no class of the family.
+    """
     named = config.get("architectures") or [family.default_class]
-    found = next((name for name in map(str, named) if auto_class_of(family, name)), None)
+    names = [unwrapped(str(name), family) for name in (named if isinstance(named, list) else [named])]
+    found = next((name for name in names if auto_class_of(family, name)), None)
     if found is None:
         raise UnsupportedModelError(
             f"config.json names the architecture {', '.join(map(str, named))}, which is none that sa-convert knows for "
             f"models of type '{family.model_type}' ({family.default_class} is one)."
         )
     return found
+
+
+def unwrapped(name: str, family: Family) -> str:
+    """The model class of the family that a name under `architectures` stands for, or the name itself.
+
+    transformers goes by the auto class that it is asked for, and never reads that name: models are saved from inside of
+    wrappers, or keep the name of the model that they were made from.
+    """
+    name = name.removeprefix(_FSDP)
+    usual = next(head for head in sorted(HEADS, key=len, reverse=True) if family.default_class.endswith(head))
+    if name in _WRAPPERS or (auto_class_of(family, name) is None and name.endswith(usual)):
+        return family.default_class
+    return name

@@ -8,8 +8,10 @@ from typing import Any
 
 from sa_convert.data.checkpoint import Checkpoint, Shard
 from sa_convert.errors import CheckpointError, UnsupportedModelError
+from sa_convert.read.agreement import agree
 from sa_convert.read.header import read_shard
 from sa_convert.read.inside import check_inside, leads_out, real_folder, revision_of
+from sa_convert.read.kinds import other_kind
 from sa_convert.read.side_files import code_files, side_files
 
 SINGLE = "model.safetensors"
@@ -28,13 +30,14 @@ def open_folder(folder: Path, identity: str | None = None, revision: str | None 
     if os.path.lexists(folder / CARD):  # the new model card quotes it
         check_inside(folder / CARD, root, "the model card")
     index: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
     if os.path.lexists(folder / SINGLE):  # transformers, too, looks for the single file first
         check_inside(folder / SINGLE, root, "the file of weights")
         shards: tuple[Shard, ...] = (read_shard(folder / SINGLE),)
     elif os.path.lexists(folder / INDEX):
         check_inside(folder / INDEX, root, "the index")
         index = read_json(folder / INDEX)
-        shards = _indexed_shards(folder, root, index)
+        shards, index, notes = _indexed_shards(folder, root, config, index)
     else:
         other = next(iter(sorted(folder.glob("*.safetensors"))), None)
         found = f"; {other.name} is there, but no index names it" if other else ""
@@ -50,6 +53,7 @@ def open_folder(folder: Path, identity: str | None = None, revision: str | None 
         side_files=side_files(root),
         revision=revision or revision_of(root),
         code=code_files(root),
+        notes=notes,
     )
 
 
@@ -67,16 +71,25 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError naming the file, and the line where it is not JSON."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        data = file.read_bytes()
+        content = json.loads(data.decode("utf-8"))
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}.") from error
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file}: is not JSON (line {error.lineno}: {error.msg}); download it again.") from None
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{file}: is not JSON; download it again.") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: {_no_json(data, error)}.") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: holds no JSON object; download it again.")
+        raise CheckpointError(f"{file}: holds no JSON object; take the file from the model's author.")
     return content
+
+
+def _no_json(data: bytes, error: Exception) -> str:
+    """Why a file is not JSON, and what to do."""
+    if (kind := other_kind(data)) is not None:
+        return kind
+    if not isinstance(error, json.JSONDecodeError):
+        return "is not JSON; take the file from the model's author"
+    cut = error.pos >= len(error.doc.rstrip())
+    return f"is not JSON (line {error.lineno}: {error.msg}); " + ("it is cut; download it again" if cut else "mend it")
 
 
 def refuse_adapter(folder: Path, files: Collection[str] = ()) -> None:
@@ -93,10 +106,10 @@ def weight_map(file: Path, index: Mapping[str, Any]) -> dict[str, str]:
     """Tensor names and the files that hold them, from an index. Raises CheckpointError for files elsewhere."""
     names = index.get("weight_map")
     if not isinstance(names, dict) or not names:
-        raise CheckpointError(f"{file}: has no 'weight_map' of tensors and files; download it again.")
+        raise CheckpointError(f"{file}: has no 'weight_map' of tensors and files; save the model again.")
     for tensor, name in names.items():
         if not isinstance(name, str) or not name:
-            raise CheckpointError(f"{file}: names no file for tensor '{tensor}'; download it again.")
+            raise CheckpointError(f"{file}: names no file for tensor '{tensor}'; save the model again.")
         if leads_out(name):
             raise CheckpointError(
                 f"{file}: tensor '{tensor}' lies in '{name}', outside of the model's folder; do not trust this model."
@@ -104,27 +117,49 @@ def weight_map(file: Path, index: Mapping[str, Any]) -> dict[str, str]:
     return names
 
 
-def _indexed_shards(folder: Path, root: Path, index: Mapping[str, Any]) -> tuple[Shard, ...]:
-    """The shards in the order of their names, every tensor where the index says."""
+def _indexed_shards(
+    folder: Path, root: Path, config: Mapping[str, Any], index: Mapping[str, Any]
+) -> tuple[tuple[Shard, ...], dict[str, Any], tuple[str, ...]]:
+    """The shards in the order of their names, the index in agreement with them, and what is passed over."""
     file = folder / INDEX
     names = weight_map(file, index)
-    shards = []
+    shards = {}
     for name in sorted(set(names.values())):
         tensor = next(key for key, value in names.items() if value == name)
         check_inside(folder / name, root, f"the shard that {INDEX} names for tensor '{tensor}'")
-        shard = read_shard(folder / name)
-        check_agreement(shard.file, {entry.name for entry in shard.tensors}, names, name, INDEX)
-        shards.append(shard)
-    return tuple(shards)
+        shards[name] = read_shard(folder / name)
+    return agreed_shards(shards, names, config, index, file, [path.name for path in folder.glob("*.safetensors")])
 
 
-def check_agreement(file: Path, held: Collection[str], names: Mapping[str, str], name: str, index: str) -> None:
-    """Raises CheckpointError unless `file` holds the tensors that the index names for it, as `name`, and no others."""
-    missing = next((key for key, value in names.items() if value == name and key not in held), None)
-    if missing is not None:
-        raise CheckpointError(f"{file}: has no tensor '{missing}', though {index} says so; download both again.")
-    extra = next((key for key in sorted(held) if names.get(key) != name), None)
-    if extra is not None:
-        raise CheckpointError(
-            f"{file}: holds tensor '{extra}', which {index} does not name for it; download both again."
-        )
+def agreed_shards(
+    shards: Mapping[str, Shard],
+    names: Mapping[str, str],
+    config: Mapping[str, Any],
+    index: Mapping[str, Any],
+    file: Path,
+    present: Collection[str],
+) -> tuple[tuple[Shard, ...], dict[str, Any], tuple[str, ...]]:
+    """What is taken of the shards (by their names, in order), the index that says so, and what is passed over.
+
+    names: the file of each tensor, as the index has it. file: of the index. present: names of files that may be
+    weights, too. Raises CheckpointError, see `agree`.
+    """
+    held = {name: [entry.name for entry in shard.tensors] for name, shard in shards.items()}
+    agreement = agree(held, names, config, file)
+    taken = (agreement.taken(shard, name) for name, shard in shards.items())
+    notes = (*agreement.notes, *_beside(present, shards, file))
+    return tuple(shard for shard in taken if shard.tensors), agreement.index(index), notes
+
+
+def _beside(present: Collection[str], shards: Collection[str], index: Path) -> list[str]:
+    """A note on weight files that no index names. Mistral's own format of the same weights goes without saying."""
+    beside = sorted(
+        name
+        for name in present
+        if name.endswith(".safetensors") and "/" not in name
+        if name not in shards and not name.startswith("consolidated")
+    )
+    if not beside:
+        return []
+    files = f"{beside[0]} is" if len(beside) == 1 else f"{len(beside)} files, such as {beside[0]}, are"
+    return [f"{files} not named by {index.name}; left out, as in transformers."]

@@ -8,9 +8,10 @@ from sa_convert.data.checkpoint import Checkpoint, TensorEntry
 from sa_convert.data.geometry import LayerGeometry, ModelGeometry
 from sa_convert.errors import CheckpointError, UnsupportedModelError
 from sa_convert.export.shared_attention_families import Family, Stack
+from sa_convert.read.expected import expected_shard
+from sa_convert.read.foreign_weights import FLOATS, part_of_quantised, quantised, refuse_foreign_weights
 from sa_convert.read.names import attention_config, attention_start, has_stack, projection
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
 DEPTHS = ("num_hidden_layers", "num_layers")
 """Config keys of the number of layers that stand in where a family's own key is missing."""
 
@@ -31,8 +32,9 @@ def geometry_of(checkpoint: Checkpoint, family: Family, reusing: Container[str] 
 
     reusing: labels of layers that have lost queries and keys, in a model that shares already; they are as the first
     layer of their stack, which owns all its attention. Raises CheckpointError where tensors are missing or contradict
-    config.json, UnsupportedModelError where the projections are quantised.
+    config.json, UnsupportedModelError where the projections are quantised, and as `refuse_foreign_weights`.
     """
+    refuse_foreign_weights(checkpoint)
     config = attention_config(checkpoint.config, family)
     layers: list[LayerGeometry] = []
     for stack in family.all_stacks:
@@ -81,7 +83,8 @@ def _layer(
     rows = {}
     for side in ("query", "key", "value"):
         module = projection(family, side)
-        _refuse_quantised(tensors, start, module)
+        if (part := part_of_quantised(f"{start}{module}.", checkpoint)) is not None:
+            raise quantised(checkpoint, part)
         tensor = tensors.get(f"{start}{module}.weight")
         if tensor is None:
             raise CheckpointError(
@@ -89,7 +92,7 @@ def _layer(
             )
         rows[side] = _rows(tensor, axis=1 if family.transposed else 0)
     if family.fused:
-        return _fused_layer(tensors[f"{start}{family.fused}.weight"], config, family, heads, rows["query"])
+        return _fused_layer(checkpoint, tensors[f"{start}{family.fused}.weight"], config, family, heads, rows["query"])
     query, key = f"{start}{family.query}.weight", f"{start}{family.key}.weight"
     queries = rows["query"] // 2 if family.gate == "query" else rows["query"]
     if queries % heads:
@@ -97,25 +100,28 @@ def _layer(
             f"'{query}' has {rows['query']} rows; {stack.heads} in config.json is {heads}, no divisor."
         )
     head_dim = queries // heads
-    if config.get("head_dim") not in (None, head_dim):
+    if config.get("head_dim") not in (None, head_dim) and not _as_in_transformers(checkpoint, query, key):
         raise CheckpointError(
             f"config.json: 'head_dim' is {config['head_dim']}, but '{query}' has {head_dim} rows a head."
         )
     groups = rows["key"] // head_dim
     if not groups or rows["key"] % head_dim or heads % groups:
         raise CheckpointError(f"'{key}' has {rows['key']} rows; they do not fit {heads} query heads of {head_dim}.")
-    if config.get(family.groups) not in (None, groups):
+    if config.get(family.groups) not in (None, groups) and not _as_in_transformers(checkpoint, query, key):
         raise CheckpointError(f"config.json: '{family.groups}' is {config[family.groups]}, but '{key}' holds {groups}.")
     return LayerGeometry(heads, groups, head_dim)
 
 
 def _fused_layer(
-    tensor: TensorEntry, config: Mapping[str, Any], family: Family, heads: int, rows: int
+    checkpoint: Checkpoint, tensor: TensorEntry, config: Mapping[str, Any], family: Family, heads: int, rows: int
 ) -> LayerGeometry:
     hidden = tensor.shape[0 if family.transposed else 1]
     head_dim = config.get("head_dim") or hidden // heads
-    groups = (rows // head_dim - heads) // 2
-    if groups < 1 or (heads + 2 * groups) * head_dim != rows or heads % groups:
+    groups = _fused_groups(rows, heads, head_dim)
+    if not groups and _as_in_transformers(checkpoint, tensor.name):
+        head_dim = hidden // heads
+        groups = _fused_groups(rows, heads, head_dim)
+    if not groups:
         raise CheckpointError(
             f"'{tensor.name}' makes {rows} numbers, which are no queries, keys and values of {heads} heads of "
             f"{head_dim}; the weights do not belong to this config.json."
@@ -123,27 +129,32 @@ def _fused_layer(
     return LayerGeometry(heads, groups, head_dim)
 
 
+def _fused_groups(rows: int, heads: int, head_dim: int) -> int:
+    """KV groups of a fused projection, or 0 if it does not consist of such heads."""
+    groups = (rows // head_dim - heads) // 2
+    return groups if groups > 0 and (heads + 2 * groups) * head_dim == rows and heads % groups == 0 else 0
+
+
+def _as_in_transformers(checkpoint: Checkpoint, *names: str) -> bool:
+    """Whether transformers makes these tensors as large as they are. A key of config.json that says otherwise is then
+    one that the family does not read, such as `num_key_value_heads` in a GPT-J. Loads transformers."""
+    try:
+        made = expected_shard(checkpoint.config, checkpoint.folder / "config.json").tensors
+    except (CheckpointError, UnsupportedModelError):
+        return False
+    shapes = {tensor.name: tensor.shape for tensor in made}
+    # The names of a model without a head lack the first part.
+    found = [next((full for full in shapes if f".{full}".endswith(f".{name}")), None) for name in names]
+    return all(full and shapes[full] == checkpoint.tensors[name].shape for full, name in zip(found, names, strict=True))
+
+
 def _rows(tensor: TensorEntry, axis: int = 0) -> int:
-    if len(tensor.shape) != 2 or tensor.dtype not in _FLOATS:
-        raise UnsupportedModelError(
-            f"'{tensor.name}' is {tensor.dtype} of shape {list(tensor.shape)}, not a plain matrix of floats: "
-            "quantised projections cannot be taken apart; convert the unquantised model."
+    if len(tensor.shape) != 2 or tensor.dtype not in FLOATS:
+        raise CheckpointError(
+            f"'{tensor.name}' is {tensor.dtype} of shape {list(tensor.shape)}, not a matrix of floats; the weights do "
+            "not belong to this config.json."
         )
     return tensor.shape[axis]
-
-
-def _refuse_quantised(tensors: Mapping[str, TensorEntry], start: str, module: str) -> None:
-    if f"{start}{module}.weight" in tensors:
-        extra = ("weight_scale", "weight_scale_inv", "input_scale", "qweight", "weight.absmax", "SCB")
-        found = next((f"{start}{module}.{name}" for name in extra if f"{start}{module}.{name}" in tensors), None)
-    else:
-        found = next(
-            (name for name in tensors if name.startswith(f"{start}{module}.") and not name.endswith("bias")), None
-        )
-    if found is not None:
-        raise UnsupportedModelError(
-            f"'{found}' belongs to a quantised projection, which cannot be taken apart; convert the unquantised model."
-        )
 
 
 def attention_kinds(config: Mapping[str, Any], family: Family, depth: int) -> list[tuple[str, int | None, bool]]:

@@ -7,6 +7,7 @@ from typing import Any, TypeGuard
 
 from sa_convert.data.checkpoint import DTYPE_BITS, Shard, TensorEntry
 from sa_convert.errors import CheckpointError
+from sa_convert.read.kinds import other_kind
 
 LONGEST_HEADER = 100_000_000
 """Bytes; the safetensors library refuses longer ones."""
@@ -14,8 +15,11 @@ LONGEST_HEADER = 100_000_000
 PREFIX = 8
 """Bytes that tell the length of the header."""
 
-_AGAIN = "the file is damaged or incomplete; download it again"
-_NOT_VALID = "the file is damaged or not safetensors; download it again"
+_AGAIN = "the file is cut; download it again"
+_NOT_VALID = "the safetensors library writes no such file: save the model again, or take the file from its author"
+
+_START = 32
+"""Bytes that tell files of other kinds."""
 
 
 def read_shard(file: Path) -> Shard:
@@ -27,7 +31,9 @@ def read_shard(file: Path) -> Shard:
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
-            length = header_length(file, stream.read(PREFIX), size)
+            start = stream.read(_START)
+            length = header_length(file, start, size)
+            stream.seek(PREFIX)
             text = stream.read(length)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}.") from error
@@ -35,7 +41,7 @@ def read_shard(file: Path) -> Shard:
 
 
 def header_length(file: Path, prefix: bytes, size: int) -> int:
-    """Bytes of the header of a file that is `size` bytes long. prefix: its first bytes, PREFIX or all.
+    """Bytes of the header of a file that is `size` bytes long. prefix: its first bytes, PREFIX at least, or all.
 
     Raises CheckpointError where there cannot be such a header.
     """
@@ -43,6 +49,8 @@ def header_length(file: Path, prefix: bytes, size: int) -> int:
         raise CheckpointError(f"{file}: is {size} bytes long, too short for safetensors; {_AGAIN}.")
     length = int.from_bytes(prefix[:PREFIX], "little")
     if length > LONGEST_HEADER:
+        if (kind := other_kind(prefix)) is not None:
+            raise CheckpointError(f"{file}: {kind}.")
         raise CheckpointError(f"{file}: says its header has {length} bytes, more than any; {_NOT_VALID}.")
     if PREFIX + length > size:
         raise CheckpointError(f"{file}: says its header has {length} bytes, but is {size} bytes long; {_AGAIN}.")
@@ -100,7 +108,9 @@ def _entry(file: Path, name: str, value: Any, start: int, size: int) -> TensorEn
     dtype, shape, offsets = (value.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         known = ", ".join(DTYPE_BITS)
-        raise CheckpointError(f"{where} has the unknown dtype {json.dumps(dtype)} (known: {known}); {_NOT_VALID}.")
+        raise CheckpointError(
+            f"{where} has the unknown dtype {json.dumps(dtype)}: save the model in one of these: {known}."
+        )
     if not _counts(shape):
         raise CheckpointError(f"{where} has the shape {json.dumps(shape)}, which is none; {_NOT_VALID}.")
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:

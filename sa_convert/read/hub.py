@@ -12,7 +12,7 @@ from sa_convert.read.folder import (
     CARD,
     INDEX,
     SINGLE,
-    check_agreement,
+    agreed_shards,
     read_config,
     read_json,
     refuse_adapter,
@@ -51,7 +51,7 @@ def open_hub(name: HubName) -> Checkpoint | None:
     sizes = listed[1]
     config = read_config(folder)
     refuse_adapter(folder, sizes)
-    index, files = None, [SINGLE]
+    index, names, files = None, dict[str, str](), [SINGLE]
     if SINGLE not in sizes:
         indices = [file for file in (INDEX, PICKLED, PICKLED_INDEX) if file in sizes]
         if not indices:
@@ -65,7 +65,11 @@ def open_hub(name: HubName) -> Checkpoint | None:
             raise CheckpointError(f"{name}: {files[0]} names '{absent}', which the Hub does not have.")
         files = sorted(set(names.values()))
     pickled = not (SINGLE in sizes or INDEX in sizes)
+    notes: tuple[str, ...] = ()
     shards = _expected(name, folder, config) if pickled else _shards(pinned, folder, files, index)
+    if index is not None and not pickled:
+        found = dict(zip(files, shards, strict=True))
+        shards, index, notes = agreed_shards(found, names, config, index, folder / INDEX, sizes)
     sides = sorted(path for path in map(Path, sizes) if is_side_file(path))
     code = sorted(path for path in map(Path, sizes) if is_code(path))
     needed = [*map(Path, files), *([Path(PICKLED_INDEX)] if pickled and index else []), *sides, *code, Path(CARD)]
@@ -79,6 +83,7 @@ def open_hub(name: HubName) -> Checkpoint | None:
         revision=folder.name,
         code=tuple(code),
         absent={path: sizes[str(path)] for path in needed if str(path) in sizes and not (folder / path).exists()},
+        notes=notes,
     )
 
 
@@ -134,9 +139,6 @@ def _shards(name: HubName, folder: Path, files: list[str], index: Mapping[str, A
             absent[file] = expected_header(held[file]) if index else FIRST_BYTES
     if absent:
         found |= remote_shards(name, folder, absent)
-    if index:
-        for file, shard in found.items():
-            check_agreement(shard.file, {entry.name for entry in shard.tensors}, names, file, INDEX)
     return tuple(found[file] for file in files)
 
 

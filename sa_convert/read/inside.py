@@ -31,8 +31,10 @@ def check_inside(file: Path, folder: Path, what: str) -> None:
         real = file.resolve(strict=True)
     except (OSError, RuntimeError):  # RuntimeError: links in a circle, before Python 3.13
         if file.is_symlink():
-            raise CheckpointError(f"{file}: {what} is a link to nothing; download the model again.") from None
-        raise CheckpointError(f"{file}: {what} is missing; download the model again.") from None
+            raise CheckpointError(
+                f"{file}: {what} is a link to nothing; put the file there, or download the model whole."
+            ) from None
+        raise CheckpointError(f"{file}: {what} is missing; put it there, or download the model whole.") from None
     if not real.is_relative_to(folder) and not _is_blob(file, real, folder):
         raise CheckpointError(
             f"{file}: {what} is a link that leads out of the model's folder, to {real}; "

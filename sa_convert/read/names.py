@@ -45,9 +45,9 @@ def layers_prefix(checkpoint: Checkpoint, family: Family, stack: Stack) -> str:
     """How tensor names of the layers begin: "model.layers", or "layers" where the base prefix was not saved."""
     candidates = prefixes(family, stack)
     wanted = projection(family, "query")
+    module = f".{stack.attention}.{wanted}."  # with a weight or, quantised, with parts of one
     for prefix in candidates:
-        start, end = f"{prefix}.", f".{stack.attention}.{wanted}.weight"
-        if any(name.startswith(start) and name.endswith(end) for name in checkpoint.tensors):
+        if any(name.startswith(f"{prefix}.") and module in name for name in checkpoint.tensors):
             return prefix
     raise CheckpointError(
         f"The checkpoint has no tensor '{candidates[0]}.0.{stack.attention}.{wanted}.weight', which a model of "
@@ -63,10 +63,12 @@ def has_stack(checkpoint: Checkpoint, family: Family, stack: Stack) -> bool:
 
 def prefixes(family: Family, stack: Stack) -> list[str]:
     """Module path of the layers in a checkpoint, the likeliest first: a model without a head lacks the first part, and
-    some heads have another name for the base model."""
+    some heads have another name for the base model. transformers also loads a model with a head whose names all begin
+    with the first part once more, as when it was saved from inside of another module."""
     paths = [family.files, stack.layers] if family.files else [stack.layers]
     rests = [path.partition(".")[2] for path in paths if "." in path]
-    return list(dict.fromkeys([*paths, *rests, *(f"{OTHER_BASE}.{path}" for path in (*rests, *paths))]))
+    again = [f"{path.partition('.')[0]}.{path}" for path in paths if "." in path]
+    return list(dict.fromkeys([*paths, *rests, *(f"{OTHER_BASE}.{path}" for path in (*rests, *paths)), *again]))
 
 
 def projection(family: Family, side: str) -> str:

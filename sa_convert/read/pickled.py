@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sa_convert.data.checkpoint import Checkpoint, Shard, TensorEntry
+from sa_convert.data.checkpoint import Checkpoint
 from sa_convert.errors import CheckpointError
+from sa_convert.read.agreement import agree
+from sa_convert.read.described import METADATA, described
 from sa_convert.read.folder import (
     CARD,
     INDEX,
-    check_agreement,
     open_folder,
     read_config,
     read_json,
@@ -21,6 +22,7 @@ from sa_convert.read.folder import (
     weight_map,
 )
 from sa_convert.read.inside import check_inside, real_folder, revision_of
+from sa_convert.read.kinds import other_kind
 from sa_convert.read.side_files import code_files, side_files
 
 if TYPE_CHECKING:
@@ -28,8 +30,6 @@ if TYPE_CHECKING:
 
 PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
-
-_METADATA = {"format": "pt"}
 
 
 def has_pickled(folder: Path) -> bool:
@@ -47,7 +47,8 @@ def open_pickled(folder: Path, workspace: Path | None, identity: str) -> Checkpo
     root = real_folder(folder)
     config = read_config(folder)
     refuse_adapter(folder)
-    index, names = None, dict[str, str]()
+    index, notes = None, tuple[str, ...]()
+    names: Mapping[str, str] = {}
     if os.path.lexists(folder / PICKLED):
         files = [PICKLED]
     else:
@@ -57,13 +58,17 @@ def open_pickled(folder: Path, workspace: Path | None, identity: str) -> Checkpo
         files = sorted(set(names.values()))
     for name in files:
         check_inside(folder / name, root, "the file of weights")
+    if index is not None:
+        agreement = agree({name: list(_load(folder / name)) for name in files}, names, config, folder / PICKLED_INDEX)
+        index, names, notes = agreement.index(index), agreement.names, agreement.notes
+        files = [name for name in files if name in names.values()]
     shards = []
     new_map: dict[str, str] = {}
     with progress(len(files), "Reading .bin files", unit="file", disable=workspace is None) as bar:
         for name in files:
             held = _load(folder / name)
             if index is not None:
-                check_agreement(folder / name, held, names, name, PICKLED_INDEX)
+                held = {key: tensor for key, tensor in held.items() if names.get(key) == name}
             state = _untied(held, config)
             if workspace is None:
                 shards.append(described(folder / name, state))
@@ -74,11 +79,11 @@ def open_pickled(folder: Path, workspace: Path | None, identity: str) -> Checkpo
             bar.update()
     found = set(new_map) or {tensor.name for shard in shards for tensor in shard.tensors}
     if not found:
-        raise CheckpointError(f"{folder}: its .bin files hold no tensors; download the model again.")
+        raise CheckpointError(f"{folder}: its .bin files hold no tensors; save the model again.")
     if workspace is None:
         revision = revision_of(root)
         sides, code = side_files(root), code_files(root)
-        return Checkpoint(identity, folder, config, tuple(shards), index, sides, revision, code)
+        return Checkpoint(identity, folder, config, tuple(shards), index, sides, revision, code, notes=notes)
     if index is not None:
         new_index = {**index, "weight_map": {key: new_map[key] for key in names if key in new_map}}
         (workspace / INDEX).write_text(json.dumps(new_index, indent=2) + "\n", encoding="utf-8")
@@ -92,36 +97,24 @@ def open_pickled(folder: Path, workspace: Path | None, identity: str) -> Checkpo
     return open_folder(workspace, identity, revision_of(root))
 
 
-def described_model(file: Path, model: Any) -> Shard:
-    """The shard that transformers would save of a model (on the meta device, too), as if it were `file`."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    tied = set(model.state_dict()) - set(dict(model.named_parameters())) - set(dict(model.named_buffers()))
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    return described(file, revert_weight_conversion(model, state))
-
-
-def described(file: Path, state: Mapping[str, "torch.Tensor"]) -> Shard:
-    """The shard that these tensors (of any device, meta too) would make, as if it were `file`."""
-    start, entries = 0, []
-    for name, tensor in state.items():
-        stop = start + tensor.nelement() * tensor.element_size()
-        entries.append(TensorEntry(name, _dtype(file, name, tensor), tuple(tensor.shape), file, start, stop))
-        start = stop
-    return Shard(file, tuple(entries), _METADATA)
-
-
 def _load(file: Path) -> dict[str, "torch.Tensor"]:
     """The tensors of a .bin file, mapped into memory where the format allows. Raises CheckpointError."""
     import pickle
 
     import torch
 
+    with file.open("rb") as stream:
+        start = stream.read(32)
+    if not zipfile.is_zipfile(file):
+        if start.startswith(b"PK"):
+            raise CheckpointError(f"{file}: is a PyTorch checkpoint that is cut; download it again.")
+        if (kind := other_kind(start)) is not None:
+            raise CheckpointError(f"{file}: {kind}.")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         if "Weights only load failed" not in str(error):
-            raise CheckpointError(f"{file}: is not a PyTorch checkpoint, or damaged; download it again.") from None
+            raise CheckpointError(f"{file}: is not a PyTorch checkpoint; save the model again.") from None
         raise CheckpointError(
             f"{file}: holds more than weights, and loading the rest could run code, so it is not loaded; "
             "ask the author for safetensors."
@@ -129,7 +122,7 @@ def _load(file: Path) -> dict[str, "torch.Tensor"]:
     except Exception as error:  # torch raises whatever its readers do: RuntimeError, EOFError, KeyError, ...
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{file}: is not a PyTorch checkpoint, or damaged ({reason}); download it again."
+            f"{file}: is not a PyTorch checkpoint that can be read ({reason}); save the model again."
         ) from error
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{file}: holds a {type(state).__name__} in place of named tensors; it is no model.")
@@ -178,26 +171,10 @@ def _write(state: Mapping[str, "torch.Tensor"], base: Path, file: Path) -> None:
 
     described(base, state)  # for the error that names a dtype without safetensors counterpart
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, file, metadata=_METADATA)
+    save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, file, metadata=METADATA)
 
 
 def _safetensors_name(name: str) -> str:
     """pytorch_model-00001-of-00002.bin: model-00001-of-00002.safetensors."""
     path = Path(name)
     return str(path.with_name(path.stem.replace("pytorch_model", "model", 1) + ".safetensors"))
-
-
-def _dtype(file: Path, name: str, tensor: "torch.Tensor") -> str:
-    """A tensor's dtype in the words of safetensors. Raises CheckpointError where it has none."""
-    import torch
-
-    words = {
-        torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-        torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-        torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.complex64: "C64",
-        torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-        torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
-    }  # fmt: skip
-    if tensor.dtype not in words:
-        raise CheckpointError(f"{file}: tensor '{name}' has the dtype {tensor.dtype}, which safetensors does not know.")
-    return words[tensor.dtype]

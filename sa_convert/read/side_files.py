@@ -13,6 +13,9 @@ WEIGHTS = (
 )  # fmt: skip
 """Weights of any format, and their indices: we write our own. `params.json` describes `consolidated.*` weights."""
 
+CUSTOM_GENERATE = "custom_generate"
+"""A folder with code for generate(), which transformers runs wherever the model's code is trusted."""
+
 _TRAINING = ("trainer_state.json", "optimizer*", "scheduler*", "rng_state*", "events.out.tfevents*")
 _WRITTEN_ANEW = ("config.json", "params.json", "README.md", "recipe.yaml", "report.json")
 _FOLDERS = (
@@ -45,7 +48,7 @@ def side_files(folder: Path) -> tuple[Path, ...]:
 
 def is_side_file(path: Path) -> bool:
     """Whether a file (relative to the model's folder) belongs to the model, by its name."""
-    if any(_matches(name, (".*", *_FOLDERS)) for name in path.parts[:-1]):
+    if any(_matches(name, (".*", *_FOLDERS)) for name in path.parts[:-1]) or path.parts[0] == CUSTOM_GENERATE:
         return False
     ignored = (".*", _CODE, *WEIGHTS, *_TRAINING, *(_WRITTEN_ANEW if len(path.parts) == 1 else ()))
     return not _matches(path.name, ignored)

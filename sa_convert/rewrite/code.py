@@ -6,9 +6,16 @@ import sa_convert.export
 
 HOME = Path(sa_convert.export.__file__).parent
 
+TOKENIZERS = HOME / "tokenizer" / "tokenization_mistral.py"
+"""Carried only by a model whose tokenizer_config.json names it."""
+
+
+def model_code() -> list[Path]:
+    """The modules of `sa_convert.export` that every converted model carries."""
+    return [file for file in sorted(HOME.glob("*.py")) if file.name != "__init__.py"]
+
 
 def write_code(folder: Path) -> None:
-    """Copy every module of `sa_convert.export` into `folder`, byte for byte."""
-    for file in sorted(HOME.glob("*.py")):
-        if file.name != "__init__.py":
-            (folder / file.name).write_bytes(file.read_bytes())
+    """Copy the modules that every converted model carries into `folder`, byte for byte."""
+    for file in model_code():
+        (folder / file.name).write_bytes(file.read_bytes())

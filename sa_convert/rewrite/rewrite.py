@@ -8,8 +8,9 @@ from sa_convert.data.checkpoint import Checkpoint, TensorEdit
 from sa_convert.data.sharing_map import SharingMap
 from sa_convert.export.shared_attention_families import Family
 from sa_convert.progress import progress_bytes
-from sa_convert.rewrite.code import write_code
+from sa_convert.rewrite.code import TOKENIZERS, write_code
 from sa_convert.rewrite.config import converted_config
+from sa_convert.rewrite.processor import processor_configs
 from sa_convert.rewrite.shards import Written, plan_shards, write_shards
 from sa_convert.rewrite.tokenizer import FILE as TOKENIZER_CONFIG
 from sa_convert.rewrite.tokenizer import as_json, tokenizer_code, tokenizer_config
@@ -42,6 +43,10 @@ def rewrite_checkpoint(
     tokenizer = tokenizer_config(checkpoint, family)
     if tokenizer is not None:
         (folder / TOKENIZER_CONFIG).write_text(as_json(tokenizer), encoding="utf-8")
+        if TOKENIZERS.stem in str(tokenizer.get("auto_map")):
+            shutil.copyfile(TOKENIZERS, folder / TOKENIZERS.name)
+    for name, content in processor_configs(checkpoint, family).items():
+        (folder / name).write_text(as_json(content), encoding="utf-8")
     write_code(folder)
     config = as_json(converted_config(checkpoint, family, sharing))
     (folder / "config.json").write_text(config, encoding="utf-8")

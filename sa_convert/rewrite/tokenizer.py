@@ -12,12 +12,20 @@ from sa_convert.data.checkpoint import Checkpoint
 from sa_convert.errors import UnsupportedModelError
 from sa_convert.export.shared_attention_families import Family
 from sa_convert.read.folder import read_json
-from sa_convert.rewrite.code import HOME
+from sa_convert.rewrite.code import TOKENIZERS, model_code
 
 FILE = "tokenizer_config.json"
 
 _PLAIN = "PreTrainedTokenizerFast"
 """tokenizer.json as it stands. Transformers 4 and 5 know this name, TokenizersBackend only 5."""
+
+TEKKEN = "tekken.json"
+
+MISTRAL_COMMON = ("ministral", "ministral3", "mistral", "mixtral")
+"""The types for which AutoTokenizer reads tekken.json by mistral-common, if that is installed."""
+
+CORRECTED = ("ministral", "mistral")
+"""The types of which `fix_mistral_regex` corrects a tokenizer.json that transformers 4 has saved."""
 
 _PLAIN_NAMES = (_PLAIN, "TokenizersBackend")
 
@@ -33,13 +41,18 @@ def tokenizer_config(checkpoint: Checkpoint, family: Family) -> dict[str, Any] |
     if not checkpoint.trusted:
         _refuse_local_code(base)
     has_json = "tokenizer.json" in names
-    if not (has_json or names & {"tokenizer.model", "vocab.json", "vocab.txt"}) or "auto_map" in base:
+    tekken = TEKKEN in names and family.model_type in MISTRAL_COMMON
+    if not (has_json or tekken or names & {"tokenizer.model", "vocab.json", "vocab.txt"}) or "auto_map" in base:
         return None
     declared = base.get("tokenizer_class") or checkpoint.config.get("tokenizer_class")
     chosen = _class_of(family, declared, has_json)
-    if chosen == declared or chosen is None:
+    code = _code_of(checkpoint, family, tekken)
+    if (chosen == declared or chosen is None) and code is None:
         return None
     content = {**base, "tokenizer_class": chosen}
+    if code is not None:
+        reference = f"{TOKENIZERS.stem}.{code}"
+        content["auto_map"] = {"AutoTokenizer": [reference, reference]}
     if chosen == _PLAIN:
         # Transformers 4 would return token_type_ids, which no model here takes; 5 returns these two.
         content.setdefault("model_input_names", ["input_ids", "attention_mask"])
@@ -60,7 +73,8 @@ def tokenizer_code(checkpoint: Checkpoint) -> list[Path]:
         module = checkpoint.folder / f"{reference.rpartition('.')[0]}.py"
         imported = [Path(file) for file in get_relative_import_files(module)]
         files |= {file.relative_to(checkpoint.folder) for file in (module, *imported)}
-    taken = next((file for file in sorted(files) if (HOME / file).exists()), None)
+    ours = {file.name for file in (*model_code(), TOKENIZERS)}
+    taken = next((file for file in sorted(files) if file.as_posix() in ours), None)
     if taken is not None:
         raise UnsupportedModelError(f"The tokenizer's code is called {taken}, as a file of sa-convert is: rename it.")
     return sorted(files)
@@ -80,6 +94,15 @@ def _references(base: Mapping[str, Any]) -> list[str]:
     references = base.get("auto_map")
     found = references.get("AutoTokenizer") if isinstance(references, Mapping) else references
     return [str(reference) for reference in (found if isinstance(found, list) else [found]) if reference]
+
+
+def _code_of(checkpoint: Checkpoint, family: Family, tekken: bool) -> str | None:
+    """The class of ours that does for the converted model what AutoTokenizer does for its base by the model type."""
+    written = str(checkpoint.config.get("transformers_version") or "0").partition(".")[0]
+    corrected = family.model_type in CORRECTED and written.isdecimal() and int(written) < 5
+    if tekken:
+        return "CorrectableTekkenTokenizer" if corrected else "TekkenTokenizer"
+    return "CorrectableTokenizer" if corrected and Path("tokenizer.json") in checkpoint.side_files else None
 
 
 def _class_of(family: Family, declared: Any, has_json: bool) -> str | None:

@@ -6,6 +6,7 @@ from typing import Any
 from sa_convert.data.report import PredictionTask
 from sa_convert.errors import DataError
 from sa_convert.export.shared_attention_families import FAMILIES, HEADS, PREFIX, auto_class_of
+from sa_convert.read.family import unwrapped
 
 CAUSAL = "AutoModelForCausalLM"
 SEQ2SEQ = "AutoModelForSeq2SeqLM"
@@ -41,9 +42,9 @@ def auto_class_name(config: Mapping[str, Any]) -> str:
 def architecture_of(config: Mapping[str, Any]) -> str | None:
     """The model class that config.json names, or that of the family's models that name none."""
     names = config.get("architectures")
-    if isinstance(names, list) and names:
-        return str(names[0])
     family = FAMILIES.get(_base_type(config))
+    if isinstance(names, list) and names:
+        return unwrapped(str(names[0]), family) if family and not _shares(config) else str(names[0])
     return family.default_class if family else None
 
 

@@ -24,6 +24,9 @@ GENERATED = 32
 
 PREFIXES = 8
 
+TREMBLE, TREMBLES = 1e-5, 16
+"""What rounding in float32 does to the numbers inside of a model, on the safe side, and how often it is tried."""
+
 
 def decode_check(
     model: Any, sequence: "torch.Tensor", rounding: float = 0.0, source: "torch.Tensor | None" = None
@@ -51,32 +54,53 @@ def decode_check(
     return DecodeCheck(difference, same, tolerance)
 
 
-def rounding_difference(model: Any, sequence: "torch.Tensor", source: "torch.Tensor | None" = None) -> float:
-    """What rounding alone does to the logits of a model that is known to decode rightly: 0 in float32, where
-    TOLERANCE is known to hold."""
+def rounds(model: Any) -> bool:
+    """Whether a model rounds more than float32 does: by its dtype, or because a part of it is quantised.
+
+    Modules for quantised weights round what they are given, too, in a way that depends on how many tokens that is.
+    """
     import torch
 
-    if model.dtype.itemsize >= torch.float32.itemsize:
+    return is_quantised(model) or model.dtype.itemsize < torch.float32.itemsize
+
+
+def is_quantised(model: Any) -> bool:
+    """Whether modules of the model hold quantised weights."""
+    return bool(getattr(model, "is_quantized", False))
+
+
+def rounding_difference(model: Any, sequence: "torch.Tensor", source: "torch.Tensor | None" = None) -> float:
+    """What rounding alone does to the logits of a model that is known to decode rightly: 0 in plain float32, where
+    TOLERANCE is known to hold. If a part of the model is quantised, `_trembling` counts, too."""
+    import torch
+
+    if not rounds(model):
         return 0.0
     steps = len(sequence) - len(sequence) // 2
     with torch.inference_mode(), progress(steps, "decode check of the base model", unit="tok") as bar:
-        return _compare_logits(Steps(model, Decoding(sequence, source)), bar)[0]
+        shown = _compare_logits(Steps(model, Decoding(sequence, source)), bar)[0]
+    if not is_quantised(model):
+        return shown
+    return max(shown, _trembling(model, Steps(model, Decoding(sequence, source))))
 
 
 def rounding_without_cache(model: Any, sequence: "torch.Tensor", source: "torch.Tensor | None" = None) -> float:
     """What rounding does to the logits of a model that nothing is known of: those of prefixes of the sequence (L)
-    against those of the whole, all without a cache. 0 in float32, where TOLERANCE is known to hold.
+    against those of the whole, all without a cache. 0 in plain float32, where TOLERANCE is known to hold.
 
     Odd lengths, since matrices of other shapes are multiplied in another order. SmolLM2-135M shows as much this way as
-    by decoding with a cache: 0.9 and 0.8 in bfloat16, 0.09 both ways in float16.
+    by decoding with a cache: 0.9 and 0.8 in bfloat16, 0.09 both ways in float16. If a part of the model is quantised,
+    prefixes of all lengths, since bitsandbytes rounds at some of them only, and also see `_trembling`.
     """
     import torch
 
-    if model.dtype.itemsize >= torch.float32.itemsize:
+    if not rounds(model):
         return 0.0
     steps = Steps(model, Decoding(sequence, source))
     half, largest = len(sequence) // 2, 0.0
     lengths = sorted({(half + (len(sequence) - half) * part // PREFIXES) | 1 for part in range(PREFIXES)})
+    if is_quantised(model):
+        lengths, largest = list(range(1, len(sequence))), _trembling(model, steps)
     with torch.inference_mode(), progress(len(lengths), "rounding", unit="pass") as bar:
         whole = steps.whole(steps.tokens).float()
         for length in lengths:
@@ -84,6 +108,29 @@ def rounding_without_cache(model: Any, sequence: "torch.Tensor", source: "torch.
             largest = max(largest, (part - whole[: part.shape[0]]).abs().max().item())
             bar.update()
     return largest
+
+
+def _trembling(model: Any, steps: Steps) -> float:
+    """How far logits move when the embeddings of the tokens move by TREMBLE of themselves, at most of several times.
+
+    Modules that round what they are given to 8 bits turn the least difference into a step, if it lies at the border of
+    two numbers. Whether one does in a given sequence is chance, which the base and the converted model need not share.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+
+    def tremble(module: Any, inputs: Any, output: "torch.Tensor") -> "torch.Tensor":
+        noise = torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
+        return output * (1 + TREMBLE * noise)
+
+    with torch.inference_mode():
+        still = steps.whole(steps.tokens).float()
+        hook = model.get_input_embeddings().register_forward_hook(tremble)
+        try:
+            return max((steps.whole(steps.tokens).float() - still).abs().max().item() for _ in range(TREMBLES))
+        finally:
+            hook.remove()
 
 
 def _compare_logits(steps: Steps, bar: Any) -> tuple[float, float]:

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from sa_convert.run.load import (
 from sa_convert.run.placement import Placement, place, positions, read_config
 from sa_convert.run.quiet import keep_module_cache_clean
 from sa_convert.run.task import Task, task_of
+from sa_convert.validate import stored
 from sa_convert.validate.agreement import Predictions
 from sa_convert.validate.cache import cache_bytes_per_token
 from sa_convert.validate.copying import Probes, copying_loss
@@ -80,6 +82,9 @@ def validate(
         reference = Predictions(Path(kept), min(COMPARED, len(tokens)))
         measured = _measure_base(base, placement, tokens, task, tokenizer, min(LENGTH, limit or LENGTH), reference)
         release_memory()
+        if stored.is_wider(placement):
+            in_files = stored.in_stored_dtype(partial(load_base, base), placement, tokens, task, "base")
+            measured = replace(measured, stored=in_files)
         return _measure_converted(
             converted, placement, tokens, task, measured, reference, held_out.name, max_perplexity_increase
         )
@@ -103,6 +108,7 @@ def _measure_converted(
                 "The converted model's perplexity is not finite, though the base model's is: try a recipe that shares "
                 "less, or a wider --dtype."
             )
+        few = stored.first(loaded.model, tokens, task, "converted") if measured.stored else None
         check, cache_after, copying = None, 0, None
         if (decoding := task.decoding(loaded.model, tokens[0, :DECODED])) is not None:
             check = decode_check(loaded.model, decoding.tokens, measured.rounding, decoding.source)
@@ -110,14 +116,18 @@ def _measure_converted(
                 loaded.model, decoding.tokens[:CACHED], placement.stored, decoding.source
             )
         if measured.copying is not None:
-            before, probes = measured.copying
-            copied = copying_loss(loaded.model, probes, before.distance, "copying, converted model")
-            copying = CopyingReport(copied.distance, copied.tokens, before.loss, copied.loss)
+            lost, probes = measured.copying
+            copied = copying_loss(loaded.model, probes, lost.distance, "copying, converted model")
+            copying = CopyingReport(copied.distance, copied.tokens, lost.loss, copied.loss)
         del loaded
     release_memory()
-    report = PerplexityReport(
-        name, after.tokens, measured.perplexity.perplexity, after.perplexity, placement.dtype_name, task.name
-    )
+    in_files = None
+    if few and measured.few and measured.stored:
+        load = partial(load_converted, converted, unexpected=measured.unexpected)
+        again = stored.in_stored_dtype(load, placement, tokens, task, "converted")
+        in_files = stored.compared(placement, (measured.few, few), (measured.stored, again))
+    before = measured.perplexity.perplexity
+    report = PerplexityReport(name, after.tokens, before, after.perplexity, placement.dtype_name, task.name, in_files)
     gate = None
     if max_perplexity_increase is not None:
         decodes = check is None or check.passed
@@ -153,6 +163,7 @@ class _Base:
     """What was measured of the base model. rounding: difference of logits in decoding. cache: bytes per token.
 
     unexpected: tensors in its files that it does not know. copying: with the probes, for the other model, too.
+    few, stored: perplexity of the first sequences, as computed and in the dtype of the files; None if they are one.
     """
 
     perplexity: Perplexity
@@ -160,6 +171,8 @@ class _Base:
     cache: int
     unexpected: frozenset[str]
     copying: "tuple[CopyingLoss, torch.Tensor] | None"
+    few: Perplexity | None = None
+    stored: Perplexity | None = None
 
 
 def _measure_base(
@@ -188,4 +201,5 @@ def _measure_base(
             probes = Probes.of(tokenizer, embedded_tokens(model), probe_length)
             probe = probes.tokens(probes.period)
             copying = copying_loss(model, probe, probes.period, "copying, base model"), probe
-        return _Base(before, rounding, cache, loaded.unexpected, copying)
+        few = stored.first(model, tokens, task, "base") if stored.is_wider(placement) else None
+        return _Base(before, rounding, cache, loaded.unexpected, copying, few)

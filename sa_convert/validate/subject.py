@@ -15,6 +15,7 @@ from sa_convert.data.checkpoint import Checkpoint
 from sa_convert.data.report import BaseModel
 from sa_convert.errors import CheckpointError
 from sa_convert.export.shared_attention_families import PREFIX
+from sa_convert.progress import notes
 from sa_convert.read.code import code_references, refuse_code_elsewhere, shown_code
 from sa_convert.read.folder import read_json
 from sa_convert.read.model import complete, open_model
@@ -64,6 +65,7 @@ def open_subject(
     from transformers import CONFIG_MAPPING
 
     checkpoint = open_model(reference, None, stored_dtype)
+    notes(checkpoint.identity, checkpoint.notes)
     converted = str(checkpoint.config.get("model_type")).startswith(PREFIX)
     named = not converted and bool(list(code_references(checkpoint)))
     own = checkpoint.config.get("auto_map") and checkpoint.config.get("model_type") not in CONFIG_MAPPING
@@ -98,17 +100,18 @@ def foreign_code(checkpoint: Checkpoint) -> str | None:
     and `custom_generate/generate.py`. So no other code may be in the folder at all, and nothing else be named.
     """
     folder = checkpoint.folder
+    files = (file for home in (_HOME, _HOME / "tokenizer") for file in home.glob("*.py"))
+    shipped = {file.name: file for file in files if file.name != "__init__.py"}
     for path in sorted(folder.rglob("*.py")):  # open_model refuses links to folders
-        ours = _HOME / path.relative_to(folder)
-        if path.name == "__init__.py" or not ours.is_file() or path.read_bytes() != ours.read_bytes():
+        ours = shipped.get(path.relative_to(folder).as_posix())
+        if ours is None or path.read_bytes() != ours.read_bytes():
             return f"its code {path.relative_to(folder)} is not that of sa_convert"
     for name, config in _configs(checkpoint):
         references = config.get("auto_map")
         values = references.values() if isinstance(references, dict) else [references] if references else []
-        for value in values:
+        for value in [one for some in values for one in (some if isinstance(some, list) else [some])]:
             module, _, _ = str(value).partition(".")
-            shipped = module.isidentifier() and module != "__init__" and (_HOME / f"{module}.py").is_file()
-            if name != "config.json" or not shipped:
+            if f"{module}.py" not in shipped or module.startswith("tokenization") == (name == "config.json"):
                 return f"{name} names code of its own ('{value}' under auto_map)"
     return None
 

@@ -1,0 +1,1 @@
+"""Code for tokenizers, carried only by converted models whose tokenizer_config.json names it."""

@@ -1,0 +1,46 @@
+"""Converted models made in memory, without folders: each stack has a layer that reuses wholly, one that lost a KV group
+and one query head more, and layers that lend."""
+
+import torch
+import transformers
+from tiny_models import tiny_config
+
+from sa_convert.export.configuration_shared_attention import config_class_of
+from sa_convert.export.modeling_shared_attention import model_class_of
+from sa_convert.export.shared_attention_families import FAMILIES
+
+
+def rows_of(heads, source, other):
+    """Two rows of the map: every head of a layer, in another order; and a group of two, and the last head."""
+    whole = [[source, heads - 1 - head] for head in range(heads)]
+    return whole, [[source, 1], [source, 0], *[None] * (heads - 3), [other, heads - 2]]
+
+
+def made(model_type, seed=0, share=True, rows=(0, 1, 2, 3), heads=8, **changes):
+    """A converted model of random weights, or its base. rows: the layers that lends to the reusing ones, the one that
+    reuses wholly, another that lends, and the one that reuses in part, of layers that may share with each other."""
+    family = FAMILIES[model_type]
+    config = tiny_config(model_type, **changes)
+    first, whole, second, part = rows
+    layers = {}
+    for stack in family.all_stacks:
+        name = f"{stack.name}." if stack.name else ""
+        layers[f"{name}{whole}"], layers[f"{name}{part}"] = rows_of(heads, first, second)
+    torch.manual_seed(seed)
+    if share:
+        keys = {key: value for key, value in config.to_dict().items() if key != "model_type"}
+        config = config_class_of(family)(**keys, shared_attention={"layers": layers})
+        model = model_class_of(family, family.default_class)(config).eval()
+    else:
+        model = getattr(transformers, family.default_class)(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def inputs(model, length=9, seed=1):
+    """Two sequences of random tokens, as keyword arguments."""
+    torch.manual_seed(seed)
+    ids = torch.randint(3, 128, (2, length))
+    return {"input_ids": ids, **({"decoder_input_ids": ids.flip(1)} if model.config.is_encoder_decoder else {})}
