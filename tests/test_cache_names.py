@@ -104,11 +104,16 @@ def test_a_model_without_types_is_asked_for_names_in_use():
         def forward(self, input_ids, past_key_values=None, use_cache=None):
             pass
 
+    class HandsOn(Untyped):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
     class Cacheless:
         def forward(self, input_ids, use_cache=None):
             pass
 
     assert cache_keyword(Untyped()) == "past_key_values"
+    assert cache_keyword(HandsOn()) == "past_key_values"
     with pytest.raises(SaConvertError, match="Cacheless takes no cache"):
         cache_keyword(Cacheless())
 

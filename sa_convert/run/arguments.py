@@ -10,17 +10,16 @@ from sa_convert.errors import SaConvertError
 def cache_keyword(model: Any) -> str:
     """The name under which the model's forward takes a cache: that of the parameter that is declared as one.
 
-    Code that declares no types is asked for a name that ever was in use. Raises SaConvertError if the model takes no
-    cache.
+    Code that declares no types is asked for a name that ever was in use; a forward that hands on whatever it is given,
+    for that of the class that it derives from. Raises SaConvertError if none takes a cache.
     """
-    parameters = signature(model.forward).parameters
-    declared = [name for name, parameter in parameters.items() if "Cache" in str(parameter.annotation)]
-    known = [name for name in ("cache", "past_key_values") if name in parameters]
-    for name in (*declared, *known):
-        return name
-    raise SaConvertError(
-        f"The forward of {type(model).__name__} takes no cache: none of its arguments is declared as one."
-    )
+    inherited = [vars(cls)["forward"] for cls in type(model).__mro__ if "forward" in vars(cls)]
+    for forward in (model.forward, *inherited):
+        parameters = signature(forward).parameters
+        declared = [name for name, parameter in parameters.items() if "Cache" in str(parameter.annotation)]
+        for name in (*declared, *(known for known in ("cache", "past_key_values") if known in parameters)):
+            return name
+    raise SaConvertError(f"{type(model).__name__} takes no cache: no argument of its forward is declared as one.")
 
 
 def cache_of(output: Any) -> Any:
