@@ -32,10 +32,11 @@ SAID = {"refused": "refused", "broken": "broken", "base": "like the base"}
 TITLES = {"span": "spans", "groups": "groups", "heads": "heads"}
 HEAD = """# Releases of transformers
 
-This page is written by `python docs/benchmarks/compatibility.py`. Models of {count} families ({families}), tiny and
+This page is written by `python docs/benchmarks/compatibility.py`. Models of {count} families, tiny and
 random, were converted on transformers {pinned} (torch {torch}), each by a map of spans (whole layers), one of groups
 (whole KV groups) and one of single heads. The folders were then loaded on the last release of each minor version that
-the registry served, by the code inside of them, in processes that cannot import sa_convert.
+the registry served, by the code inside of them, in processes that cannot import sa_convert. The families are
+{families}.
 
 A folder *runs* if it loads, its logits equal those on {pinned} (1e-4, float32; if the base model's differ between the
 releases, three times that difference), and it generates the same tokens with a cache and without. It is *refused* if
@@ -125,16 +126,19 @@ def cell(outcomes: list[Outcome]) -> str:
 
 
 def reasons(outcomes: Iterable[Outcome]) -> Iterator[str]:
-    """One line for each reason that a release gives, with the families and kinds that it concerns."""
+    """One line for each reason, with the releases that give it and the families and kinds that it concerns."""
     concerned: dict[tuple[str, str, str], dict[str, list[str]]] = {}
     for outcome in outcomes:
         if outcome.what != "runs":
             why = outcome.why.replace(f"shared_attention_{outcome.family} ", "this type ")
-            families = concerned.setdefault((outcome.release, outcome.what, why), {})
+            families = concerned.setdefault((outcome.release, SAID[outcome.what], why), {})
             families.setdefault(outcome.family, []).append(TITLES[outcome.kind])
-    for (release, what, why), families in concerned.items():
-        named = ", ".join(f"`{family}` ({', '.join(kinds)})" for family, kinds in families.items())
-        yield f"- {release}, {SAID[what]}: {named}: {why}\n"
+    releases: dict[str, list[str]] = {}
+    for (release, said, why), families in concerned.items():
+        which = ", ".join(f"`{family}` ({', '.join(kinds)})" for family, kinds in families.items())
+        releases.setdefault(f"{said}: {which}: {why}", []).append(release)
+    for text, named in releases.items():
+        yield f"- {', '.join(named)}, {text}\n"
 
 
 def page(every: list[Outcome], pinned: str) -> str:
