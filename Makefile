@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 PYTEST = SA_CONVERT_TRANSFORMERS_4=$(CURDIR)/$(VENV4)/bin/python $(RUN) -m pytest -n 2 --dist loadgroup
 
-.PHONY: demo test test-newest newest-environment lint docs clean
+.PHONY: demo test test-newest newest-environment lint docs fuzz clean
 
 demo: $(VENV)/ready
 	$(RUN) docs/demo/demo.py demo
@@ -29,6 +29,10 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# Damaged input, kills, full disks, two runs at once: at most ten minutes. FUZZ: options, such as '--page docs/reliability.md'.
+fuzz: $(VENV)/ready
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(RUN) -m fuzz $(FUZZ)
 
 docs: $(VENV)/ready
 	$(RUN) docs/generate.py

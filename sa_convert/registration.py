@@ -10,26 +10,44 @@ import importlib.machinery
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import ModuleType, new_class
 from typing import Any
 
-from sa_convert.export.shared_attention_families import FAMILIES, HEADS, Family, auto_classes_of
+from sa_convert.export.shared_attention_families import CLASS_PREFIX, FAMILIES, auto_class_of
+from sa_convert.read.auto_classes import model_classes_of
 
 
-class _LazyModelClass:
-    """Stands for a model class and makes it when it is used, so that registration does not import every model."""
+class _StandIn(type):
+    """The type of a class that stands for a model class and makes it when it is used, so that registration does not
+    import every model: it is called, asked for attributes, derived from and tested against in that one's place."""
 
-    def __init__(self, family: Family, architecture: str, auto_class: str, config_class: Any) -> None:
-        self.config_class = config_class
-        self._family, self._architecture, self._auto_class = family, architecture, auto_class
+    def __new__(cls, name: str, bases: tuple[type, ...], members: dict[str, Any]) -> Any:
+        if not bases:
+            return super().__new__(cls, name, bases, members)
+        # A class that derives from stand-ins derives from what they stand for.
+        real = tuple(base.real_class() if isinstance(base, _StandIn) else base for base in bases)
+        return new_class(name, real, exec_body=lambda namespace: namespace.update(members))
 
-    def __getattr__(self, name: str) -> Any:
+    def real_class(cls) -> Any:
         from sa_convert.export.modeling_shared_attention import model_class_of
 
-        model_class: Any = model_class_of(self._family, self._architecture)
+        family, architecture = cls.__dict__["_family"], cls.__dict__["_architecture"]
+        model_class: Any = model_class_of(family, architecture)
         # So that save_pretrained writes the code files beside the weights, as it does for remote code.
-        model_class.register_for_auto_class(self._auto_class)
-        return getattr(model_class, name)
+        model_class.register_for_auto_class(auto_class_of(family, architecture))
+        return model_class
+
+    def __getattr__(cls, name: str) -> Any:
+        return getattr(cls.real_class(), name)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls.real_class()(*args, **kwargs)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, cls.real_class())
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return subclass is cls or issubclass(subclass, cls.real_class())
 
 
 def register() -> None:
@@ -45,11 +63,10 @@ def register() -> None:
         config_class: Any = config_class_of(family)
         config_class.register_for_auto_class()
         transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        for head in HEADS:
-            architecture = f"{family.class_prefix}{head}"
-            for auto_class in auto_classes_of(family, architecture) if architecture in known else ():
-                lazy: Any = _LazyModelClass(family, architecture, auto_class, config_class)
-                getattr(transformers, auto_class).register(config_class, lazy, exist_ok=True)
+        for auto_class, architecture in model_classes_of(family, family.default_class).items():
+            members = {"config_class": config_class, "_family": family, "_architecture": architecture}
+            stand_in = _StandIn(CLASS_PREFIX + architecture, (), members)
+            getattr(transformers, auto_class).register(config_class, stand_in, exist_ok=True)
 
 
 class _RegisterAfterLoading(importlib.abc.MetaPathFinder):

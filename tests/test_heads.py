@@ -41,6 +41,15 @@ HEADS = {
     "T5ForTokenClassification": ("t5", "AutoModelForTokenClassification"),
     "BartModel": ("bart", "AutoModel"),
     "BartForSequenceClassification": ("bart", "AutoModelForSequenceClassification"),
+    # The classes of language models inside of multimodal ones begin with another name than those that generate.
+    "Gemma3TextModel": ("gemma3_text", "AutoModel"),
+    "Gemma3TextForSequenceClassification": ("gemma3_text", "AutoModelForSequenceClassification"),
+    "Llama4TextModel": ("llama4_text", "AutoModel"),
+    "Qwen3_5TextModel": ("qwen3_5_text", "AutoModel"),
+    "Qwen3_5TextForSequenceClassification": ("qwen3_5_text", "AutoModelForSequenceClassification"),
+    "Qwen3_5MoeTextModel": ("qwen3_5_moe_text", "AutoModel"),
+    "CohereCompassTextModel": ("cohere_compass_text", "AutoModel"),
+    "CohereCompassTextForSequenceClassification": ("cohere_compass_text", "AutoModelForSequenceClassification"),
 }
 """Model class: its model type, and the auto class that loads it."""
 
@@ -58,7 +67,8 @@ class Converted:
 
 
 def attentions(model, entry):
-    """The attention module of each layer in the numbering of maps, whatever the model calls its base."""
+    """The attention module of each layer in the numbering of maps, whatever the model calls its base; None in layers
+    without softmax attention."""
     names = {name for name, _ in model.named_modules()}
     found = []
     for stack in entry.all_stacks:
@@ -72,7 +82,7 @@ def attentions(model, entry):
             None,
         )
         if path is not None:
-            found += [layer.get_submodule(stack.attention) for layer in model.get_submodule(path)]
+            found += [dict(layer.named_modules()).get(stack.attention) for layer in model.get_submodule(path)]
     return found
 
 
@@ -143,7 +153,8 @@ def test_the_class_derives_from_the_bases_and_shares(converted, tmp_path, head):
     assert isinstance(model, type(case.base))
     assert type(model).__name__ == f"SharedAttention{head}"
     named = json.loads((case.folder / "config.json").read_text())["auto_map"]
-    assert list(named) == ["AutoConfig", HEADS[head][1]]
+    assert list(named)[:2] == ["AutoConfig", HEADS[head][1]]
+    assert named[HEADS[head][1]] == f"modeling_shared_attention.SharedAttention{head}"
 
     with forced(case.base, attentions(case.base, entry), case.rows):
         expected = outputs(case.base, head)
@@ -156,8 +167,11 @@ def test_the_class_derives_from_the_bases_and_shares(converted, tmp_path, head):
 
     model.save_pretrained(tmp_path / "again")
     again = load_converted(tmp_path / "again", attn_implementation="eager", dtype=torch.float32)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert again.state_dict().keys() == model.state_dict().keys()
     for name, value in outputs(again, head).items():
-        torch.testing.assert_close(value, found[name], atol=0, rtol=0)
+        # Where tensors lie in memory decides between kernels of experts.
+        torch.testing.assert_close(value, found[name], atol=1e-5 if "Moe" in head else 0, rtol=0)
 
 
 def test_where_sa_convert_is_imported_no_remote_code_is_needed(converted):

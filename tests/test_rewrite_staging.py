@@ -1,12 +1,14 @@
 """The output appears at its destination complete or not at all, and nobody's files are lost."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -170,6 +172,53 @@ def test_something_that_appears_at_the_destination_meanwhile_is_kept(tmp_path):
     assert (tmp_path / "out" / "report.json").read_text() == "old"
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_two_that_publish_at_once_take_turns(tmp_path, overwrite):
+    """What the first has put in place while the second waits is seen by the second, which replaces it only if asked."""
+    turn = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(turn, fcntl.LOCK_EX)
+    done = []
+
+    def publish():
+        try:
+            with staging(tmp_path / "out", overwrite, 0) as stage:
+                (stage.folder / "report.json").write_text("second")
+                waits.set()
+                stage.publish()
+            done.append("published")
+        except OutputError as error:
+            done.append(str(error))
+
+    waits = threading.Event()
+    second = threading.Thread(target=publish)
+    second.start()
+    assert waits.wait(60)
+    time.sleep(0.2)
+    assert not done
+    assert not (tmp_path / "out").exists()
+    earlier_output(tmp_path / "out", "first")
+    os.close(turn)
+    second.join(60)
+    assert (tmp_path / "out" / "report.json").read_text() == ("second" if overwrite else "first")
+    assert "published" in done[0] if overwrite else "exists already" in done[0]
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("odd", [1, "sa_convert", ["sa_convert"], None])
+def test_a_folder_with_odd_versions_is_not_taken_for_an_analysis(tmp_path, odd):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "recipe.yaml").write_text("")
+    (tmp_path / "out" / "analysis.json").write_text(json.dumps({"versions": odd}))
+    refused(tmp_path / "out", "holds files that sa-convert did not write", True)
+
+
+@pytest.mark.parametrize("file", ["config.json", "analysis.json"])
+def test_a_pipe_at_the_destination_is_not_waited_for(tmp_path, file):
+    (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "out" / file)
+    refused(tmp_path / "out", "holds files that sa-convert did not write", True)
+
+
 def test_leftovers_go_but_not_those_of_living_processes_or_of_others(tmp_path):
     (tmp_path / ".out.sa-convert-0000abcd" / "staged").mkdir(parents=True)
     strangers = [
@@ -249,6 +298,28 @@ def test_a_run_ended_in_the_middle_leaves_nothing_and_a_rerun_succeeds(tmp_path,
     assert json.loads((out / "config.json").read_text())["model_type"] == "shared_attention_llama"
     for file in large.glob("*.safetensors"):
         assert (out / file.name).stat().st_size == file.stat().st_size
+
+
+FREED = """
+import os, signal, sys
+from sa_convert.rewrite.signals import termination_as_exit
+
+class Freed:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        sum(range(100))  # Python hears of the signal here, and drops what the handler raises
+
+with termination_as_exit():
+    Freed()
+    print("went on", flush=True)
+print("ended as if nothing had been")
+"""
+
+
+def test_a_signal_while_an_object_is_freed_is_not_lost():
+    child = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True)
+    assert child.stdout == "went on\n"
+    assert child.returncode == 128 + signal.SIGTERM
 
 
 def test_two_interrupts_do_not_stop_the_cleaning(tmp_path, large):

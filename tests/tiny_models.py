@@ -311,8 +311,9 @@ def load_converted(folder: Path, **options):
     """Load by the folder's own code, and refuse missing, unexpected or mismatched weights."""
     import transformers
 
-    named = json.loads((folder / "config.json").read_text())["auto_map"]
-    auto_class = getattr(transformers, next(name for name in named if name.startswith("AutoModel")))
+    config = json.loads((folder / "config.json").read_text())
+    own = f"modeling_shared_attention.{config['architectures'][0]}"
+    auto_class = getattr(transformers, next(name for name, found in config["auto_map"].items() if found == own))
     model, info = auto_class.from_pretrained(folder, trust_remote_code=True, output_loading_info=True, **options)
     assert type(model).__module__.startswith("transformers_modules."), type(model)
     assert not any(info.values()), info

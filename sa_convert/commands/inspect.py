@@ -7,6 +7,7 @@ import click
 
 from sa_convert.commands.options import echo_json, json_option, model_argument
 from sa_convert.data.stacks import layer_names, stack_ranges
+from sa_convert.printable import one_line
 from sa_convert.units import human_bytes, human_count
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def command(model: str, as_json: bool) -> None:
     rows = list(_rows(inspection))
     width = max(len(label) for label, _ in rows) + 2
     for label, text in rows:
-        click.echo(f"{label:<{width}}{text}")
+        click.echo(f"{label:<{width}}{one_line(text)}")
 
 
 def _rows(inspection: "Inspection") -> Iterator[tuple[str, str]]:

@@ -15,6 +15,7 @@ import click
 
 from sa_convert import __version__, registration
 from sa_convert.errors import SaConvertError
+from sa_convert.printable import one_line
 from sa_convert.redaction import redact
 
 COMMANDS = {
@@ -82,7 +83,7 @@ def _unexpected(error: BaseException) -> int:
 def _fail(error: BaseException, message: str, status: int) -> int:
     if os.environ.get("SA_CONVERT_DEBUG"):
         click.echo(redact("".join(traceback.format_exception(error))), err=True, nl=False)
-    click.echo(f"Error: {redact(' '.join(message.split()))}", err=True)
+    click.echo(f"Error: {one_line(redact(message))}", err=True)
     return status
 
 

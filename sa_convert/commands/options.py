@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from sa_convert.printable import one_line
 from sa_convert.units import parse_percent
 
 
@@ -48,7 +49,7 @@ def dtype_option(what: str) -> Callable[[Any], Any]:
 
 def announce(step: str) -> None:
     """Tell on stderr what is being done."""
-    click.echo(f"{step} ...", err=True)
+    click.echo(f"{one_line(step)} ...", err=True)
 
 
 def echo_json(content: Mapping[str, Any]) -> None:

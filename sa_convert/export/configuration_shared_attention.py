@@ -17,7 +17,7 @@ from inspect import signature
 
 import transformers
 
-from .shared_attention_families import FAMILIES, PREFIX, Family
+from .shared_attention_families import CLASS_PREFIX, FAMILIES, PREFIX, Family
 
 
 def _rope_of_transformers_4(parameters: dict) -> dict:
@@ -62,11 +62,11 @@ def config_class_of(family: Family) -> type:
     known = signature(base.__init__).parameters
     if "rope_theta" in known:
         members["__init__"] = _init_of_transformers_4(base, known)
-    return type(f"SharedAttention{family.config_class}", (base,), members)
+    return type(CLASS_PREFIX + family.config_class, (base,), members)
 
 
 def __getattr__(name: str):
     for family in FAMILIES.values():
-        if name == f"SharedAttention{family.config_class}":
+        if name == CLASS_PREFIX + family.config_class:
             return config_class_of(family)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,7 +19,7 @@ from .shared_attention_arguments import is_newer, unlike
 from .shared_attention_attend import Attending  # noqa: F401
 from .shared_attention_cache import PackedCache  # noqa: F401
 from .shared_attention_exchange import checkpoint_contexts
-from .shared_attention_families import FAMILIES, PREFIX, Family, auto_class_of
+from .shared_attention_families import CLASS_PREFIX, FAMILIES, PREFIX, Family, auto_class_of
 from .shared_attention_modules import MODULES  # noqa: F401
 from .shared_attention_paged import PagedCache  # noqa: F401
 from .shared_attention_plan import LayerPlan  # noqa: F401
@@ -38,13 +38,31 @@ def _as_base(config, family: Family):
 
 
 class SharedAttentionMixin:
-    """Builds the base model, then makes it share attention."""
+    """Builds the base model, then makes it share attention.
+
+    base_class: the class of transformers that the model derives from. Some of what transformers does for a model it
+    decides by the name of its class or by the source code around that, where it looks for the base's.
+    """
+
+    base_class: type
 
     def __init__(self, config, *args, **kwargs):
         family = FAMILIES[config.model_type.removeprefix(PREFIX)]
         with _as_base(config, family):
             super().__init__(config, *args, **kwargs)
         share_attention(self, family, config.shared_attention)
+
+    def _get_name(self):
+        """By this name, which is also printed, Trainer tells whose labels are to be shifted."""
+        return self.base_class.__name__
+
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        return cls.base_class._can_set_attn_implementation()
+
+    @classmethod
+    def _can_set_experts_implementation(cls):
+        return cls.base_class._can_set_experts_implementation()
 
     if is_newer():  # what a later release changed shows anywhere in a pass
 
@@ -79,7 +97,7 @@ def _register_conversions(family: Family, architecture: str) -> None:
         return
     for base, ours in (
         (family.model_type, PREFIX + family.model_type),
-        (architecture, f"SharedAttention{architecture}"),
+        (architecture, CLASS_PREFIX + architecture),
     ):
         conversions = get_checkpoint_conversion_mapping(base)
         if conversions is not None:
@@ -91,12 +109,12 @@ def model_class_of(family: Family, architecture: str) -> type:
     """The model class of a family for one of its base's classes, such as LlamaForCausalLM, sharing attention."""
     _register_conversions(family, architecture)
     base = getattr(transformers, architecture)
-    members = {"config_class": config_class_of(family), "__module__": __name__}
-    return type(f"SharedAttention{architecture}", (SharedAttentionMixin, base), members)
+    members = {"config_class": config_class_of(family), "base_class": base, "__module__": __name__}
+    return type(CLASS_PREFIX + architecture, (SharedAttentionMixin, base), members)
 
 
 def __getattr__(name: str):
-    architecture = name.removeprefix("SharedAttention")
+    architecture = name.removeprefix(CLASS_PREFIX)
     if architecture != name:
         for family in FAMILIES.values():
             if auto_class_of(family, architecture):

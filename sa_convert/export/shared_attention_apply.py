@@ -33,8 +33,42 @@ def shared_class(attention: type, names) -> type:
         "rotate": staticmethod(rotate),
         "arguments": Arguments(attention, needs),
         "__module__": __name__,
+        # The class is no attribute of its module, so an instance is pickled by what the class is made of.
+        "__reduce__": lambda self: (_unmade, (attention, names), self.__dict__),
     }
-    return type(f"Shared{attention.__name__}", (ours, attention), members)
+    return type(f"Shared{attention.__name__}", (_Loading, ours, attention), members)
+
+
+def _unmade(attention: type, names) -> nn.Module:
+    """An attention module that shares, before pickle or copy give it its attributes."""
+    ours = shared_class(attention, names)
+    return ours.__new__(ours)
+
+
+class _Loading(nn.Module):
+    """What `load_state_dict` does in a layer that reuses attention: tensors made for the base model are refused."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        errors = others[-1]
+        for name in self._misfits(state_dict, prefix) if self.plan and self.plan.reuses else ():
+            del state_dict[name]
+            if not any(_MISFIT in error for error in errors):
+                errors.append(f"{name} does not fit: layer {self.plan.layer} {_MISFIT}")
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def _misfits(self, state_dict, prefix):
+        names = self.names
+        removed = {names.query, names.key, names.query_norm, names.key_norm, names.sinks} - set(dir(self))
+        shapes = {prefix + name: parameter.shape for name, parameter in self.named_parameters()}
+        within = [name for name in state_dict if name.startswith(prefix)]
+        gone = [name for name in within if name.removeprefix(prefix).partition(".")[0] in removed]
+        return gone + [name for name in within if shapes.get(name, state_dict[name].shape) != state_dict[name].shape]
+
+
+_MISFIT = (
+    "reuses attention, so it lacks queries and keys that its base model has. Train an adapter on the converted model, "
+    "or merge that of the base into the base before it is converted; one of values and outputs alone fits both."
+)
 
 
 def _keep_first(module: nn.Module, kept: int, axis: int) -> None:
@@ -156,18 +190,30 @@ def share_attention(model: nn.Module, names, sharing: dict) -> None:
     layers = sharing["layers"]
     if sharing.get("form", "auto") not in FORMS:
         raise ValueError(f"shared_attention: form is {sharing['form']!r}, but should be one of {', '.join(FORMS)}.")
-    # An encoder may stand alone.
-    stacks = [stack for stack in names.all_stacks if not names.encoder_decoder or path_in(model, stack.layers)]
-    known = {stack.name for stack in stacks}
+    known = {stack.name for stack in names.all_stacks}
     for label in layers:
         if str(label).rpartition(".")[0] not in known:
             raise ValueError(f"shared_attention: the model has no layer {label}.")
+    # An encoder or a decoder may stand alone: what the map says of the other one is not for this model.
+    stacks = [stack for stack in names.all_stacks if not names.encoder_decoder or path_in(model, stack.layers)]
     opened = set()
     for stack in stacks:
         if _share_stack(model, names, stack, sharing):
             opened.add((path_in(model, stack.layers) or stack.layers).rpartition(".")[0])
     for path in sorted(opened):
         _open_exchange(model.get_submodule(path), names)
+    _keep_heads_together(model, names, stacks, layers)
+
+
+def _keep_heads_together(model: nn.Module, names, stacks, layers: dict) -> None:
+    """Tensor parallelism gives each process some of the heads, of every layer the same. Where a head reuses one of
+    another number, attention is therefore left whole in each process; all else is divided as in the base."""
+    spans = all(source and source[1] == head for row in layers.values() for head, source in enumerate(row))
+    plan = getattr(model, "tp_plan", None)
+    if not plan or (spans and not names.fused and not names.gate):
+        return
+    whole = tuple(f"{path_in(model, stack.layers) or stack.layers}.*.{stack.attention}." for stack in stacks)
+    model.tp_plan = {rule: style for rule, style in plan.items() if not rule.startswith(whole)}
 
 
 def _share_stack(model: nn.Module, names, stack, sharing: dict) -> bool:
@@ -178,7 +224,8 @@ def _share_stack(model: nn.Module, names, stack, sharing: dict) -> bool:
         (0, 1, 0) if attention is None else shape_of(attention, names, stack, config)
         for attention, config in zip(attentions, configs, strict=True)
     ]
-    rows = _rows_of(stack.name, sharing["layers"])
+    # A model may be made of its first layers alone (`num_hidden_layers`), whose sources come before them.
+    rows = {layer: row for layer, row in _rows_of(stack.name, sharing["layers"]).items() if layer < len(attentions)}
     plans = plan_layers(rows, [heads for heads, _, _ in shapes], [group for _, group, _ in shapes])
     for layer, attention in enumerate(attentions):
         plan = plans.get(layer)
@@ -196,7 +243,16 @@ def _share_stack(model: nn.Module, names, stack, sharing: dict) -> bool:
             submodule(model, stack.layers)[layer].register_forward_pre_hook(see, with_kwargs=True)
         if plan is not None and plan.reuses:
             _shrink(attention, plan, names, attention.size)
+            if not plan.own and stack.query_input:
+                _freeze(submodule(model, stack.layers)[layer].get_submodule(stack.query_input))
     return bool(plans)
+
+
+def _freeze(module: nn.Module) -> None:
+    """Make buffers of parameters that nothing reads: files keep them, and no optimizer waits for their gradients."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        delattr(module, name)
+        module.register_buffer(name, parameter.detach())
 
 
 def _open_exchange(stack: nn.Module, names) -> None:

@@ -111,7 +111,8 @@ class Arguments:
 
 
 def is_paged(value) -> bool:
-    return "Paged" in type(value).__name__
+    """Whether this is the cache of continuous batching, which shares no class with the others."""
+    return not isinstance(value, torch.Tensor) and "Paged" in type(value).__name__
 
 
 def take_paged(arguments: dict):

@@ -4,10 +4,13 @@ The converter reads these entries to know which tensors and which layers there a
 modules. This file imports neither torch nor transformers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 PREFIX = "shared_attention_"
 """Before the base's model type in that of a converted model."""
+
+CLASS_PREFIX = "SharedAttention"
+"""Before the base's class in that of a converted model."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,8 @@ class Stack:
 
     name: as sharing maps name it ("decoder.cross"). layers: module path of the layers; attention: the attention
     module's path in a layer. heads, depth: config keys of the number of query heads and of layers. cross: its keys and
-    values come from the encoder. caches: it keeps keys and values from one generated token to the next.
+    values come from the encoder. caches: it keeps keys and values from one generated token to the next. query_input:
+    the norm in a layer whose output only the queries read, if there is one.
     """
 
     name: str
@@ -26,6 +30,7 @@ class Stack:
     depth: str = "num_hidden_layers"
     cross: bool = False
     caches: bool = True
+    query_input: str | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,7 @@ class Family:
 
     @property
     def class_prefix(self) -> str:
-        """What the names of all its model classes begin with: "Llama" of LlamaForCausalLM."""
+        """What the name of its default class begins with: "Llama" of LlamaForCausalLM."""
         for suffix in sorted(HEADS, key=len, reverse=True):
             if self.default_class.endswith(suffix):
                 return self.default_class.removesuffix(suffix)
@@ -166,15 +171,23 @@ HEADS = {
 ForConditionalGeneration is loaded by AutoModelForImageTextToText."""
 
 
+_MULTIMODAL_HEADS = {
+    "ForConditionalGeneration": "AutoModelForImageTextToText",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "Model": "AutoModel",
+}
+
+
 def auto_class_of(family: Family, architecture: str) -> str | None:
     """The auto class of transformers for a model class of this family, or None where it is no class of the family."""
-    if not architecture.startswith(family.class_prefix):
+    # Of the language model inside of a multimodal one, the config's name begins those of all classes but the default.
+    of_config = architecture != family.default_class
+    prefix = family.config_class.removesuffix("Config") if of_config else family.class_prefix
+    if not architecture.startswith(prefix):
         return None
-    head = architecture.removeprefix(family.class_prefix)
+    head = architecture.removeprefix(prefix)
     if family.text:
-        return {"ForConditionalGeneration": "AutoModelForImageTextToText", "Model": "AutoModel"}.get(head)
-    if family.config_class != f"{family.class_prefix}Config" and architecture != family.default_class:
-        return None  # of the multimodal model around this one
+        return _MULTIMODAL_HEADS.get(head)
     if head == "ForConditionalGeneration" and not family.encoder_decoder:
         return None
     return HEADS.get(head)
@@ -221,7 +234,13 @@ _T5 = {
         Stack("encoder", "encoder.block", "layer.0.SelfAttention", "num_heads", "num_layers", caches=False),
         Stack("decoder", "decoder.block", "layer.0.SelfAttention", "num_heads", "num_decoder_layers"),
         Stack(
-            "decoder.cross", "decoder.block", "layer.1.EncDecAttention", "num_heads", "num_decoder_layers", cross=True
+            "decoder.cross",
+            "decoder.block",
+            "layer.1.EncDecAttention",
+            "num_heads",
+            "num_decoder_layers",
+            cross=True,
+            query_input="layer.1.layer_norm",
         ),
     ),
     "query": "q",
@@ -256,7 +275,10 @@ _BART = {
     "plain_forward": True,
     "dropout": "dropout",
 }
-
+# Norms come before attention, not after it.
+_MBART = _BART | {
+    "stacks": (*_BART["stacks"][:2], replace(_BART["stacks"][2], query_input="encoder_attn_layer_norm")),
+}
 _DECODER_OF_BART = {key: value for key, value in _BART.items() if key != "stacks"}
 
 FAMILIES: dict[str, Family] = {
@@ -834,7 +856,7 @@ FAMILIES: dict[str, Family] = {
             "mbart",
             "MBartConfig",
             "MBartForConditionalGeneration",
-            **_BART,
+            **_MBART,
             tokenizer="MBartTokenizer",
         ),
         Family(
@@ -848,14 +870,14 @@ FAMILIES: dict[str, Family] = {
             "pegasus",
             "PegasusConfig",
             "PegasusForConditionalGeneration",
-            **_BART,
+            **_MBART,
             tokenizer="PegasusTokenizer",
         ),
         Family(
             "blenderbot",
             "BlenderbotConfig",
             "BlenderbotForConditionalGeneration",
-            **_BART,
+            **_MBART,
             tokenizer="BlenderbotTokenizer",
         ),
         Family(
@@ -876,7 +898,7 @@ FAMILIES: dict[str, Family] = {
             "m2m_100",
             "M2M100Config",
             "M2M100ForConditionalGeneration",
-            **_BART,
+            **_MBART,
             tokenizer="M2M100Tokenizer",
         ),
         Family(

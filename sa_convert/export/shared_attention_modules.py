@@ -132,7 +132,7 @@ class T5Attention(EncoderDecoderAttention):
         return output, bias, weights
 
     def _bias(self, call, length, before):
-        """Relative positions of T new tokens to S: (1, H, T, S)."""
+        """Relative positions of T new tokens to S: (1, H, T, S). Not on the weight's device: offloaded, it has none."""
         tokens, device = call.states.shape[1], call.states.device
         if _TRANSFORMERS_4:
             return self.compute_bias(length, length, device, call.cache_position)[:, :, -tokens:]

@@ -51,7 +51,7 @@ def inherited(base_card: Path | None, base_url: str | None, folder: Path) -> tup
         found = (yaml.load(block[1], yaml.BaseLoader) if block else None) or {}
         if not isinstance(found, dict):
             raise ValueError("the metadata of a card are keys and values")
-    except (ValueError, OSError, yaml.YAMLError):
+    except (ValueError, RecursionError, OSError, yaml.YAMLError):
         return {}, f"The metadata of the base model's card cannot be read. {_MISSING}"
     metadata = {key: found[key] for key in INHERITED if _is_text(found.get(key))}
     link = metadata.get("license_link")

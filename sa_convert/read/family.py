@@ -55,10 +55,12 @@ def type_of(config: Mapping[str, Any]) -> Any:
 def architecture_of(config: Mapping[str, Any], family: Family) -> str:
     """The model class that config.json names, or that of a model of this family if it names a wrapper around one.
 
-    Raises UnsupportedModelError where it is no class of the family.
+    Raises UnsupportedModelError where it is no class of the family, CheckpointError where it is no list.
     """
     named = config.get("architectures") or [family.default_class]
-    names = [unwrapped(str(name), family) for name in (named if isinstance(named, list) else [named])]
+    if not isinstance(named, list):
+        raise CheckpointError(f"config.json: 'architectures' should be a list of class names, but is {named!r}.")
+    names = [unwrapped(str(name), family) for name in named]
     found = next((name for name in names if auto_class_of(family, name)), None)
     if found is None:
         raise UnsupportedModelError(

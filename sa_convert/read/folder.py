@@ -9,6 +9,7 @@ from typing import Any
 from sa_convert.data.checkpoint import Checkpoint, Shard
 from sa_convert.errors import CheckpointError, UnsupportedModelError
 from sa_convert.read.agreement import agree
+from sa_convert.read.characters import check_characters
 from sa_convert.read.header import read_shard
 from sa_convert.read.inside import check_inside, leads_out, real_folder, revision_of
 from sa_convert.read.kinds import other_kind
@@ -72,9 +73,13 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError naming the file, and the line where it is not JSON."""
     try:
         data = file.read_bytes()
-        content = json.loads(data.decode("utf-8"))
+        text = data.decode("utf-8")
+        content = json.loads(text)
+        check_characters(text, content)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}.") from error
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{file}: holds half of a character, which is no text; mend it.") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: {_no_json(data, error)}.") from None
     if not isinstance(content, dict):

@@ -18,12 +18,13 @@ DEPTHS = ("num_hidden_layers", "num_layers")
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 
 
-def number(config: Mapping[str, Any], key: str, *others: str) -> int:
-    """A positive whole number of config.json, under the first of these keys that it has; raises CheckpointError."""
+def number(config: Mapping[str, Any], key: str, *others: str, least: int = 1) -> int:
+    """A whole number of config.json, under the first of these keys that it has; raises CheckpointError."""
     key = next((name for name in (key, *others) if name in config), key)
     value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"config.json: '{key}' should be a positive whole number, but is {value!r}.")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        wanted = "a positive whole number" if least else "a whole number from 0"
+        raise CheckpointError(f"config.json: '{key}' should be {wanted}, but is {value!r}.")
     return value
 
 
@@ -40,7 +41,7 @@ def geometry_of(checkpoint: Checkpoint, family: Family, reusing: Container[str] 
     for stack in family.all_stacks:
         if family.encoder_decoder and not has_stack(checkpoint, family, stack):
             continue  # an encoder saved alone
-        depth, cached = number(config, stack.depth, *DEPTHS), caches(config, family, stack)
+        depth, cached = _depth(checkpoint, config, stack), caches(config, family, stack)
         lost = [f"{stack.name}.{index}".removeprefix(".") in reusing for index in range(depth)]
         if all(lost):
             raise CheckpointError("config.json: 'shared_attention' lets every layer reuse another, which none can own.")
@@ -57,6 +58,17 @@ def geometry_of(checkpoint: Checkpoint, family: Family, reusing: Container[str] 
                 continue
             layers.append(replace(layer, attention=kind, window=window, rotary=rotary, stack=stack.name, cached=cached))
     return ModelGeometry(tuple(layers), family.granularity)
+
+
+def _depth(checkpoint: Checkpoint, config: Mapping[str, Any], stack: Stack) -> int:
+    """Layers of a stack. Each has a tensor at least, so that a number out of all proportion is refused at once."""
+    depth, tensors = number(config, stack.depth, *DEPTHS), len(checkpoint.tensors)
+    if depth > tensors:
+        raise CheckpointError(
+            f"config.json counts {depth} layers, but the checkpoint has only {tensors} tensors; the weights do not "
+            "belong to this config.json."
+        )
+    return depth
 
 
 def caches(config: Mapping[str, Any], family: Family, stack: Stack) -> bool:
@@ -95,7 +107,7 @@ def _layer(
         return _fused_layer(checkpoint, tensors[f"{start}{family.fused}.weight"], config, family, heads, rows["query"])
     query, key = f"{start}{family.query}.weight", f"{start}{family.key}.weight"
     queries = rows["query"] // 2 if family.gate == "query" else rows["query"]
-    if queries % heads:
+    if not queries or queries % heads:
         raise CheckpointError(
             f"'{query}' has {rows['query']} rows; {stack.heads} in config.json is {heads}, no divisor."
         )
@@ -116,7 +128,7 @@ def _fused_layer(
     checkpoint: Checkpoint, tensor: TensorEntry, config: Mapping[str, Any], family: Family, heads: int, rows: int
 ) -> LayerGeometry:
     hidden = tensor.shape[0 if family.transposed else 1]
-    head_dim = config.get("head_dim") or hidden // heads
+    head_dim = number(config, "head_dim") if config.get("head_dim") else hidden // heads
     groups = _fused_groups(rows, heads, head_dim)
     if not groups and _as_in_transformers(checkpoint, tensor.name):
         head_dim = hidden // heads
@@ -131,7 +143,7 @@ def _fused_layer(
 
 def _fused_groups(rows: int, heads: int, head_dim: int) -> int:
     """KV groups of a fused projection, or 0 if it does not consist of such heads."""
-    groups = (rows // head_dim - heads) // 2
+    groups = (rows // head_dim - heads) // 2 if head_dim else 0
     return groups if groups > 0 and (heads + 2 * groups) * head_dim == rows and heads % groups == 0 else 0
 
 
@@ -164,14 +176,31 @@ def attention_kinds(config: Mapping[str, Any], family: Family, depth: int) -> li
         window = None
     rotates = [family.rotary != "none"] * depth
     if family.rotary == "no_rope_layers":
-        interval = config.get("no_rope_layer_interval", 4)
-        rotates = [bool(flag) for flag in config.get("no_rope_layers") or ((i + 1) % interval for i in range(depth))]
-    types = config.get("layer_types") or _default_types(config, family, depth, window, rotates)
+        rotates = [bool(flag) for flag in _listed(config, "no_rope_layers", object) or _without_rotary(config, depth)]
+    types = _listed(config, "layer_types", str) or _default_types(config, family, depth, window, rotates)
     if len(types) != depth or len(rotates) != depth:
         raise CheckpointError(f"config.json: 'layer_types' or 'no_rope_layers' does not list all {depth} layers.")
     if family.rotary == "sliding" and window is not None:
         rotates = [kind == SLIDING for kind in types]
+    if window is not None and SLIDING in types and family.window_key in config:
+        window = number(config, family.window_key)
     return [(kind, window if kind == SLIDING else None, rotated) for kind, rotated in zip(types, rotates, strict=True)]
+
+
+def _listed(config: Mapping[str, Any], key: str, kind: type) -> list[Any]:
+    """A list in config.json, empty where there is none. Raises CheckpointError unless its items are of this kind."""
+    value = config.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+        items = "names" if kind is str else "values"
+        raise CheckpointError(f"config.json: '{key}' should be a list of {items}, one for each layer; mend it.")
+    return value
+
+
+def _without_rotary(config: Mapping[str, Any], depth: int) -> list[bool]:
+    """Every so many-th layer does not rotate queries and keys."""
+    key = "no_rope_layer_interval"
+    interval = number(config, key) if key in config else 4
+    return [(layer + 1) % interval != 0 for layer in range(depth)]
 
 
 def _default_types(
@@ -182,10 +211,12 @@ def _default_types(
         return [CHUNKED if rotated else FULL for rotated in rotates]
     if window is None and not family.sliding.startswith("periodic"):
         return [FULL] * depth
-    first_full = config.get("max_window_layers", 28)
-    period = config.get(family.period_key, family.period) if family.period_key else family.period
-    if isinstance(period, str):  # "LLLG": local layers, then a global one
-        period = len(period)
+    first_full, period = 28, family.period
+    if "max_window_layers" in family.sliding and "max_window_layers" in config:
+        first_full = number(config, "max_window_layers", least=0)
+    if family.period_key is not None and family.period_key in config:
+        pattern = config[family.period_key]  # or "LLLG": local layers, then a global one
+        period = len(pattern) if isinstance(pattern, str) and pattern else number(config, family.period_key)
     rules = {
         "none": lambda layer: False,
         "all": lambda layer: True,

@@ -7,6 +7,7 @@ from typing import Any, TypeGuard
 
 from sa_convert.data.checkpoint import DTYPE_BITS, Shard, TensorEntry
 from sa_convert.errors import CheckpointError
+from sa_convert.read.characters import check_characters
 from sa_convert.read.kinds import other_kind
 
 LONGEST_HEADER = 100_000_000
@@ -82,7 +83,9 @@ def _parse(file: Path, text: bytes) -> dict[str, Any]:
     try:
         if not text.startswith(b"{"):
             raise ValueError
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        decoded = text.decode("utf-8")
+        header = json.loads(decoded, object_pairs_hook=unique)
+        check_characters(decoded, header)
     except (ValueError, RecursionError):
         raise CheckpointError(f"{file}: the header is not a JSON object; {_NOT_VALID}.") from None
     assert isinstance(header, dict)  # it starts with a brace

@@ -4,20 +4,24 @@ from typing import Any
 
 from sa_convert.data.checkpoint import Checkpoint
 from sa_convert.data.sharing_map import SharingMap
-from sa_convert.export.shared_attention_families import PREFIX, Family, auto_classes_of
+from sa_convert.export.shared_attention_families import CLASS_PREFIX, PREFIX, Family
+from sa_convert.read.auto_classes import model_classes_of
 from sa_convert.read.family import architecture_of
 
 
 def converted_config(checkpoint: Checkpoint, family: Family, sharing: SharingMap) -> dict[str, Any]:
-    """The base's config.json with our model type, the code to load it with, and the sharing map; the rest stays."""
+    """The base's config.json with our model type, the code to load it with, and the sharing map; the rest stays.
+
+    `auto_map` names every auto class that loads the base, first the one for the checkpoint's own class.
+    """
     architecture = architecture_of(checkpoint.config, family)
-    reference = f"modeling_shared_attention.SharedAttention{architecture}"
+    classes = model_classes_of(family, architecture)
     return dict(checkpoint.config) | {
         "model_type": PREFIX + family.model_type,
-        "architectures": [f"SharedAttention{architecture}"],
+        "architectures": [f"{CLASS_PREFIX}{architecture}"],
         "auto_map": {
-            "AutoConfig": f"configuration_shared_attention.SharedAttention{family.config_class}",
-            **dict.fromkeys(auto_classes_of(family, architecture), reference),
+            "AutoConfig": f"configuration_shared_attention.{CLASS_PREFIX}{family.config_class}",
+            **{name: f"modeling_shared_attention.{CLASS_PREFIX}{found}" for name, found in classes.items()},
         },
         "shared_attention": {"layers": sharing.to_json()},
     }

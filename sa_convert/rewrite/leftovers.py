@@ -5,6 +5,8 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LOCK = "lock"
@@ -53,10 +55,32 @@ def remove_leftovers(destination: Path) -> None:
         if descriptor is None:
             continue
         aside = root / PUT_ASIDE
-        if aside.exists() and not os.path.lexists(destination):
-            aside.rename(destination)
+        with turn(destination.parent):
+            if aside.exists() and not os.path.lexists(destination):
+                aside.rename(destination)
         shutil.rmtree(root, ignore_errors=True)
         release(descriptor)
+
+
+@contextmanager
+def turn(parent: Path) -> Iterator[None]:
+    """One process at a time moves folders to and from destinations in `parent`; it takes no time worth telling.
+
+    Without it, two runs could both see that nothing is at their destination, and the later one would replace what the
+    earlier one has just put there. Where a folder cannot be locked (no right to read it, some network file systems),
+    the renames themselves keep every folder whole.
+    """
+    try:
+        descriptor = os.open(parent, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        yield
+        return
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _lock(root: Path) -> int | None:

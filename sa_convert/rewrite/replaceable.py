@@ -39,11 +39,14 @@ def _is_output(folder: Path) -> bool:
     """Whether sa-convert wrote this folder: a converted model or an analysis."""
     if "shared_attention" in _json(folder / "config.json"):
         return (folder / "report.json").is_file()
-    return "sa_convert" in _json(folder / "analysis.json").get("versions", ()) and (folder / "recipe.yaml").is_file()
+    versions = _json(folder / "analysis.json").get("versions")
+    return isinstance(versions, dict) and "sa_convert" in versions and (folder / "recipe.yaml").is_file()
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is none."""
+    """The object in a JSON file; empty where there is none. A pipe is not read, which might wait for ever."""
+    if not file.is_file():
+        return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

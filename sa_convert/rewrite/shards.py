@@ -133,7 +133,8 @@ def _new_index(
     checkpoint: Checkpoint, index: Mapping[str, Any], edits: Mapping[str, TensorEdit], written: Written
 ) -> dict[str, Any]:
     """The base's index with the names and sizes of the new files; order and other keys stay."""
-    metadata = dict(index.get("metadata") or {})
+    found = index.get("metadata")
+    metadata = dict(found) if isinstance(found, Mapping) else {}
     metadata["total_size"] = written.tensor_bytes
     if isinstance(metadata.get("total_parameters"), int):
         # Not always the number of elements: quantised models count otherwise. What goes is plain weights.

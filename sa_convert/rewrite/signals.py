@@ -9,18 +9,25 @@ from types import FrameType
 _TERMINATING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
-def _exit(number: int, frame: FrameType | None) -> None:
-    for other in _TERMINATING:  # one is enough: the next would break into the cleaning before it is undisturbed
-        if signal.getsignal(other) is _exit:
-            signal.signal(other, signal.SIG_IGN)
-    raise SystemExit(128 + number)
-
-
 @contextmanager
 def termination_as_exit() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise SystemExit here, so that `finally` runs. Only the main thread can see to that."""
-    with _handlers([number for number in _TERMINATING if signal.getsignal(number) is signal.SIG_DFL], _exit):
+    """SIGTERM and SIGHUP raise SystemExit here, so that `finally` runs. Only the main thread can see to that.
+
+    Python drops what is raised while it frees an object; the block then ends first, and SystemExit is raised after it.
+    """
+    received: list[int] = []
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        for other in _TERMINATING:  # one is enough: the next would break into the cleaning before it is undisturbed
+            if signal.getsignal(other) is leave:
+                signal.signal(other, signal.SIG_IGN)
+        received.append(number)
+        raise SystemExit(128 + number)
+
+    with _handlers([number for number in _TERMINATING if signal.getsignal(number) is signal.SIG_DFL], leave):
         yield
+    if received:
+        raise SystemExit(128 + received[0])
 
 
 @contextmanager

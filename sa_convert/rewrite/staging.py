@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sa_convert.errors import OutputError
-from sa_convert.rewrite.leftovers import PUT_ASIDE, hold, release, remove_leftovers, stage_name
+from sa_convert.rewrite.leftovers import PUT_ASIDE, hold, release, remove_leftovers, stage_name, turn
 from sa_convert.rewrite.replaceable import check_destination, check_source, check_space
 from sa_convert.rewrite.signals import termination_as_exit, undisturbed
 
@@ -42,9 +42,9 @@ class Stage:
 
         Raises OutputError where something else has appeared at the destination.
         """
-        check_destination(self.destination, self.overwrite)
         aside = self.root / PUT_ASIDE
-        with undisturbed():
+        with undisturbed(), turn(self.destination.parent):
+            check_destination(self.destination, self.overwrite)
             try:
                 if self.destination.exists():
                     self.destination.rename(aside)

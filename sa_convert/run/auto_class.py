@@ -5,7 +5,7 @@ from typing import Any
 
 from sa_convert.data.report import PredictionTask
 from sa_convert.errors import DataError
-from sa_convert.export.shared_attention_families import FAMILIES, HEADS, PREFIX, auto_class_of
+from sa_convert.export.shared_attention_families import CLASS_PREFIX, FAMILIES, HEADS, PREFIX, auto_class_of
 from sa_convert.read.family import unwrapped
 
 CAUSAL = "AutoModelForCausalLM"
@@ -23,9 +23,14 @@ TASKS: Mapping[str, PredictionTask] = {
 
 
 def auto_class_name(config: Mapping[str, Any]) -> str:
-    """The auto class for a model with this config.json: of a converted one, the one that its `auto_map` names; of an
-    ordinary one, that of its architecture; AutoModelForCausalLM where nothing is said."""
+    """The auto class for a model with this config.json: that of its architecture, though the `auto_map` of a converted
+    model names more; of a model with own code, the one that its `auto_map` names. If nothing is said,
+    AutoModelForCausalLM."""
     architecture = architecture_of(config)
+    family = FAMILIES.get(_base_type(config))
+    known = auto_class_of(family, (architecture or "").removeprefix(CLASS_PREFIX)) if family else None
+    if known and _shares(config):
+        return known
     references = config.get("auto_map")
     if isinstance(references, Mapping):
         named = {key: str(value) for key, value in references.items() if key.startswith("AutoModel")}
@@ -34,8 +39,6 @@ def auto_class_name(config: Mapping[str, Any]) -> str:
                 return key
         if _shares(config) and len(named) == 1:
             return next(iter(named))
-    family = FAMILIES.get(_base_type(config))
-    known = auto_class_of(family, architecture) if family and architecture else None
     return known or _by_ending(architecture, config)
 
 

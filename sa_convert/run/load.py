@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.errors import CheckpointError, DataError
+from sa_convert.read.auto_classes import MAPPINGS
 from sa_convert.run.auto_class import auto_class_name, headless, prediction_task
 from sa_convert.run.placement import NO_MEMORY, Placement, read_config
 from sa_convert.run.quiet import keep_module_cache_clean, quiet
@@ -15,15 +16,6 @@ from sa_convert.run.trust import is_trusted
 
 if TYPE_CHECKING:
     import torch
-
-_MAPPINGS = {
-    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
-    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
-    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING",
-    "AutoModelForPreTraining": "MODEL_FOR_PRETRAINING_MAPPING",
-    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
-}
-"""The classes that an auto class of transformers knows, by configuration class."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +178,7 @@ def _model_class(config: Any, folder: Path, who: str) -> Any:
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     name = auto_class_name(read_config(folder))
-    if type(config) not in getattr(transformers, _MAPPINGS[name]):
+    if type(config) not in getattr(transformers, MAPPINGS[name]):
         return getattr(transformers, name)
     try:
         return get_class_from_dynamic_module(config.auto_map[name], folder)

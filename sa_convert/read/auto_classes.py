@@ -1,0 +1,37 @@
+"""The auto classes of transformers that load a model type, and the model class that each of them makes of it."""
+
+from sa_convert.export.shared_attention_families import Family, auto_class_of, auto_classes_of
+
+MAPPINGS = {
+    "AutoModel": "MODEL_MAPPING",
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING",
+    "AutoModelForMultimodalLM": "MODEL_FOR_MULTIMODAL_LM_MAPPING",
+    "AutoModelForMultipleChoice": "MODEL_FOR_MULTIPLE_CHOICE_MAPPING",
+    "AutoModelForNextSentencePrediction": "MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING",
+    "AutoModelForPreTraining": "MODEL_FOR_PRETRAINING_MAPPING",
+    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "AutoModelForTextEncoding": "MODEL_FOR_TEXT_ENCODING_MAPPING",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+}
+"""The mapping of each auto class that loads language models, as `transformers` exports it. Its table of class names, by
+model type, is called the same and `_NAMES`."""
+
+
+def model_classes_of(family: Family, architecture: str) -> dict[str, str]:
+    """The family's class that each auto class loads, where it has one: {"AutoModel": "LlamaModel"}. First come those
+    that load `architecture`, a class of the family.
+
+    Imports the auto classes of transformers, and no model.
+    """
+    from transformers.models.auto import modeling_auto
+
+    found = dict.fromkeys(auto_classes_of(family, architecture), architecture)
+    for auto_class, mapping in MAPPINGS.items():
+        name = getattr(modeling_auto, f"{mapping}_NAMES", {}).get(family.model_type)
+        if isinstance(name, str) and auto_class_of(family, name):
+            found.setdefault(auto_class, name)
+    return found
