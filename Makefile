@@ -1,19 +1,29 @@
 # make demo: convert a real model and generate with the result.  make test: lint, types and all tests.
-# Both set up what they need, in .venv (and .venv-transformers-4 for the tests); nothing else is touched.
+# make test-newest: all tests on the newest transformers that the registry serves; make test runs a part of them, and
+# reports what it finds without failing for it. All set up what they need, in .venv (and .venv-transformers-4 and
+# .venv-newest for the tests); nothing else is touched.
 
 PYTHON ?= python3
 VENV := .venv
 VENV4 := .venv-transformers-4
+NEWEST := .venv-newest
 RUN := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint docs fuzz clean
+PYTEST = SA_CONVERT_TRANSFORMERS_4=$(CURDIR)/$(VENV4)/bin/python $(RUN) -m pytest -n 2 --dist loadgroup
+
+.PHONY: demo test test-newest newest-environment lint docs fuzz clean
 
 demo: $(VENV)/ready
 	$(RUN) docs/demo/demo.py demo
 
 test: lint $(VENV4)/ready
-	SA_CONVERT_TRANSFORMERS_4=$(CURDIR)/$(VENV4)/bin/python $(RUN) -m pytest -n 2 --dist loadgroup
+	$(PYTEST)
+	$(RUN) tests/newest.py
+
+test-newest: $(VENV)/ready $(VENV4)/ready newest-environment
+	$(subst $(RUN),$(NEWEST)/bin/python,$(PYTEST))
+	SA_CONVERT_NEWEST=$(CURDIR)/$(NEWEST)/bin/python $(PYTEST) -m newest
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
@@ -40,5 +50,11 @@ $(VENV4)/ready: tests/requirements-transformers-4.txt
 	$(VENV4)/bin/pip install -q -r $<
 	touch $@
 
+# Made anew whenever it is asked for: what is newest changes without a change here.
+newest-environment:
+	test -d $(NEWEST) || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install -q torch==2.13.0
+	$(NEWEST)/bin/pip install -q -U --upgrade-strategy eager torch==2.13.0 -e '.[dev,gguf]'
+
 clean:
-	rm -rf $(VENV) $(VENV4) demo build dist *.egg-info
+	rm -rf $(VENV) $(VENV4) $(NEWEST) demo build dist *.egg-info

@@ -4,6 +4,7 @@ python docs/generate.py           # writes docs/families.md
 python docs/generate.py --check   # fails where the file is not what would be written
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from tiny_models import kinds_of  # noqa: E402
 from sa_convert.export.shared_attention_families import FAMILIES, Family  # noqa: E402
 
 PAGE = Path(__file__).parent / "families.md"
+CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
+PINNED = re.findall(r"^transformers==(\d+\.\d+)", CONSTRAINTS.read_text(), re.MULTILINE)[0]
+"""The minor version of transformers that the tests run with."""
 HEAD = """# Supported families
 
 This page is generated from `sa_convert/export/shared_attention_families.py` by `python docs/generate.py`; a test
@@ -26,7 +30,8 @@ with which: *span* (whole layers, same heads, as in the paper), *layers* (whole 
 groups), *heads* (single heads, the most demanding). In each case the logits equal the unmodified base's under forced
 attention weights (1e-4, float32; with eager attention, and with SDPA where the family has it), cached equals uncached
 decoding where the model caches, and the files hold no query and key rows of reusing heads. *Runs on* says on which
-versions of transformers converted folders were loaded and generated the same tokens (`tests/test_transformers_4.py`).
+versions of transformers converted folders were loaded and generated the same tokens (`tests/test_transformers_4.py`);
+[compatibility.md](compatibility.md) has the releases between them.
 `tests/test_calibrate_families.py` runs search and refit in every family. What was tested is the type of model, not
 every published checkpoint of it.
 
@@ -145,7 +150,7 @@ def row(family: Family) -> str:
         unit,
         sliding,
         ", ".join(kinds_of(family.model_type)),
-        "5.23" if family.transformers_5 or family.model_type in NOT_IN_4 else "4.57, 5.23",
+        PINNED if family.transformers_5 or family.model_type in NOT_IN_4 else f"4.57, {PINNED}",
         "; ".join(remarks(family)),
     )
     return f"| {' | '.join(cells)} |"

@@ -33,10 +33,10 @@ sa_convert.registration.cancel()
 ROOT = Path(__file__).parents[1]
 
 
-def run_cli(*arguments: object, **options) -> subprocess.CompletedProcess:
+def run_cli(*arguments: object, python: str = sys.executable, **options) -> subprocess.CompletedProcess:
     """Run `sa-convert` with these arguments as a process."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}
-    command = [sys.executable, "-m", "sa_convert", *map(str, arguments)]
+    command = [python, "-m", "sa_convert", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=540, **options)
 
 

@@ -33,6 +33,7 @@ from sa_convert.bench.worker import _explained
 from sa_convert.data.benchmark import Spread
 from sa_convert.errors import CheckpointError, OutputError, SaConvertError
 from sa_convert.read.model import open_model
+from sa_convert.run.arguments import cache_keyword, cache_of
 from sa_convert.validate.subject import open_subject
 
 SMALL = Options(contexts=(8,), batches=(1,), steps=3, repeats=2, device="cpu", threads=1)
@@ -124,7 +125,7 @@ def test_cache_bytes_are_those_of_a_real_cache(base, converted):
     for folder, reusing in ((base, 0), (converted, REUSING)):
         model = loaded(folder)
         with torch.inference_mode():
-            cache = model(torch.arange(24).view(2, 12), use_cache=True).past_key_values
+            cache = cache_of(model(torch.arange(24).view(2, 12), use_cache=True))
             runner = Runner(model, "next-token", False, 0)
             runner.begin(12, 2, 1)
             runner.prefill()
@@ -144,7 +145,7 @@ class Calls:
         model.register_forward_hook(self, with_kwargs=True)
 
     def __call__(self, module, args, kwargs, output):
-        self.calls.append({key: value for key, value in kwargs.items() if key != "past_key_values"})
+        self.calls.append({key: value for key, value in kwargs.items() if key != cache_keyword(module)})
         self.outputs.append(output.logits[:, -1])
 
 

@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 from conftest import run_cli
-from tiny_models import geometry_of_folder, load_converted, make_map, save_tiny, write_recipe
+from tiny_models import geometry_of_folder, load_converted, make_map, save_tiny, with_cache, write_recipe
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer
 
@@ -37,10 +37,8 @@ def ids():
 @torch.no_grad()
 def stepwise(model, ids, cache, first=8):
     """Logits of the tokens after the first, one by one with this cache."""
-    model(ids[:, :first], past_key_values=cache, use_cache=True)
-    steps = [
-        model(ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits for at in range(first, ids.shape[1])
-    ]
+    model(ids[:, :first], **with_cache(model, cache))
+    steps = [model(ids[:, at : at + 1], **with_cache(model, cache)).logits for at in range(first, ids.shape[1])]
     return torch.cat(steps, dim=1)
 
 
@@ -106,27 +104,27 @@ def test_beams_rows_and_tokens_can_be_taken_from_a_cache(case, ids):
     expected = model(ids, use_cache=False).logits[:, -3:]
 
     cache = DynamicCache(config=model.config)
-    model(ids, past_key_values=cache, use_cache=True)
+    model(ids, **with_cache(model, cache))
     cache.crop(-3)
-    again = model(last, past_key_values=cache, use_cache=True).logits
+    again = model(last, **with_cache(model, cache)).logits
     torch.testing.assert_close(again, expected, atol=1e-4, rtol=1e-4)
 
     cache = DynamicCache(config=model.config)
-    model(ids[:, :cut], past_key_values=cache, use_cache=True)
+    model(ids[:, :cut], **with_cache(model, cache))
     cache.reorder_cache(torch.tensor([1, 1]))
-    twice = model(last[[1, 1]], past_key_values=cache, use_cache=True).logits
+    twice = model(last[[1, 1]], **with_cache(model, cache)).logits
     torch.testing.assert_close(twice, expected[[1, 1]], atol=1e-4, rtol=1e-4)
 
     cache = DynamicCache(config=model.config)
-    model(ids[:, :cut], past_key_values=cache, use_cache=True)
+    model(ids[:, :cut], **with_cache(model, cache))
     cache.batch_repeat_interleave(2)
-    four = model(last.repeat_interleave(2, dim=0), past_key_values=cache, use_cache=True).logits
+    four = model(last.repeat_interleave(2, dim=0), **with_cache(model, cache)).logits
     torch.testing.assert_close(four, expected.repeat_interleave(2, dim=0), atol=1e-4, rtol=1e-4)
 
     cache = DynamicCache(config=model.config)
-    model(ids[:, :cut], past_key_values=cache, use_cache=True)
+    model(ids[:, :cut], **with_cache(model, cache))
     cache.batch_select_indices(torch.tensor([1]))
-    one = model(last[1:], past_key_values=cache, use_cache=True).logits
+    one = model(last[1:], **with_cache(model, cache)).logits
     torch.testing.assert_close(one, expected[1:], atol=1e-4, rtol=1e-4)
     for index, layer in enumerate(cache.layers):
         heads = layer.keys.shape[1] + (layer.values.shape[1] if layer.values.numel() else 0)
@@ -138,12 +136,12 @@ def test_steps_do_not_copy_what_reusing_layers_cached(case, ids):
     model, rows, geometry = case
     ids = ids[:, :12].repeat(1, 5)
     cache = DynamicCache(config=model.config)
-    model(ids[:, :40], past_key_values=cache, use_cache=True)
+    model(ids[:, :40], **with_cache(model, cache))
     reusing = [cache.layers[index] for index in rows if kept(rows, geometry, index) < 2 * geometry.layers[index].groups]
     assert reusing
     places, logits = [], []
     for at in range(40, 60):
-        logits.append(model(ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits)
+        logits.append(model(ids[:, at : at + 1], **with_cache(model, cache)).logits)
         places.append([layer.keys.data_ptr() for layer in reusing])
         for layer in reusing:
             room = layer.keys.untyped_storage().nbytes() / layer.keys.nbytes
@@ -174,16 +172,14 @@ def test_caches_that_part_do_not_write_into_each_other(case, ids):
     for at in range(ids.shape[1] - cut):
         for index, branch in enumerate(branches):
             tokens = (others if index % 2 else ids[:, cut:])[:, at : at + 1]
-            results[index].append(model(tokens, past_key_values=branch, use_cache=True).logits)
+            results[index].append(model(tokens, **with_cache(model, branch)).logits)
     for index, logits in enumerate(results):
         wanted = changed if index % 2 else expected
         torch.testing.assert_close(torch.cat(logits, dim=1), wanted, atol=1e-4, rtol=1e-4)
 
     kept_view = [layer.keys.clone() for layer in cache.layers], [layer.keys for layer in cache.layers]
     cache.crop(cut - ids.shape[1])
-    logits = [
-        model(others[:, at : at + 1], past_key_values=cache, use_cache=True).logits for at in range(others.shape[1])
-    ]
+    logits = [model(others[:, at : at + 1], **with_cache(model, cache)).logits for at in range(others.shape[1])]
     torch.testing.assert_close(torch.cat(logits, dim=1), changed, atol=1e-4, rtol=1e-4)
     for before, now in zip(*kept_view, strict=True):
         assert torch.equal(before, now)
@@ -194,11 +190,11 @@ def test_a_cache_goes_through_inference_mode_and_back(case, ids):
     ids = ids[:, :7] if geometry.layers[0].window else ids
     cache, logits = DynamicCache(config=model.config), []
     with torch.inference_mode():
-        model(ids[:, :1], past_key_values=cache, use_cache=True)
-        logits += [model(ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits for at in range(1, 4)]
+        model(ids[:, :1], **with_cache(model, cache))
+        logits += [model(ids[:, at : at + 1], **with_cache(model, cache)).logits for at in range(1, 4)]
     with torch.no_grad():
-        logits += [model(ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits for at in range(4, 6)]
-    logits += [model(ids[:, 6:7], past_key_values=cache, use_cache=True).logits]
+        logits += [model(ids[:, at : at + 1], **with_cache(model, cache)).logits for at in range(4, 6)]
+    logits += [model(ids[:, 6:7], **with_cache(model, cache)).logits]
     torch.testing.assert_close(torch.cat(logits, dim=1), whole(model, ids, 1)[:, :6], atol=1e-4, rtol=1e-4)
 
 
@@ -215,6 +211,6 @@ def test_decoding_compiles_as_one_graph(kind, ids, tmp_path):
     torch._dynamo.reset()
     step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
     cache = StaticCache(config=model.config, max_cache_len=32)
-    model(ids[:, :8], past_key_values=cache, use_cache=True)
-    logits = [step(ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits for at in range(8, 12)]
+    model(ids[:, :8], **with_cache(model, cache))
+    logits = [step(ids[:, at : at + 1], **with_cache(model, cache)).logits for at in range(8, 12)]
     torch.testing.assert_close(torch.cat(logits, dim=1), whole(model, ids)[:, :4], atol=1e-4, rtol=1e-4)

@@ -17,12 +17,14 @@ from tiny_models import (
     load_converted,
     make_map,
     save_tiny,
+    with_cache,
     write_recipe,
 )
 from transformers import DynamicCache
 
 from sa_convert.export.shared_attention_families import FAMILIES
 from sa_convert.read.names import stack_of
+from sa_convert.run.arguments import cache_of
 
 CASES = [(family, kind, None) for family in FAMILIES for kind in kinds_of(family)]
 CASES += [(family, "heads", at) for family, options in VARIANTS.items() for at in range(len(options))]
@@ -60,16 +62,16 @@ def cached_logits(model, ids, entry):
     name = "decoder_input_ids" if entry.encoder_decoder else "input_ids"
     first = {name: ids[:, :5], **encoded, "use_cache": True}
     output = model(**first)
-    cache = getattr(output, "past_key_values", None)
+    cache = cache_of(output)
     if cache is None:  # its output does not name it
         cache = DynamicCache(config=model.config)
-        output = model(**first, past_key_values=cache)
+        output = model(**{**first, **with_cache(model, cache)})
     logits = [output.logits]
     for token in range(5, ids.shape[1]):
-        given = {name: ids[:, token : token + 1], "past_key_values": cache}
+        given = {name: ids[:, token : token + 1], **with_cache(model, cache)}
         if entry.rotary != "none" and not entry.text:  # Bamba counts from 0 where it is not told
             given["position_ids"] = torch.tensor([[token]])
-        logits.append(model(**given, **encoded, use_cache=True).logits)
+        logits.append(model(**given, **encoded).logits)
     return torch.cat(logits, dim=1), cache
 
 

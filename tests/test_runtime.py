@@ -11,7 +11,9 @@ import pytest
 import torch
 from conftest import ROOT, run_cli
 from forced_attention import forced_attention
-from tiny_models import geometry_of_folder, load_converted, make_map, save_tiny, write_recipe
+from tiny_models import geometry_of_folder, load_converted, make_map, save_tiny, with_cache, write_recipe
+
+from sa_convert.run.arguments import cache_of
 
 # SDPA with groups of two heads and MHA, eager only with two attention types, our own forward, and sinks.
 CASES = [
@@ -202,8 +204,8 @@ def test_several_turns_with_one_cache(case):
     model, ids = case.load(), case.ids
     whole = model(ids, use_cache=False).logits
     first = model(ids[:, :7], use_cache=True)
-    second = model(ids[:, 7:15], past_key_values=first.past_key_values, use_cache=True)
-    third = model(ids[:, 15:16], past_key_values=second.past_key_values, use_cache=True)
+    second = model(ids[:, 7:15], **with_cache(model, cache_of(first)))
+    third = model(ids[:, 15:16], **with_cache(model, cache_of(second)))
     logits = torch.cat([first.logits, second.logits, third.logits], dim=1)
     torch.testing.assert_close(logits, whole[:, :16], atol=1e-4, rtol=1e-4)
 

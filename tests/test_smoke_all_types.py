@@ -9,16 +9,17 @@ from conftest import run_cli
 from forced_attention import forced_logits as forced_by_interface
 from forced_softmax import attending, forced_logits
 from smoke_models import NOT_BUILT, causal_types, smoke_map, smoke_model
-from tiny_models import geometry_of_folder, make_map, save_tiny, write_recipe
+from tiny_models import geometry_of_folder, make_map, save_tiny, with_cache, write_recipe
 
 from sa_convert.conversion import Options, convert, plan
 from sa_convert.errors import UnsupportedModelError
 from sa_convert.export.shared_attention_families import FAMILIES
 from sa_convert.plan.recipe_file import load_recipe
 from sa_convert.read.refusals import NO_ENTRY
+from sa_convert.run.arguments import cache_of
 
 TYPES = causal_types()
-# How many of them have an entry at least, and so must convert (of 189 types in transformers 5.23).
+# How many of them have an entry at least, and so must convert (of 196 types in transformers 5.24).
 LEAST_CONVERTED = 102
 # Types of the registry whose tiny model here has a part that is refused.
 REFUSED_HERE: tuple[str, ...] = ()
@@ -69,13 +70,13 @@ def cached_difference(model, ids):
     """The largest difference between the logits of cached decoding and those of the whole sequence at once."""
     mask = torch.ones_like(ids)
     first = model(ids[:, :5], attention_mask=mask[:, :5], use_cache=True)
-    cache = getattr(first, "past_key_values", None)
+    cache = cache_of(first)
     if cache is None:  # its output does not name it
         cache = transformers.DynamicCache(config=model.config)
-        first = model(ids[:, :5], attention_mask=mask[:, :5], past_key_values=cache, use_cache=True)
+        first = model(ids[:, :5], attention_mask=mask[:, :5], **with_cache(model, cache))
     cached = [first.logits]
     for end in range(6, ids.shape[1] + 1):
-        inputs = {"attention_mask": mask[:, :end], "past_key_values": cache, "use_cache": True}
+        inputs = {"attention_mask": mask[:, :end], **with_cache(model, cache)}
         cached.append(model(ids[:, end - 1 : end], **inputs).logits)
     return (torch.cat(cached, dim=1) - model(ids, use_cache=False).logits).abs().max().item()
 

@@ -22,6 +22,7 @@ from sa_convert.data.sharing_map import SharingMap
 from sa_convert.errors import CheckpointError, DataError, SaConvertError
 from sa_convert.publish.card import write_card
 from sa_convert.publish.report import render_report
+from sa_convert.run.arguments import cache_keyword
 from sa_convert.run.auto_class import auto_class_name, prediction_task
 from sa_convert.run.placement import positions, read_config
 from sa_convert.run.spans import SecondHalf, Sentinels
@@ -274,10 +275,11 @@ def test_calibration_without_repetition_for_masked_models(folders):
 class Forgets(T5ForConditionalGeneration):
     """Drops the newest cached token: right in one pass, wrong with a cache."""
 
-    def forward(self, input_ids=None, past_key_values=None, **kwargs):
-        if past_key_values is not None and past_key_values.get_seq_length() > 1:
-            past_key_values.self_attention_cache.crop(-1)
-        return super().forward(input_ids, past_key_values=past_key_values, **kwargs)
+    def forward(self, input_ids=None, **kwargs):
+        cache = kwargs.get(cache_keyword(super()))
+        if cache is not None and cache.get_seq_length() > 1:
+            cache.self_attention_cache.crop(-1)
+        return super().forward(input_ids, **kwargs)
 
 
 class RereadsAnother(T5ForConditionalGeneration):

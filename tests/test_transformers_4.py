@@ -3,24 +3,20 @@
 `make test` makes the second environment and names its Python in SA_CONVERT_TRANSFORMERS_4.
 """
 
-import json
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import torch
-import transformers
-from conftest import ROOT, run_cli
-from tiny_models import geometry_of_folder, kinds_of, load_converted, make_map, save_tiny, write_recipe
+from conftest import ROOT
+from elsewhere import difference, make_folders, make_job, run_elsewhere
+from on_transformers import attempt
+from tiny_models import kinds_of
 
 from sa_convert.export.shared_attention_families import FAMILIES
 
 sys.path.append(str(ROOT / "docs"))
 from generate import NOT_IN_4
 
-NEW_TOKENS = 10
 # Base models for which 4.57's static cache itself raises, or generates other tokens than its dynamic cache does.
 STATIC_FAILS_IN_4 = {"mvp", "trocr", "xglm"}
 # One worker makes the folders and runs the other environment once.
@@ -40,29 +36,10 @@ def results(tmp_path_factory):
         f"{python} is missing; run `make test`, or name a Python in SA_CONVERT_TRANSFORMERS_4"
     )
     root = tmp_path_factory.mktemp("transformers-4")
-    folders = {}
-    for family in FAMILIES:
-        save_tiny(family, root / family)
-        folders[family, "base"] = str(root / family)
-        for kind in kinds(family):
-            geometry = geometry_of_folder(root / family)
-            rows = make_map(kind, geometry, seed=3)
-            recipe = write_recipe(root / f"{family}-{kind}.json", rows, geometry.stacks)
-            out = root / f"{family}-{kind}"
-            done = run_cli("convert", root / family, "--recipe", recipe, "-o", out, "--no-validate")
-            assert done.returncode == 0, done.stderr
-            folders[family, kind] = str(out)
-    torch.manual_seed(4)
-    ids = torch.randint(3, 128, (2, 14))
-    job = {"folders": list(folders.values()), "ids": ids.tolist(), "new_tokens": NEW_TOKENS}
-    (root / "jobs.json").write_text(json.dumps(job))
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "HF_MODULES_CACHE")}
-    environment["HF_MODULES_CACHE"] = str(root / "modules")
-    script = ROOT / "tests" / "on_transformers_4.py"
-    command = [python, str(script), str(root / "jobs.json"), str(root / "results.json")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
-    assert done.returncode == 0, done.stderr
-    return ids, folders, json.loads((root / "results.json").read_text())
+    folders = make_folders(root, {family: kinds(family) for family in FAMILIES})
+    result = run_elsewhere(python, make_job(folders.values()), root)
+    assert result["transformers"].startswith("4.")
+    return folders, result["found"]
 
 
 @pytest.mark.parametrize(
@@ -70,35 +47,22 @@ def results(tmp_path_factory):
     [(family, kind) for family in FAMILIES for kind in kinds(family)],
 )
 def test_same_tokens(results, family, kind):
-    ids, folders, found = results
-    result = found[folders[family, kind]]
+    folders, found = results
+    folder, base = folders[family, kind], folders[family, "base"]
+    result = found[folder]
     if "absent" in result:
         assert family in NOT_IN_4, "docs/families.md says that this family runs on transformers 4.57"
         return
     assert family not in NOT_IN_4
     if FAMILIES[family].transformers_5:
         assert "need transformers 5, this is 4.57" in result["error"]
+        assert result["refused"]
         return
-    assert "error" not in result, result["error"]
-    model = load_converted(Path(folders[family, kind]), dtype=torch.float32)
-    entry = FAMILIES[family]
-    inputs = {} if entry.bidirectional else {"use_cache": False}
-    inputs |= {"decoder_input_ids": ids.flip(1)} if entry.encoder_decoder else {}
-    if not entry.bidirectional:
-        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-        expected = model.generate(ids, **options).tolist()
-        assert result["cached"] == expected
-        assert result["uncached"] == expected
-        if result["static"] != expected:
-            of_base = found[folders[family, "base"]]
-            assert of_base["static"] != of_base["cached"], result["static"]
-            assert family in STATIC_FAILS_IN_4
-    with torch.no_grad():
-        difference = (torch.tensor(result["logits"]) - model(ids, **inputs).logits[:, -1]).abs().max()
-        if difference > 1e-4:
-            # The two versions of transformers compute some families differently; then the base model tells how much.
-            base = getattr(transformers, entry.default_class)
-            base = base.from_pretrained(folders[family, "base"], dtype=torch.float32).eval()
-            versions = torch.tensor(found[folders[family, "base"]]["logits"]) - base(ids, **inputs).logits[:, -1]
-            assert versions.abs().max() < 0.01
-            assert difference <= 3 * versions.abs().max()
+    job = make_job([folder], ["cached"])
+    here = attempt(folder, job)
+    assert "error" not in here, here["error"]
+    assert ("cached" in here) == (not FAMILIES[family].bidirectional)
+    assert difference(result, here, found[base], attempt(base, make_job([base], []))) is None
+    if "cached" in here and result["static"] != here["cached"]:
+        assert found[base]["static"] != found[base]["cached"], result["static"]
+        assert family in STATIC_FAILS_IN_4

@@ -21,6 +21,7 @@ from sa_convert.calibrate.text import load_text
 from sa_convert.calibrate.tokens import token_sequences
 from sa_convert.data.report import GateResult
 from sa_convert.errors import CheckpointError, DataError, GateRefused, SaConvertError
+from sa_convert.run.arguments import cache_keyword
 from sa_convert.run.load import load_base, load_converted
 from sa_convert.run.placement import place
 from sa_convert.validate.cache import cache_bytes_per_token
@@ -202,10 +203,11 @@ def test_sliding_window_cache(tmp_path):
 class ForgetsPositions(LlamaForCausalLM):
     """Rotates every cached step as if it were the first token: right in one pass, wrong with a cache."""
 
-    def forward(self, input_ids=None, past_key_values=None, position_ids=None, **kwargs):
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+    def forward(self, input_ids=None, position_ids=None, **kwargs):
+        cache = kwargs.get(cache_keyword(super()))
+        if cache is not None and cache.get_seq_length() > 0:
             position_ids = torch.zeros_like(input_ids)
-        return super().forward(input_ids, past_key_values=past_key_values, position_ids=position_ids, **kwargs)
+        return super().forward(input_ids, position_ids=position_ids, **kwargs)
 
 
 class PicksOtherTokens(LlamaForCausalLM):

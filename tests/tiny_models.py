@@ -174,6 +174,13 @@ def save_tiny(model_type: str, folder: Path, seed: int = 0, max_shard_size: str 
     return type(model).from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
 
 
+def with_cache(model, cache):
+    """What a model is called with to fill this cache, under the name that this release of transformers has for it."""
+    from sa_convert.run.arguments import cache_keyword
+
+    return {cache_keyword(model): cache, "use_cache": True}
+
+
 def attentions_of(model, entry):
     """The attention modules of all layers, in the order in which layers are numbered; None where there is none."""
     found = []

@@ -21,6 +21,7 @@ import torch
 from torch.nn import functional
 
 from sa_convert.calibrate.sequences import CalibrationSet, Sample
+from sa_convert.run.arguments import first_argument
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
 """Of the ridge, relative to the mean square of an input; that with the least error on held-out samples is taken."""
@@ -42,8 +43,8 @@ def replaced(attentions: Sequence[Any], maps: "Mapping[int, Affine | None]") -> 
     """While open, the attention of these layers gives an affine map of its input, or zero where the map is None."""
 
     def hook(new: Affine | None) -> Callable[..., Any]:
-        def replace(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            states = args[0] if args else kwargs["hidden_states"]
+        def replace(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            states, _ = first_argument(module, args, kwargs)
             made = torch.zeros_like(output[0]) if new is None else states @ new.weight + new.bias
             return (made, *output[1:])
 
@@ -105,8 +106,8 @@ def _moments(model: Any, attentions: Sequence[Any], samples: Sequence[Sample]) -
     weight = 1.0
 
     def adder(into: Moments) -> Callable[..., None]:
-        def add(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            states = args[0] if args else kwargs["hidden_states"]
+        def add(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            states, _ = first_argument(module, args, kwargs)
             into.add(states[0], output[0][0], weight)
 
         return add

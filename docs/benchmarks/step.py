@@ -23,6 +23,10 @@ import sys
 from collections import defaultdict
 from time import perf_counter
 
+import sa_convert.registration
+from sa_convert.run.arguments import cache_keyword
+
+sa_convert.registration.cancel()  # folders run by the code inside of them
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 KINDS = {
@@ -47,6 +51,10 @@ def tokens(model, batch, length):
     return torch.randint(5, model.config.vocab_size, (batch, length))
 
 
+def with_cache(model, cache):
+    return {cache_keyword(model): cache, "use_cache": True}
+
+
 def compare(ways, base, turns):
     """Run the ways in turns; print the median of each, and of its ratio to the base's run of the same turn."""
     times = defaultdict(list)
@@ -69,7 +77,7 @@ def filled(model, cache, batch, context):
     """The cache as after a prompt."""
     import torch
 
-    model(tokens(model, batch, 8), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(tokens(model, batch, 8), **with_cache(model, cache), logits_to_keep=1)
     for layer in cache.layers:
         for slot in ("keys", "values"):
             states = getattr(layer, slot)
@@ -110,11 +118,11 @@ def profile_one(options):
     model = load(options.base)
     with torch.inference_mode():
         cache = filled(model, DynamicCache(config=model.config), options.batch, options.context)
-        token = tokens(model, options.batch, 1)
+        token, given = tokens(model, options.batch, 1), with_cache(model, cache)
 
         def step():
             start = perf_counter()
-            model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(token, **given, logits_to_keep=1)
             return 1000 * (perf_counter() - start)
 
         for _ in range(4):
@@ -142,9 +150,9 @@ def prefill(options):
             if model is shared:
                 model.config.shared_attention["form"] = form
             with torch.inference_mode():
-                cache = DynamicCache(config=model.config)
+                given = with_cache(model, DynamicCache(config=model.config))
                 for part in ids.split(chunk or options.context, dim=1):
-                    model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                    model(part, **given, logits_to_keep=1)
 
         return way
 
@@ -165,16 +173,16 @@ def compiled(options):
     for name, folder in (("base", options.base), ("shared", options.shared)):
         model = load(folder)
         for how in ("eager", "compiled"):
-            cache = StaticCache(config=model.config, max_cache_len=length)
+            given = with_cache(model, StaticCache(config=model.config, max_cache_len=length))
             with torch.inference_mode():
-                model(tokens(model, options.batch, options.context), past_key_values=cache, use_cache=True)
+                model(tokens(model, options.batch, options.context), **given)
             forward = model.forward if how == "eager" else torch.compile(model.forward, fullgraph=True)
             token = tokens(model, options.batch, 1)
 
-            def way(forward=forward, cache=cache, token=token):
+            def way(forward=forward, given=given, token=token):
                 with torch.inference_mode():
                     for _ in range(STEPS):
-                        forward(token, past_key_values=cache, use_cache=True)
+                        forward(token, **given)
 
             ways[f"{name}, {how}"] = way
     for against in ("eager", "compiled"):

@@ -1,6 +1,6 @@
 """One model that is timed: prefill, then decoding step by step, as generate() calls it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from inspect import signature
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sa_convert.data.report import PredictionTask
 from sa_convert.errors import SaConvertError
 from sa_convert.export.shared_attention_families import FAMILIES, PREFIX
+from sa_convert.run.arguments import cache_keyword, cache_of, caches_in, dynamic_cache
 from sa_convert.run.device import input_device
 from sa_convert.run.load import embedded_tokens
 
@@ -30,6 +31,7 @@ class Runner:
         # As generate() tells them; Bamba counts from 0 in every pass that is not told.
         self._told_positions = family is not None and family.mixed and family.rotary != "none"
         self.keeps_one = "logits_to_keep" in signature(model.forward).parameters
+        self._hands_cache = static  # rather than let the model make its own
         self._cache: Any = None
         self._read: Any = None  # the encoder's output
 
@@ -57,19 +59,20 @@ class Runner:
             inputs["attention_mask"] = _ones(tokens)
         if self.caches:
             inputs["use_cache"] = True
-            if self._static:
-                from transformers import StaticCache
-
-                config = self.model.config.get_text_config(decoder=True)
-                inputs["past_key_values"] = StaticCache(config=config, max_cache_len=self._room)
+            if self._hands_cache:
+                self._cache = inputs[cache_keyword(self.model)] = self._new_cache()
             if self.keeps_one:
                 inputs["logits_to_keep"] = 1
-        return self._timed(inputs)
+        seconds = self._timed(inputs)
+        if self.caches and self._cache is None:
+            self._hands_cache = True
+            return self.prefill()
+        return seconds
 
     def step(self) -> float:
         """Seconds of a pass over one more token of each sequence."""
         tokens = self._tokens[:, self._place : self._place + 1]
-        inputs: dict[str, Any] = {"past_key_values": self._cache, "use_cache": True}
+        inputs: dict[str, Any] = {cache_keyword(self.model): self._cache, "use_cache": True}
         if self._reads_source:
             from transformers.modeling_outputs import BaseModelOutput
 
@@ -97,22 +100,31 @@ class Runner:
         _synchronize(device)
         seconds = perf_counter() - start
         if self.caches:
-            self._cache, self._read = output.past_key_values, getattr(output, "encoder_last_hidden_state", None)
+            found = cache_of(output)
+            self._cache = self._cache if found is None else found
+            self._read = getattr(output, "encoder_last_hidden_state", None)
         return seconds
+
+    def _new_cache(self) -> Any:
+        if not self._static:
+            return dynamic_cache(self.model)
+        from transformers import StaticCache
+
+        return StaticCache(config=self.model.config.get_text_config(decoder=True), max_cache_len=self._room)
 
 
 def _states(cache: Any) -> "Iterator[torch.Tensor]":
     """Keys, values, and states of layers without softmax attention."""
-    import torch
-    from transformers import EncoderDecoderCache
+    for part in caches_in(cache):
+        if not hasattr(part, "layers"):
+            raise SaConvertError(f"The model keeps a {type(part).__name__}, whose bytes bench cannot count.")
+        yield from _states_of_layers(part.layers)
 
-    if isinstance(cache, EncoderDecoderCache):
-        yield from _states(cache.self_attention_cache)
-        yield from _states(cache.cross_attention_cache)
-        return
-    if not hasattr(cache, "layers"):
-        raise SaConvertError(f"The model keeps a {type(cache).__name__}, whose bytes bench cannot count.")
-    for layer in cache.layers:
+
+def _states_of_layers(layers: "Iterable[Any]") -> "Iterator[torch.Tensor]":
+    import torch
+
+    for layer in layers:
         for value in vars(layer).values():
             for states in value.values() if isinstance(value, dict) else [value]:
                 if isinstance(states, torch.Tensor) and states.is_floating_point():

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from sa_convert.calibrate.finite import not_finite
 from sa_convert.calibrate.probe import Probe, Rows, Seen
 from sa_convert.calibrate.sequences import Sample
+from sa_convert.run.arguments import first_argument
 
 if TYPE_CHECKING:
     import torch
@@ -67,12 +68,12 @@ def output_directions(
     def cut(index: int) -> Callable[..., Any]:
         """Before a layer: forget the graph of earlier ones, and note the size of the residual stream."""
 
-        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden, name = first_argument(module, args, kwargs)
             sizes[index] = float(hidden.detach().float().square().sum(-1).mean().sqrt())
-            if args:
+            if name is None:
                 return (hidden.detach(), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": hidden.detach()}
+            return args, {**kwargs, name: hidden.detach()}
 
         return hook
 

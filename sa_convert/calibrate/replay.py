@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from sa_convert.run.arguments import first_argument
+
 if TYPE_CHECKING:
     import torch
 
@@ -38,12 +40,12 @@ class Replay:
         found: list[torch.Tensor] = []
 
         def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden, name = first_argument(module, args, kwargs)
             if not found:
                 found.append(hidden.detach().clone())
                 if not keep:
                     raise _Enough
-            self._calls.append((args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"}))
+            self._calls.append((args[1:], {key: value for key, value in kwargs.items() if key != name}))
 
         hooks = [block.module.register_forward_pre_hook(note, with_kwargs=True) for block in self.probe.blocks]
         try:
@@ -71,8 +73,8 @@ class _Enough(Exception):
 def captured(module: Any, take: Callable[["torch.Tensor", "torch.Tensor"], None]) -> Iterator[None]:
     """While open, `take` gets the input and the output of every call of a module."""
 
-    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        given = args[0] if args else next(iter(kwargs.values()))
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given, _ = first_argument(module, args, kwargs)
         take(given, output[0] if isinstance(output, tuple) else output)
 
     handle = module.register_forward_hook(hook, with_kwargs=True)

@@ -26,7 +26,7 @@ _OF_TYPES: tuple[tuple[str, str], ...] = (
         "their own",
     ),
     ("afmoe beam laguna lfm3", "a projection of its own gates the attention's output, which has no entry"),
-    ("hrm_text", "its layers run several times in one pass, and a projection gates the attention's output"),
+    ("hrm_text dory", "its layers run several times in one pass, and a projection gates the attention's output"),
     (
         "granite_swa granitemoe_swa",
         "its attention sinks scale the output of the attention rather than the attention weights",
@@ -49,14 +49,19 @@ _OF_TYPES: tuple[tuple[str, str], ...] = (
     ("deepseek_v4", "it has latent attention, whose keys and values are one compressed projection"),
     ("zaya", "its queries and keys come from a convolution over the tokens"),
     (
-        "inkling_text inkling2_text",
+        "inkling_text inkling2_text inkling2_loop_text",
         "its keys and values pass a convolution over the tokens, and positions are learned scores",
     ),
     ("cohere2_moe", "whether a layer with full attention rotates queries and keys depends on its feed-forward part"),
     (
-        "internlm3 iquestcoder",
+        "internlm3 iquestcoder exaone",
         "transformers runs it by the classes of Llama with another configuration class, which has no entry",
     ),
+    (
+        "sarvam_moe",
+        "transformers runs it by the classes of GLM-4-MoE with another configuration class, which has no entry",
+    ),
+    ("apertus1p5_text", "its classes are those of Apertus under other names, which have no entry"),
     (
         "modernbert-decoder",
         "its eager attention needs a mask in every step of decoding, which sa-convert does not make",

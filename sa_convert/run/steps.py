@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.export.shared_attention_families import FAMILIES, PREFIX
+from sa_convert.run.arguments import cache_keyword, cache_of, dynamic_cache
 from sa_convert.run.device import input_device
 from sa_convert.run.task import Decoding
 
@@ -11,7 +12,12 @@ if TYPE_CHECKING:
 
 
 class Steps:
-    """Calls of `model` for one sequence. With a source, the decoder's text; the encoder runs in `whole` and `first`."""
+    """Calls of `model` for one sequence. With a source, the decoder's text; the encoder runs in `whole` and `first`.
+
+    cache: what `first` and `next` have filled.
+    """
+
+    cache: Any = None
 
     def __init__(self, model: Any, decoding: Decoding) -> None:
         self.model = model
@@ -28,10 +34,15 @@ class Steps:
 
     def first(self, tokens: "torch.Tensor") -> Any:
         """The model's output for tokens (1, T), with a new cache."""
-        return self.model(**self._named(tokens), use_cache=True)
+        output = self.model(**self._named(tokens), use_cache=True)
+        self.cache = cache_of(output)
+        if self.cache is None:
+            self.cache = dynamic_cache(self.model)
+            output = self.model(**self._named(tokens), **{cache_keyword(self.model): self.cache}, use_cache=True)
+        return output
 
     def next(self, output: Any, place: int) -> Any:
-        """The model's output for the token at `place`, with the cache of an `output` for all before."""
+        """The model's output for the token at `place`, with the cache and the `output` for all before."""
         import torch
         from transformers.modeling_outputs import BaseModelOutput
 
@@ -44,7 +55,7 @@ class Steps:
         else:
             read = BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)
             inputs = {"decoder_input_ids": token, "encoder_outputs": read}
-        return self.model(**inputs, past_key_values=output.past_key_values, use_cache=True)
+        return self.model(**inputs, **{cache_keyword(self.model): self.cache}, use_cache=True)
 
     def generate(self, prompt: "torch.Tensor", tokens: int, streamer: Any) -> "torch.Tensor":
         """The prompt (1, T) and `tokens` greedy ones after it, decoded with a cache as transformers does it."""

@@ -1,8 +1,8 @@
 """Bytes that a model caches for each token, measured on a cache that it has filled."""
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from sa_convert.run.arguments import caches_in
 from sa_convert.run.steps import Steps
 from sa_convert.run.task import Decoding
 
@@ -24,23 +24,12 @@ def cache_bytes_per_token(
 
     steps = Steps(model, Decoding(tokens, source))
     with torch.inference_mode():
-        cache = steps.first(steps.tokens).past_key_values
+        steps.first(steps.tokens)
     total = 0
-    for layer in _layers(cache):
+    for layer in (layer for part in caches_in(steps.cache) for layer in part.layers):
+        if getattr(layer, "keys", None) is None:
+            continue  # a state of fixed size
         for states in (layer.keys, layer.values):  # (1, heads, tokens, head size), the last may be 0
             size = dtype.itemsize if dtype is not None else states.element_size()
             total += states.numel() // states.shape[-2] * size
     return total
-
-
-def _layers(cache: Any) -> Iterator[Any]:
-    """All layers that keep keys and values of tokens."""
-    from transformers import EncoderDecoderCache
-
-    if isinstance(cache, EncoderDecoderCache):
-        yield from _layers(cache.self_attention_cache)
-        yield from _layers(cache.cross_attention_cache)
-        return
-    for layer in cache.layers:
-        if getattr(layer, "keys", None) is not None:
-            yield layer
