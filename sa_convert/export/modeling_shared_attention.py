@@ -25,6 +25,12 @@ from .shared_attention_paged import PagedCache  # noqa: F401
 from .shared_attention_plan import LayerPlan  # noqa: F401
 from .shared_attention_weights import weigh  # noqa: F401
 
+if transformers.__version__ == "5.3.0" and __name__.startswith("transformers_modules"):
+    raise ImportError(
+        "transformers 5.3.0 loses the tied weights of every model that comes with code of its own: run "
+        "pip install -U transformers."
+    )
+
 
 @contextmanager
 def _as_base(config, family: Family):
@@ -63,6 +69,13 @@ class SharedAttentionMixin:
     @classmethod
     def _can_set_experts_implementation(cls):
         return cls.base_class._can_set_experts_implementation()
+
+    def _init_weights(self, module):
+        try:
+            super()._init_weights(module)
+        except AttributeError:  # until 5.2 some families name projections that a layer may have lost
+            if not hasattr(module, "plan"):
+                raise
 
     if is_newer():  # what a later release changed shows anywhere in a pass
 

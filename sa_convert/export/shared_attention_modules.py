@@ -3,15 +3,14 @@
 Letters in shape comments as in `shared_attention`.
 """
 
+from inspect import signature
+
 import torch
-import transformers
 from torch import nn
 
 from .shared_attention import SharedAttention
 from .shared_attention_cache import AttentionCache
 from .shared_attention_weights import additive
-
-_TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 
 
 class GPT2Attention(SharedAttention):
@@ -107,6 +106,11 @@ class T5Attention(EncoderDecoderAttention):
 
     needs = ("source", "bias")
 
+    @property
+    def _bias_holds_mask(self):
+        """Until 5.14 the first layer adds the mask to the bias that it hands on, and probabilities come where asked."""
+        return "output_attentions" in self.arguments.roles
+
     def _run(self, call):
         before, bias = 0, call.bias
         if call.cache is not None and call.source is None:
@@ -117,24 +121,24 @@ class T5Attention(EncoderDecoderAttention):
             """Bias and mask together: (1 or B, H, T, S), or None."""
             nonlocal bias
             if call.source is not None:
-                # transformers 4 hands on a bias of nothing but the mask
-                return bias if _TRANSFORMERS_4 and bias is not None else call.mask
+                # A bias of cross-attention is nothing but the mask.
+                return bias if self._bias_holds_mask and bias is not None else call.mask
             if bias is None:
                 bias = self._bias(call, length, before)
-                if _TRANSFORMERS_4 and call.mask is not None:
+                if self._bias_holds_mask and call.mask is not None:
                     bias = bias + additive(call.mask, states, length)
-            return bias if _TRANSFORMERS_4 else self._masked(bias, call.mask, length)
+            return bias if self._bias_holds_mask else self._masked(bias, call.mask, length)
 
         output, weights = self._across(call, combined)
         output = self._output(output, call.states)
-        if _TRANSFORMERS_4:
-            return (output, bias, weights) if call.output_attentions else (output, bias)
+        if self._bias_holds_mask and not call.output_attentions:
+            return output, bias
         return output, bias, weights
 
     def _bias(self, call, length, before):
-        """Relative positions of T new tokens to S: (1, H, T, S). Not on the weight's device: offloaded, it has none."""
+        """Relative positions of T new tokens to S: (1, H, T, S)."""
         tokens, device = call.states.shape[1], call.states.device
-        if _TRANSFORMERS_4:
+        if "cache_position" in signature(self.compute_bias).parameters:  # until 5.3
             return self.compute_bias(length, length, device, call.cache_position)[:, :, -tokens:]
         return self.compute_bias(tokens, length, device, before)
 
