@@ -70,13 +70,6 @@ class SharedAttentionMixin:
     def _can_set_experts_implementation(cls):
         return cls.base_class._can_set_experts_implementation()
 
-    def _init_weights(self, module):
-        try:
-            super()._init_weights(module)
-        except AttributeError:  # until 5.2 some families name projections that a layer may have lost
-            if not hasattr(module, "plan"):
-                raise
-
     if is_newer():  # what a later release changed shows anywhere in a pass
 
         def __call__(self, *args, **kwargs):

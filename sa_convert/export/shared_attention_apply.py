@@ -242,6 +242,8 @@ def _share_stack(model: nn.Module, names, stack, sharing: dict) -> bool:
             see = partial(see_input, stack.name, layer)
             submodule(model, stack.layers)[layer].register_forward_pre_hook(see, with_kwargs=True)
         if plan is not None and plan.reuses:
+            # Families initialise by name what a layer may have lost (T5, GPT-OSS until 5.2); it was done before.
+            attention._is_hf_initialized = True
             _shrink(attention, plan, names, attention.size)
             if not plan.own and stack.query_input:
                 _freeze(submodule(model, stack.layers)[layer].get_submodule(stack.query_input))
