@@ -301,7 +301,7 @@ def test_a_run_ended_in_the_middle_leaves_nothing_and_a_rerun_succeeds(tmp_path,
 
 
 FREED = """
-import os, signal, sys
+import os, signal, sys, time
 from sa_convert.rewrite.signals import termination_as_exit
 
 class Freed:
@@ -310,16 +310,24 @@ class Freed:
         sum(range(100))  # Python hears of the signal here, and drops what the handler raises
 
 with termination_as_exit():
-    Freed()
-    print("went on", flush=True)
+    try:
+        Freed()
+        print("went on", flush=True)
+        time.sleep(30)
+        print("went on to the end", flush=True)
+    finally:
+        print("cleaned", flush=True)
 print("ended as if nothing had been")
 """
 
 
 def test_a_signal_while_an_object_is_freed_is_not_lost():
+    start = time.monotonic()
     child = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True)
-    assert child.stdout == "went on\n"
+    assert child.stdout == "went on\ncleaned\n"
+    assert child.stderr == ""  # Python would print the traceback of what it drops
     assert child.returncode == 128 + signal.SIGTERM
+    assert time.monotonic() - start < 20
 
 
 def test_two_interrupts_do_not_stop_the_cleaning(tmp_path, large):
