@@ -64,3 +64,8 @@ def model(base, tmp_path):
 @pytest.fixture
 def recipe(tmp_path):
     return write_recipe(tmp_path / "span.json", SPAN, gate={"max_perplexity_increase": "60%"})
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that one worker runs together, minutes on end, come first, so that the others fill the second worker."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
