@@ -1,9 +1,10 @@
-"""Writes the parts of the documentation that code knows best: the table of supported families.
+"""Writes what code knows best: the table of supported families, and which auto classes load them.
 
-python docs/generate.py           # writes docs/families.md
+python docs/generate.py           # writes docs/families.md and sa_convert/read/auto_classes.json
 python docs/generate.py --check   # fails where the file is not what would be written
 """
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 from tiny_models import kinds_of  # noqa: E402
 
 from sa_convert.export.shared_attention_families import FAMILIES, Family  # noqa: E402
+from sa_convert.read.auto_classes import FILE as AUTO_CLASSES  # noqa: E402
+from sa_convert.read.auto_classes import classes_in_transformers  # noqa: E402
 
 PAGE = Path(__file__).parent / "families.md"
 CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
@@ -160,6 +163,12 @@ def page() -> str:
     return HEAD + "\n".join(row(family) for family in FAMILIES.values()) + "\n" + TAIL
 
 
+def auto_classes() -> str:
+    """auto_classes.json, a family on each line."""
+    rows = (f"{json.dumps(name)}: {json.dumps(classes_in_transformers(family))}" for name, family in FAMILIES.items())
+    return "{\n" + ",\n".join(rows) + "\n}\n"
+
+
 def main(arguments: list[str]) -> int:
     if arguments == ["--check"]:
         if PAGE.read_text() != page():
@@ -167,6 +176,7 @@ def main(arguments: list[str]) -> int:
             return 1
         return 0
     PAGE.write_text(page())
+    AUTO_CLASSES.write_text(auto_classes(), encoding="utf-8")
     return 0
 
 

@@ -64,6 +64,8 @@ def register() -> None:
         config_class.register_for_auto_class()
         transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         for auto_class, architecture in model_classes_of(family, family.default_class).items():
+            if architecture not in known or auto_class not in known:
+                continue
             members = {"config_class": config_class, "_family": family, "_architecture": architecture}
             stand_in = _StandIn(CLASS_PREFIX + architecture, (), members)
             getattr(transformers, auto_class).register(config_class, stand_in, exist_ok=True)

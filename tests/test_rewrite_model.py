@@ -32,6 +32,12 @@ def test_config_changes_four_keys_and_keeps_the_order(tmp_path):
         "auto_map": {
             "AutoConfig": "configuration_shared_attention.SharedAttentionLlamaConfig",
             "AutoModelForCausalLM": "modeling_shared_attention.SharedAttentionLlamaForCausalLM",
+            "AutoModel": "modeling_shared_attention.SharedAttentionLlamaModel",
+            "AutoModelForQuestionAnswering": "modeling_shared_attention.SharedAttentionLlamaForQuestionAnswering",
+            "AutoModelForSequenceClassification": (
+                "modeling_shared_attention.SharedAttentionLlamaForSequenceClassification"
+            ),
+            "AutoModelForTokenClassification": "modeling_shared_attention.SharedAttentionLlamaForTokenClassification",
         },
         "shared_attention": {"layers": {"2": [[1, 0], [1, 1], [0, 3], None]}},
     }

@@ -1,6 +1,17 @@
-"""The auto classes of transformers that load a model type, and the model class that each of them makes of it."""
+"""The auto classes of transformers that load a model type, and the model class that each of them makes of it.
+
+Which there are stands in auto_classes.json, so that rewriting needs no transformers. `python docs/generate.py` writes
+that file from the tables of the pinned release; tests/test_auto_classes.py compares them.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 
 from sa_convert.export.shared_attention_families import Family, auto_class_of, auto_classes_of
+
+FILE = Path(__file__).with_suffix(".json")
 
 MAPPINGS = {
     "AutoModel": "MODEL_MAPPING",
@@ -23,15 +34,23 @@ model type, is called the same and `_NAMES`."""
 
 def model_classes_of(family: Family, architecture: str) -> dict[str, str]:
     """The family's class that each auto class loads, where it has one: {"AutoModel": "LlamaModel"}. First come those
-    that load `architecture`, a class of the family.
+    that load `architecture`, a class of the family."""
+    found = dict.fromkeys(auto_classes_of(family, architecture), architecture)
+    for auto_class, name in _table().get(family.model_type, {}).items():
+        found.setdefault(auto_class, name)
+    return found
 
-    Imports the auto classes of transformers, and no model.
-    """
+
+def classes_in_transformers(family: Family) -> dict[str, str]:
+    """What stands in auto_classes.json for a family, by the release of transformers that is installed."""
     from transformers.models.auto import modeling_auto
 
-    found = dict.fromkeys(auto_classes_of(family, architecture), architecture)
-    for auto_class, mapping in MAPPINGS.items():
-        name = getattr(modeling_auto, f"{mapping}_NAMES", {}).get(family.model_type)
-        if isinstance(name, str) and auto_class_of(family, name):
-            found.setdefault(auto_class, name)
-    return found
+    tables = {auto_class: getattr(modeling_auto, f"{mapping}_NAMES", {}) for auto_class, mapping in MAPPINGS.items()}
+    named = {auto_class: table.get(family.model_type) for auto_class, table in tables.items()}
+    return {key: name for key, name in named.items() if isinstance(name, str) and auto_class_of(family, name)}
+
+
+@cache
+def _table() -> Mapping[str, Mapping[str, str]]:
+    table: dict[str, dict[str, str]] = json.loads(FILE.read_text(encoding="utf-8"))
+    return table
