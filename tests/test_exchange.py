@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from memory_models import inputs, made
+from memory_models import MIXED, in_memory, inputs, made, some_ids
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
     apply_activation_checkpointing,
@@ -35,6 +35,34 @@ def test_one_graph(model_type):
     logits = torch.compile(model, backend="eager", fullgraph=True)(**given).logits
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture"),
+    [
+        ("llama", "LlamaModel"),
+        ("gpt2", "GPT2Model"),
+        ("qwen2_moe", "Qwen2MoeModel"),  # beside positions
+        ("bert", "BertModel"),  # by thread
+        ("falcon", "FalconModel"),
+        ("t5", "T5EncoderModel"),
+    ],
+)
+def test_forward_may_be_called_directly(model_type, architecture):
+    """As sentence-transformers does: hooks of the model do not run then."""
+    layers = {f"encoder.{layer}": row for layer, row in MIXED.items()} if model_type == "t5" else MIXED
+    model, ids = in_memory(model_type, layers, architecture), some_ids()
+    with torch.no_grad():
+        expected = model(ids).last_hidden_state
+        assert torch.equal(model.forward(ids).last_hidden_state, expected)
+        assert torch.equal(copy.deepcopy(model).forward(ids).last_hidden_state, expected)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(compiled, expected, atol=1e-4, rtol=1e-4)
+    model.train()
+    model.gradient_checkpointing_enable()
+    model.forward(ids).last_hidden_state.square().sum().backward()
+    assert not [name for name, tensor in model.named_parameters() if "layer" in name and tensor.grad is None]
 
 
 @pytest.mark.parametrize("model_type", ["bert", "falcon", "bart"])

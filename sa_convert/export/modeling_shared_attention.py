@@ -18,7 +18,7 @@ from .shared_attention_apply import share_attention
 from .shared_attention_arguments import is_newer, unlike
 from .shared_attention_attend import Attending  # noqa: F401
 from .shared_attention_cache import PackedCache  # noqa: F401
-from .shared_attention_exchange import checkpoint_contexts
+from .shared_attention_exchange import checkpoint_contexts, opening
 from .shared_attention_families import CLASS_PREFIX, FAMILIES, PREFIX, Family, auto_class_of
 from .shared_attention_modules import MODULES  # noqa: F401
 from .shared_attention_paged import PagedCache  # noqa: F401
@@ -116,6 +116,7 @@ def model_class_of(family: Family, architecture: str) -> type:
     _register_conversions(family, architecture)
     base = getattr(transformers, architecture)
     members = {"config_class": config_class_of(family), "base_class": base, "__module__": __name__}
+    members["forward"] = opening(base.forward)
     return type(CLASS_PREFIX + architecture, (SharedAttentionMixin, base), members)
 
 

@@ -201,7 +201,7 @@ def share_attention(model: nn.Module, names, sharing: dict) -> None:
         if _share_stack(model, names, stack, sharing):
             opened.add((path_in(model, stack.layers) or stack.layers).rpartition(".")[0])
     for path in sorted(opened):
-        _open_exchange(model.get_submodule(path), names)
+        _open_exchange(model.get_submodule(path), names, is_model=not path)
     _keep_heads_together(model, names, stacks, layers)
 
 
@@ -257,10 +257,10 @@ def _freeze(module: nn.Module) -> None:
         module.register_buffer(name, parameter.detach())
 
 
-def _open_exchange(stack: nn.Module, names) -> None:
+def _open_exchange(stack: nn.Module, names, is_model: bool) -> None:
     if names.exchange == "positions":
-        open_by_positions(stack, stack.rotary_emb)
+        open_by_positions(stack, stack.rotary_emb, is_model)
     elif names.exchange == "context":
-        open_by_thread(stack, lambda module: isinstance(module, SharedAttention))
+        open_by_thread(stack, lambda module: isinstance(module, SharedAttention), is_model)
     else:
-        open_by_keyword(stack)
+        open_by_keyword(stack, is_model)

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import wraps
 
 import torch
 
@@ -18,6 +19,9 @@ EXCHANGE = "shared_attention"
 
 # `open`: (exchange, what was open before it) of the innermost pass that this thread is in, or None.
 _THREAD = threading.local()
+
+# The attribute of a model that is itself a stack: how its forward opens exchanges.
+_OPENS = "_opens_exchange"
 
 # The attribute under which the input of a layer keeps what that layer borrows if it is computed again.
 _AGAIN = "_shared_attention"
@@ -163,12 +167,36 @@ def _enter_layer(layer, args, kwargs) -> None:
     _enter(exchange)
 
 
-def open_by_thread(stack, shares) -> None:
+def opening(forward):
+    """The forward of a model class. If the model is itself a stack that opens exchanges, it opens them here and not by
+    hooks: some callers (sentence-transformers, serving engines) call `forward` and not the model."""
+
+    @wraps(forward)
+    def run(self, *args, **kwargs):
+        way = self.__dict__.get(_OPENS)
+        if way is None or EXCHANGE in kwargs:
+            return forward(self, *args, **kwargs)
+        if way == "keyword":
+            kwargs[EXCHANGE] = Exchange()
+        else:
+            _enter_stack(self, args)
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            if way == "keyword":
+                kwargs[EXCHANGE].over = True
+            else:
+                _leave_stack(self, args, None)
+
+    return run
+
+
+def open_by_thread(stack, shares, is_model: bool) -> None:
     """Give every forward pass of a stack an exchange of its own, in the thread that it runs in.
 
-    shares: whether a module is one that lends or borrows. Every module around such a one may be checkpointed."""
-    stack.register_forward_pre_hook(_enter_stack)
-    stack.register_forward_hook(_leave_stack, always_call=True)
+    shares: whether a module is one that lends or borrows. Every module around such a one may be checkpointed.
+    is_model: whether the stack is the model itself (see `opening`)."""
+    _open_in_thread(stack, is_model)
     for module in stack.modules():
         if module is not stack and any(shares(part) for part in module.modules()):
             module.register_forward_pre_hook(_enter_layer, with_kwargs=True)
@@ -199,8 +227,19 @@ def _leave_keyword(stack, args, kwargs, output) -> None:
         kwargs[EXCHANGE].over = True
 
 
-def open_by_keyword(stack) -> None:
+def _open_in_thread(stack, is_model: bool) -> None:
+    if is_model:
+        setattr(stack, _OPENS, "thread")
+        return
+    stack.register_forward_pre_hook(_enter_stack)
+    stack.register_forward_hook(_leave_stack, always_call=True)
+
+
+def open_by_keyword(stack, is_model: bool) -> None:
     """Give every forward pass of a stack an exchange as a keyword, which its layers pass on."""
+    if is_model:
+        setattr(stack, _OPENS, "keyword")
+        return
     stack.register_forward_pre_hook(_give_keyword, with_kwargs=True)
     stack.register_forward_hook(_leave_keyword, with_kwargs=True, always_call=True)
 
@@ -209,10 +248,9 @@ def _append_to_positions(rotary, args, output):
     return (*output, current_exchange() or Exchange(over=True))
 
 
-def open_by_positions(stack, rotary) -> None:
+def open_by_positions(stack, rotary, is_model: bool) -> None:
     """Give every forward pass of a stack an exchange beside cosines and sines, which its layers pass on."""
-    stack.register_forward_pre_hook(_enter_stack)
-    stack.register_forward_hook(_leave_stack, always_call=True)
+    _open_in_thread(stack, is_model)
     rotary.register_forward_hook(_append_to_positions)
 
 
