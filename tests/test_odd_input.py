@@ -192,3 +192,15 @@ def test_names_in_files_cannot_write_to_the_terminal(tmp_path, command):
         assert result.returncode == 0
         assert r"\x1b[8mllama\u202e" in result.stdout
     assert not {"\x1b", "\u202e"} & {*result.stdout, *result.stderr}
+
+
+def test_names_too_long_for_any_file(tmp_path):
+    """Of a shard that an index names, and of the model."""
+    folder = tiny_llama(tmp_path / "m", 2)
+    long = "x" * 300
+    file = folder / "model.safetensors.index.json"
+    names = json.loads(file.read_text())["weight_map"]
+    edit_json(file, weight_map={**names, next(iter(names)): f"{long}.safetensors"})
+    assert f"{long}.safetensors: the shard that model.safetensors.index.json names for tensor" in said(folder)
+    for name in (long, f"{long}/{long}", f"./{long}"):
+        refused(run_cli("inspect", name), 1, long)

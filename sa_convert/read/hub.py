@@ -1,5 +1,6 @@
 """Models on the Hub, described without their weights: config.json, the index, and the headers of safetensors."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def open_hub(name: HubName) -> Checkpoint | None:
         side_files=tuple(sides),
         revision=folder.name,
         code=tuple(code),
-        absent={path: sizes[str(path)] for path in needed if str(path) in sizes and not (folder / path).exists()},
+        absent={path: sizes[str(path)] for path in needed if str(path) in sizes and not os.path.exists(folder / path)},
         notes=notes,
     )
 
@@ -162,7 +163,7 @@ def _check_cached(name: HubName, folder: Path) -> None:
         raise CheckpointError(f"{name}: {not_cached('its weights are')}")
     if files[0].endswith(".json"):
         files = sorted(set(weight_map(folder / files[0], read_json(folder / files[0])).values()))
-    missing = next((file for file in files if not (folder / file).exists()), None)
+    missing = next((file for file in files if not os.path.exists(folder / file)), None)
     if missing is not None:
         raise CheckpointError(f"{name}: {not_cached(f'{missing} is')}")
     note(f"{name} is taken from the cache as it is, since {unreachable()}.")

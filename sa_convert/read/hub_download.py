@@ -1,5 +1,6 @@
 """Files of a model on the Hub, downloaded into the ordinary cache; nothing there is ever changed or removed."""
 
+import os
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def download(checkpoint: Checkpoint, code: bool) -> None:
     name = HubName(checkpoint.identity, checkpoint.revision)
     with hub_errors(name):
         snapshot_download(name.repo, revision=name.revision, allow_patterns=[escape(path.as_posix()) for path in files])
-    missing = next((path for path in files if not (checkpoint.folder / path).exists()), None)
+    missing = next((path for path in files if not os.path.exists(checkpoint.folder / path)), None)
     if missing is not None:
         raise CheckpointError(f"{name}: {missing} could not be downloaded: check the network, and run again.")
 

@@ -1,5 +1,6 @@
 """Opens whatever the user calls MODEL."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,14 +20,14 @@ def open_model(reference: str, workspace: Path | None = None, dtype: str = "floa
     UnsupportedModelError.
     """
     path = Path(reference)
-    name = None if path.exists() else hub_name(reference)
+    name = None if os.path.exists(path) else hub_name(reference)
     if name is not None and path.suffix.lower() != ".gguf":
         return _open_hub(name, workspace)
     if path.suffix.lower() == ".gguf" and not path.is_dir():
         from sa_convert.read.gguf import open_gguf
 
         return open_gguf(path, workspace, reference, dtype)
-    if not path.exists():
+    if not os.path.exists(path):  # which says no of a name too long for any file
         raise CheckpointError(
             f"{reference}: there is no such folder or file; models on the Hub are called org/name or org/name@revision."
         )
@@ -40,7 +41,7 @@ def complete(described: Checkpoint, reference: str, workspace: Path, dtype: str 
     """
     if described.is_safetensors and not described.absent:
         return described
-    local = Path(reference).exists()
+    local = os.path.exists(reference)
     found = open_model(reference, workspace, dtype) if local else _downloaded(described, workspace)
     return replace(found, trusted=described.trusted)
 
