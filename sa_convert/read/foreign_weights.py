@@ -84,9 +84,9 @@ def refuse_foreign_weights(checkpoint: Checkpoint) -> None:
                 f"'{name}' has '{wrapper}.' in its name, from {_WRAPPERS[wrapper]}, or rename the tensors), without "
                 "which transformers would not find it and take random weights."
             )
-        if tuple(tensor.shape) == (0,) and parts[-1] == "weight":
+        if tensor.elements == 0 and parts[-1] == "weight":
             raise UnsupportedModelError(
-                f"'{name}' is empty (shape [0]), as DeepSpeed ZeRO-3 saves weights that it does not "
+                f"'{name}' is empty (shape {list(tensor.shape)}), as DeepSpeed ZeRO-3 saves weights that it does not "
                 "gather: make whole ones with zero_to_fp32.py beside the training checkpoint, or save again with "
                 "stage3_gather_16bit_weights_on_model_save, and convert those."
             )
