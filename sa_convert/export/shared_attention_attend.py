@@ -21,7 +21,7 @@ from .shared_attention_arguments import take_paged
 from .shared_attention_exchange import EXCHANGE, Loan, current_exchange
 from .shared_attention_paged import update_paged
 from .shared_attention_plan import LayerPlan
-from .shared_attention_weights import additive, blocks_of, causal_mask, pairs_of, probabilities, weigh
+from .shared_attention_weights import additive, blocks_of, causal_mask, is_exporting, pairs_of, probabilities, weigh
 
 WEIGHTS_MEMORY = 128 * 1024 * 1024
 """Bytes that lent probabilities may take at any one time by default (`weights_memory` in the config)."""
@@ -139,7 +139,7 @@ class Attending(nn.Module):
         # Compiled, a prompt's blocks would make a graph for every length.
         if tokens > 1 and (torch.is_grad_enabled() or self.plan.gain < GAIN or torch.compiler.is_compiling()):
             return False
-        if torch.compiler.is_compiling():  # one token's fit, and no graph should depend on how many are cached
+        if is_exporting():  # one token's fit, and an exported graph must not depend on how many are cached
             return True
         pairs = pairs_of(tokens, length, self._triangular(implementation, mask, tokens))
         needed = batch * len(self.plan.heads) * pairs * query.element_size() * self.plan.lenders_at_once
