@@ -69,7 +69,7 @@ class Family:
     rotary: which layers rotate queries and keys: "all", "none", "sliding" (only those, where the model has a window) or
         "no_rope_layers".
     exchange: how loans travel through the model's forward: as a keyword ("kwargs"), beside the rotary embeddings
-        ("positions"), or, for families that pass on neither, in a context variable ("context").
+        ("positions"), or, for families that pass on neither, in a variable of the thread ("context").
     plain_forward: use our own attention forward, for families whose own one fixes the number of heads.
     module: the class of ours (`shared_attention_modules`) that runs the attention of a family with special steps.
     interface: its own code calls the attention interface of transformers 5.
