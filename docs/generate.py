@@ -13,9 +13,9 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 
 from tiny_models import kinds_of  # noqa: E402
 
-from sa_convert.export.shared_attention_families import FAMILIES, Family  # noqa: E402
 from sa_convert.read.auto_classes import FILE as AUTO_CLASSES  # noqa: E402
 from sa_convert.read.auto_classes import classes_in_transformers  # noqa: E402
+from sa_convert.runtime.shared_attention_families import FAMILIES, Family  # noqa: E402
 
 PAGE = Path(__file__).parent / "families.md"
 CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
@@ -23,7 +23,7 @@ PINNED = re.findall(r"^transformers==(\d+\.\d+)", CONSTRAINTS.read_text(), re.MU
 """The minor version of transformers that the tests run with."""
 HEAD = """# Supported families
 
-This page is generated from `sa_convert/export/shared_attention_families.py` by `python docs/generate.py`; a test
+This page is generated from `sa_convert/runtime/shared_attention_families.py` by `python docs/generate.py`; a test
 fails where the two differ. The family is chosen by `model_type` in config.json, never by a model's name; the class that
 is converted is the one that config.json names under `architectures` (LlamaForSequenceClassification and BertModel as
 well as those below), and the converted class derives from it.

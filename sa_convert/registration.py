@@ -13,8 +13,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType, new_class
 from typing import Any
 
-from sa_convert.export.shared_attention_families import CLASS_PREFIX, FAMILIES, auto_class_of
 from sa_convert.read.auto_classes import model_classes_of
+from sa_convert.runtime.shared_attention_families import CLASS_PREFIX, FAMILIES, auto_class_of
 
 
 class _StandIn(type):
@@ -29,7 +29,7 @@ class _StandIn(type):
         return new_class(name, real, exec_body=lambda namespace: namespace.update(members))
 
     def real_class(cls) -> Any:
-        from sa_convert.export.modeling_shared_attention import model_class_of
+        from sa_convert.runtime.modeling_shared_attention import model_class_of
 
         family, architecture = cls.__dict__["_family"], cls.__dict__["_architecture"]
         model_class: Any = model_class_of(family, architecture)
@@ -54,7 +54,7 @@ def register() -> None:
     """Register every family that this transformers has with AutoConfig, and its classes with their auto classes."""
     import transformers
 
-    from sa_convert.export.configuration_shared_attention import config_class_of
+    from sa_convert.runtime.configuration_shared_attention import config_class_of
 
     known = set(dir(transformers))
     for family in FAMILIES.values():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from sa_convert.data.checkpoint import DTYPE_BITS
+from sa_convert.domain.checkpoint import DTYPE_BITS
 
 _BLOCK = 4 * 1024 * 1024
 

@@ -4,9 +4,9 @@ import torch
 import transformers
 from tiny_models import tiny_config
 
-from sa_convert.export.configuration_shared_attention import config_class_of
-from sa_convert.export.modeling_shared_attention import model_class_of
-from sa_convert.export.shared_attention_families import FAMILIES
+from sa_convert.runtime.configuration_shared_attention import config_class_of
+from sa_convert.runtime.modeling_shared_attention import model_class_of
+from sa_convert.runtime.shared_attention_families import FAMILIES
 
 
 def rows_of(heads, source, other):

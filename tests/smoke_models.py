@@ -6,7 +6,7 @@ Configurations are shrunk by the names of their keys, sub-configurations too; wh
 import random
 from typing import Any
 
-from sa_convert.data.geometry import ModelGeometry
+from sa_convert.domain.geometry import ModelGeometry
 
 DEPTH = 4
 # Deep enough that each kind of layer occurs twice.

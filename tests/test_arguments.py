@@ -13,8 +13,8 @@ import torch
 from converted_folder import convert_tiny
 from tiny_models import attentions_of, code_of
 
-from sa_convert.export.shared_attention_arguments import MADE_FOR, Arguments
-from sa_convert.export.shared_attention_families import FAMILIES
+from sa_convert.runtime.shared_attention_arguments import MADE_FOR, Arguments
+from sa_convert.runtime.shared_attention_families import FAMILIES
 
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 # What a reader of the signature still understands.

@@ -21,20 +21,20 @@ from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 from validation_models import VOCABULARY, save_base, save_converted
 
-from sa_convert.bench import memory
-from sa_convert.bench.bench import bench
-from sa_convert.bench.expected import Attention, attention_layers, prefill_flops, step_bytes
-from sa_convert.bench.process import workers
-from sa_convert.bench.request import Options, contexts_of
-from sa_convert.bench.runner import Runner
-from sa_convert.bench.turns import block_sizes
-from sa_convert.bench.weights import parameters_read, weights_of
-from sa_convert.bench.worker import _explained
-from sa_convert.data.benchmark import Spread
+from sa_convert.domain.benchmark import Spread
 from sa_convert.errors import CheckpointError, OutputError, SaConvertError
+from sa_convert.jobs.benchmarking import bench
+from sa_convert.measure.speed import peak_memory as memory
+from sa_convert.measure.speed.expected_work import Attention, attention_layers, prefill_flops, step_bytes
+from sa_convert.measure.speed.parameters_read import parameters_read, weights_of
+from sa_convert.measure.speed.process import workers
+from sa_convert.measure.speed.request import Options, contexts_of
+from sa_convert.measure.speed.runner import Runner
+from sa_convert.measure.speed.turns import block_sizes
+from sa_convert.measure.speed.worker import _explained
+from sa_convert.models.arguments import cache_keyword, cache_of
+from sa_convert.models.subject import open_subject
 from sa_convert.read.model import open_model
-from sa_convert.run.arguments import cache_keyword, cache_of
-from sa_convert.validate.subject import open_subject
 
 SMALL = Options(contexts=(8,), batches=(1,), steps=3, repeats=2, device="cpu", threads=1)
 # The tiny Llama of validation_models: 5 layers, 2 of which share in the converted one.
@@ -258,7 +258,7 @@ def test_expectations_of_single_heads_and_windows(tmp_path):
 
 
 def weights_of_nothing():
-    from sa_convert.bench.weights import Weights
+    from sa_convert.measure.speed.parameters_read import Weights
 
     return Weights(matrices=10, head=7, keeps_one=True, step_bytes=100, experts=False)
 
@@ -371,7 +371,7 @@ def test_no_process_stays(base, tmp_path, ending):
             assert letters, seen
             seen += letters
         children = psutil.Process(process.pid).children(recursive=True)
-        assert len([child for child in children if "sa_convert.bench.worker" in child.cmdline()]) == 2
+        assert len([child for child in children if "sa_convert.measure.speed.worker" in child.cmdline()]) == 2
         process.send_signal(ending)
         # The progress bar would fill the pipe.
         stdout, stderr = process.communicate(timeout=60)

@@ -8,11 +8,11 @@ from tiny_models import save_tiny
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.utils import ModelOutput
 
-from sa_convert.bench.runner import Runner
 from sa_convert.errors import SaConvertError
-from sa_convert.run.arguments import cache_keyword, cache_of, caches_in, first_argument
-from sa_convert.validate.cache import cache_bytes_per_token
-from sa_convert.validate.decode import decode_check
+from sa_convert.measure.quality.cache_bytes import cache_bytes_per_token
+from sa_convert.measure.quality.decode import decode_check
+from sa_convert.measure.speed.runner import Runner
+from sa_convert.models.arguments import cache_keyword, cache_of, caches_in, first_argument
 
 # One cache; one with states of fixed size; one that the output does not name; two that consist of two caches.
 FAMILIES = ["llama", "qwen3_next", "recurrent_gemma", "t5", "bart"]

@@ -8,18 +8,18 @@ import torch
 from forced_softmax import forced
 from tiny_models import attentions_of, save_tiny, save_tokenizer
 
-from sa_convert.calibrate.probe import Probe
-from sa_convert.calibrate.replay import Replay
-from sa_convert.calibrate.ridge import Sums, combine, solve
-from sa_convert.calibrate.scoring import _pass, collect
-from sa_convert.calibrate.sequences import REPETITION, Sample, calibration_set
-from sa_convert.calibrate.text import load_text
-from sa_convert.data.sharing_map import SharingMap
-from sa_convert.data.units import Units
-from sa_convert.export.shared_attention_families import FAMILIES
+from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.domain.units import Units
+from sa_convert.heal.ridge import Sums, combine, solve
+from sa_convert.models.task import NEXT_TOKEN, MaskedToken
+from sa_convert.observe.probe import Probe
+from sa_convert.observe.replay import Replay
+from sa_convert.observe.sequences import REPETITION, Sample, calibration_set
 from sa_convert.plan.plan import Subject
 from sa_convert.read.model import open_model
-from sa_convert.run.task import NEXT_TOKEN, MaskedToken
+from sa_convert.runtime.shared_attention_families import FAMILIES
+from sa_convert.search.scoring import _pass, collect
+from sa_convert.texts.text import load_text
 
 NAMES = (
     "llama", "gemma2", "gemma3_text", "gpt_oss", "qwen3", "olmo2", "opt", "cohere", "phi", "phi3", "gpt2", "gpt_neox",

@@ -4,15 +4,15 @@ import pytest
 import torch
 from tiny_models import save_tiny, save_tokenizer
 
-from sa_convert.calibrate.choose import path
-from sa_convert.calibrate.measure import Reference
-from sa_convert.calibrate.refit import refit
-from sa_convert.calibrate.session import open_session
-from sa_convert.data.recipe import Calibration
-from sa_convert.export.shared_attention_families import FAMILIES
+from sa_convert.domain.recipe import Calibration
+from sa_convert.heal.refit import refit
+from sa_convert.observe.session import open_session
+from sa_convert.observe.tried import Reference
 from sa_convert.plan.plan import Subject
-from sa_convert.plan.rules import check_map
 from sa_convert.read.model import open_model
+from sa_convert.runtime.shared_attention_families import FAMILIES
+from sa_convert.search.choose import path
+from sa_convert.treatments.share.rules import check_map
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -12,12 +12,12 @@ from huggingface_hub import ModelCard
 from PIL import Image, ImageColor
 from test_report import MEASURED, UNMEASURED
 
-from sa_convert.data.geometry import LayerGeometry, ModelGeometry
-from sa_convert.data.report import BaseModel, Change
-from sa_convert.data.sharing_map import SharingMap
-from sa_convert.publish.card import write_card
-from sa_convert.publish.figure import CELL, COLOURS, _font, cells, sharing_figure
-from sa_convert.publish.figure import FILE as FIGURE
+from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
+from sa_convert.domain.report import BaseModel, Change
+from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.present.charts.map_figure import CELL, COLOURS, _font, cells, sharing_figure
+from sa_convert.present.charts.map_figure import FILE as FIGURE
+from sa_convert.present.files.card import write_card
 
 WHITE = (255, 255, 255)
 RECIPE = "sharing:\n  map: {27: [[26, 4], null]}\n"
@@ -224,8 +224,9 @@ def test_card_and_figure_load_neither_the_hub_client_nor_matplotlib(tmp_path):
     """Each takes longer to load than the kernel takes to copy a gigabyte."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[2]); import test_report as t; from pathlib import Path\n"
-        "from sa_convert.publish.card import write_card; from sa_convert.publish.figure import sharing_figure\n"
-        "from sa_convert.data.geometry import LayerGeometry as L, ModelGeometry as M\n"
+        "from sa_convert.present.files.card import write_card\n"
+        "from sa_convert.present.charts.map_figure import sharing_figure\n"
+        "from sa_convert.domain.geometry import LayerGeometry as L, ModelGeometry as M\n"
         "folder = Path(sys.argv[1]); base = folder / 'base.md'; base.write_text('---\\nlicense: mit\\n---\\n')\n"
         "write_card(t.MEASURED, '', folder, base)\n"
         "sharing_figure(t.SharingMap({}), M((L(2, 1, 8),)), folder / 'f.png')\n"

@@ -7,8 +7,8 @@ from huggingface_hub import ModelCard
 from loopback_hub.card import check_card
 from test_report import MEASURED, UNMEASURED
 
-from sa_convert.data.report import BaseModel
-from sa_convert.publish.card import for_repository, write_card
+from sa_convert.domain.report import BaseModel
+from sa_convert.present.files.card import for_repository, write_card
 
 LOCAL = replace(MEASURED, base_model=BaseModel("smol.gguf"))
 

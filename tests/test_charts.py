@@ -11,14 +11,14 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from sa_convert.commands.rendering_analysis import render_analysis
-from sa_convert.data.analysis import Analysis, AttentionStatistics, CalibrationText, CurvePoint, UnitCost
-from sa_convert.data.geometry import LayerGeometry, ModelGeometry
-from sa_convert.data.report import BaseModel
-from sa_convert.data.sharing_map import SharingMap
-from sa_convert.data.units import Units
-from sa_convert.plan.rules import layer_difference
-from sa_convert.publish.charts import CHARTS, write_charts
+from sa_convert.domain.analysis import Analysis, AttentionStatistics, CalibrationText, CurvePoint, UnitCost
+from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
+from sa_convert.domain.report import BaseModel
+from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.domain.units import Units
+from sa_convert.present.charts.all_charts import CHARTS, write_charts
+from sa_convert.present.terminal.analysis_text import render_analysis
+from sa_convert.treatments.share.rules import layer_difference
 
 
 def make_analysis(
@@ -195,10 +195,10 @@ def test_terminal_names_layers_and_what_is_removed():
 def test_charts_leave_pyplot_alone():
     code = (
         "import sys; sys.path.insert(0, 'tests')\n"
-        "import sa_convert.publish.charts, sa_convert.commands.analyze\n"
+        "import sa_convert.present.charts.all_charts, sa_convert.commands.analyze\n"
         "assert 'matplotlib' not in sys.modules\n"
         "from test_charts import make_analysis\n"
-        "for draw in sa_convert.publish.charts.CHARTS.values(): draw(make_analysis(3, 2, 1))\n"
+        "for draw in sa_convert.present.charts.all_charts.CHARTS.values(): draw(make_analysis(3, 2, 1))\n"
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -16,13 +16,13 @@ from make_checkpoint import tiny_llama
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
-from sa_convert.data.sharing_map import SharingMap
-from sa_convert.export.shared_attention_families import FAMILIES
+from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.read.family import family_of
 from sa_convert.read.folder import open_folder
 from sa_convert.rewrite.processor import CLASSES, IMAGES, PROCESSOR, VIDEOS
 from sa_convert.rewrite.rewrite import rewrite_checkpoint
 from sa_convert.rewrite.tokenizer import MISTRAL_COMMON
+from sa_convert.runtime.shared_attention_families import FAMILIES
 
 DIGITS = r"\p{N}{1,3}|[^\p{N}]+"
 TEXT = "12 goats, 345 boats"
@@ -141,7 +141,7 @@ def test_the_types_are_those_of_transformers():
 
 
 def test_the_tokenizer_code_is_ours_for_evaluate_and_push(tmp_path, large):
-    from sa_convert.validate.subject import foreign_code
+    from sa_convert.models.subject import foreign_code
 
     out = converted(base_folder(tmp_path / "base", large, "mistral", None), tmp_path / "ours")
     assert foreign_code(open_folder(out)) is None

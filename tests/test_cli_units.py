@@ -2,7 +2,7 @@
 
 import pytest
 
-from sa_convert.units import format_percent, human_bytes, human_count, parse_percent
+from sa_convert.console.amounts import format_percent, human_bytes, human_count, parse_percent
 
 
 @pytest.mark.parametrize(

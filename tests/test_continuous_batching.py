@@ -7,7 +7,7 @@ import torch
 from converted_folder import convert_tiny
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from sa_convert.export.shared_attention_paged import update_paged
+from sa_convert.runtime.shared_attention_paged import update_paged
 
 PROMPTS = [[3, 9, 27, 81, 16, 48, 17], [5, 25, 125], [7, 49, 87, 96, 33, 101, 64, 90, 11, 77, 20, 31]]
 NEW = 8

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from validation_models import VOCABULARY, tiny_config, tokenizer
 
-from sa_convert.calibrate.tokens import ordinary_tokens
 from sa_convert.errors import CheckpointError, DataError, OutputError
-from sa_convert.validate.agreement import Comparison, KeptLogits, kl_divergence
-from sa_convert.validate.copying import Probes, copying_loss, copying_probes
+from sa_convert.measure.quality.copying import Probes, copying_loss, copying_probes
+from sa_convert.measure.quality.divergence import Comparison, KeptLogits, kl_divergence
+from sa_convert.models.tokens import ordinary_tokens
 
 
 class Rule(torch.nn.Module):

@@ -13,14 +13,14 @@ from tiny_models import load_converted
 from transformers import AutoModelForCausalLM
 from validation_models import VOCABULARY, save_base, save_converted, tokenizer
 
-from sa_convert.calibrate.text import load_text
-from sa_convert.calibrate.tokens import token_sequences
 from sa_convert.errors import CheckpointError, SaConvertError
-from sa_convert.validate.copying import Probes, copying_loss
-from sa_convert.validate.decode import rounding_without_cache
-from sa_convert.validate.evaluate import Options, evaluate
-from sa_convert.validate.gate import validate
-from sa_convert.validate.subject import open_subject
+from sa_convert.jobs.evaluating import Options, evaluate
+from sa_convert.measure.quality.copying import Probes, copying_loss
+from sa_convert.measure.quality.decode import rounding_without_cache
+from sa_convert.measure.quality.gate import validate
+from sa_convert.models.subject import open_subject
+from sa_convert.models.tokens import token_sequences
+from sa_convert.texts.text import load_text
 
 SMALL = ["--sequences", 2, "--length", 64, "--device", "cpu"]
 OPTIONS = Options(sequences=2, length=64, device="cpu")

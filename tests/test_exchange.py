@@ -17,7 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 
-from sa_convert.export.shared_attention import SharedAttention
+from sa_convert.runtime.shared_attention import SharedAttention
 
 # Families whose forward passes no keyword on, one or more of each kind of forward; and two of the other ways.
 BY_THREAD = ["bert", "roberta", "electra", "falcon", "bloom", "gptj", "xglm", "trocr", "t5", "mt5", "bart", "pegasus"]

@@ -22,9 +22,9 @@ from tiny_models import (
 )
 from transformers import DynamicCache
 
-from sa_convert.export.shared_attention_families import FAMILIES
+from sa_convert.models.arguments import cache_of
 from sa_convert.read.names import stack_of
-from sa_convert.run.arguments import cache_of
+from sa_convert.runtime.shared_attention_families import FAMILIES
 
 CASES = [(family, kind, None) for family in FAMILIES for kind in kinds_of(family)]
 CASES += [(family, "heads", at) for family, options in VARIANTS.items() for at in range(len(options))]

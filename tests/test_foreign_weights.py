@@ -178,8 +178,8 @@ def test_transformers_runs_plain_weights_under_these_methods(tmp_path, method):
 )
 def test_names_of_wrappers_under_architectures(tmp_path, model_type, named, meant):
     """transformers goes by the auto class that it is asked for."""
-    from sa_convert.data.sharing_map import SharingMap
-    from sa_convert.run.auto_class import architecture_of
+    from sa_convert.domain.sharing_map import SharingMap
+    from sa_convert.models.auto_class import architecture_of
 
     folder = write_model(tmp_path / "m", {"model_type": model_type, "architectures": [named]}, llama_tensors(CONFIG))
     checkpoint = open_model(str(folder))

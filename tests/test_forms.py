@@ -5,8 +5,8 @@ import torch
 from conftest import run_cli
 from tiny_models import forms_used, geometry_of_folder, load_converted, make_map, save_tiny, write_recipe
 
-from sa_convert.export.shared_attention_plan import plan_layers
-from sa_convert.export.shared_attention_weights import blocks_of, pairs_of
+from sa_convert.runtime.shared_attention_plan import plan_layers
+from sa_convert.runtime.shared_attention_weights import blocks_of, pairs_of
 
 
 @pytest.fixture
@@ -69,8 +69,8 @@ def test_blocks_end_at_what_their_tokens_see():
 
 def test_heads_that_another_process_holds_are_refused():
     """Of four heads in two groups, a process has the first two: a span may run, exchanged or mixed heads may not."""
-    from sa_convert.export.shared_attention_attend import _gather
-    from sa_convert.export.shared_attention_plan import Run
+    from sa_convert.runtime.shared_attention_attend import _gather
+    from sa_convert.runtime.shared_attention_plan import Run
 
     share = torch.arange(2.0).view(1, 2, 1, 1)
     assert torch.equal(_gather((Run(0, 0, 4),), None, {0: share}.__getitem__), share)

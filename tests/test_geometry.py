@@ -3,8 +3,8 @@
 import pytest
 from tiny_models import tiny_config
 
-from sa_convert.export.shared_attention_families import FAMILIES
 from sa_convert.read.geometry import attention_kinds
+from sa_convert.runtime.shared_attention_families import FAMILIES
 
 DEPTH = 12
 VARIANTS = [

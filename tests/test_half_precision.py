@@ -5,7 +5,7 @@ import torch
 from converted_folder import convert_tiny
 from safetensors.torch import load_file, save_file
 
-from sa_convert.export.shared_attention_families import FAMILIES
+from sa_convert.runtime.shared_attention_families import FAMILIES
 
 # Families whose queries and keys have biases: rotary and not, separate and fused, decoders and encoders.
 BIASED = ("qwen2", "starcoder2", "phi", "opt", "gpt2", "bert")

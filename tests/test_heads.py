@@ -16,7 +16,7 @@ from conftest import ROOT, run_cli
 from forced_softmax import forced
 from tiny_models import geometry_of_folder, load_converted, make_map, save_tokenizer, tiny_config, write_recipe
 
-from sa_convert.export.shared_attention_families import FAMILIES
+from sa_convert.runtime.shared_attention_families import FAMILIES
 
 HEADS = {
     "LlamaModel": ("llama", "AutoModel"),
@@ -181,7 +181,7 @@ def test_where_sa_convert_is_imported_no_remote_code_is_needed(converted):
         "    config = transformers.AutoConfig.from_pretrained(folder)\n"
         "    model, info = getattr(transformers, auto).from_pretrained(folder, output_loading_info=True)\n"
         "    assert not any(info.values()), (head, info)\n"
-        "    assert type(model).__module__.startswith('sa_convert.export.'), type(model)\n"
+        "    assert type(model).__module__.startswith('sa_convert.runtime.'), type(model)\n"
         "    assert isinstance(model, getattr(transformers, head)), type(model)\n"
         "    print(type(model).__name__)\n"
     )

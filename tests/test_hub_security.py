@@ -15,9 +15,9 @@ from conftest import ROOT, run_cli
 from loopback_hub import LoopbackHub
 from make_checkpoint import tiny_llama
 
+from sa_convert.console.redaction import redact
 from sa_convert.errors import CheckpointError
 from sa_convert.read.folder import open_folder
-from sa_convert.redaction import redact
 
 QUICK = ("--recipe", "late-span", "--no-validate")
 SMALL = ("--sequences", 2, "--length", 64)

@@ -8,15 +8,15 @@ from cli_cases import edit_json, refused
 from conftest import run_cli
 from make_checkpoint import tiny_llama, write_raw
 
+from sa_convert.console.printable import LONGEST, one_line, printable
 from sa_convert.errors import CheckpointError, UnsupportedModelError
-from sa_convert.export.shared_attention_families import FAMILIES
 from sa_convert.plan.plan import Subject
-from sa_convert.printable import LONGEST, one_line, printable
-from sa_convert.publish.card_metadata import inherited
+from sa_convert.present.files.card_metadata import inherited
 from sa_convert.read.folder import open_folder, read_json
 from sa_convert.read.geometry import attention_kinds
 from sa_convert.read.header import read_shard
 from sa_convert.rewrite.shards import write_shards
+from sa_convert.runtime.shared_attention_families import FAMILIES
 
 RECIPE = "sharing: {spans: [{layers: 3, source: 2}]}\n"
 

@@ -58,8 +58,8 @@ def test_a_broken_cache_is_still_found(plain, tmp_path, monkeypatch):
     """The tolerance is that of the base, so a fault of the size of a logit does not pass."""
     from transformers import AutoModelForCausalLM
 
-    from sa_convert.run.steps import Steps
-    from sa_convert.validate.decode import decode_check, rounding_difference
+    from sa_convert.measure.quality.decode import decode_check, rounding_difference
+    from sa_convert.models.steps import Steps
 
     model = AutoModelForCausalLM.from_pretrained(quantised(plain, tmp_path / "base", "8 bits")).eval()
     sequence = torch.randint(3, 300, (128,), generator=torch.Generator().manual_seed(0))

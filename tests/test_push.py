@@ -15,7 +15,7 @@ from processes import run_without_sa_convert
 from tiny_models import load_converted, write_recipe
 
 from sa_convert.errors import OutputError
-from sa_convert.publish.push_errors import push_errors
+from sa_convert.present.hub.upload_errors import push_errors
 
 REPO = "org/shared"
 OTHER = {2: [[1, 7 - head] for head in range(8)], 4: [[3, 0], None, [0, 2], None, None, None, [1, 1], [1, 5]]}

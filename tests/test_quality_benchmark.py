@@ -17,8 +17,8 @@ from quality_baselines import Divergence, cheapest_layers, fit_linear, replaced,
 from quality_counts import cache_bytes, layers_around, named, whole_layers
 from quality_text import articles
 
-from sa_convert.calibrate.sequences import CalibrationSet, Sample
-from sa_convert.validate.cache import cache_bytes_per_token
+from sa_convert.measure.quality.cache_bytes import cache_bytes_per_token
+from sa_convert.observe.sequences import CalibrationSet, Sample
 
 RESULTS = ROOT / "docs" / "benchmarks" / "quality.json"
 

@@ -668,7 +668,7 @@ def test_inspection_reads_the_header_alone(tmp_path):
     file = write_gguf(tmp_path / "x.gguf", "llama", model, keys)
     code = (
         "import sys, time; from sa_convert.read.model import open_model; "
-        "from sa_convert.plan.inspection import inspect_checkpoint; "
+        "from sa_convert.jobs.inspecting import inspect_checkpoint; "
         f"found = inspect_checkpoint(open_model({str(file)!r})); "
         "print(found.parameters, time.process_time(), 'torch' in sys.modules, 'transformers' in sys.modules)"
     )

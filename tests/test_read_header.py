@@ -6,7 +6,7 @@ import pytest
 from make_checkpoint import Fake, write_raw, write_safetensors
 from safetensors import safe_open
 
-from sa_convert.data.checkpoint import DTYPE_BITS
+from sa_convert.domain.checkpoint import DTYPE_BITS
 from sa_convert.errors import CheckpointError
 from sa_convert.read.header import read_shard
 

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from sa_convert.data.geometry import LayerGeometry, ModelGeometry
-from sa_convert.data.layer_range import LayerRange
+from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
+from sa_convert.domain.layer_range import LayerRange
 from sa_convert.errors import RecipeError
 from sa_convert.plan.recipe_file import load_recipe, parse_recipe
-from sa_convert.plan.rules import check_map
-from sa_convert.plan.spans import layer_range, sharing_of
+from sa_convert.treatments.share.rules import check_map
+from sa_convert.treatments.share.spans import layer_range, sharing_of
 
 FULL = LayerGeometry(4, 2, 8)
 SLIDING = LayerGeometry(4, 2, 8, "sliding_attention", 16)

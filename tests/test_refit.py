@@ -6,11 +6,11 @@ from forced_attention import forced_logits
 from planted import save_planted
 from tiny_models import save_tiny, save_tokenizer
 
-from sa_convert.calibrate.measure import Reference
-from sa_convert.calibrate.refit import fit_layers, refit
-from sa_convert.calibrate.session import open_session
-from sa_convert.data.recipe import Calibration
-from sa_convert.data.sharing_map import SharingMap
+from sa_convert.domain.recipe import Calibration
+from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.heal.refit import fit_layers, refit
+from sa_convert.observe.session import open_session
+from sa_convert.observe.tried import Reference
 from sa_convert.plan.plan import Subject
 from sa_convert.read.model import open_model
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from sa_convert.data.report import (
+from sa_convert.domain.report import (
     BaseModel,
     Change,
     CopyingReport,
@@ -15,8 +15,8 @@ from sa_convert.data.report import (
     Report,
     Savings,
 )
-from sa_convert.data.sharing_map import SharingMap
-from sa_convert.publish.report import installed_versions, render_report, write_report
+from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.present.files.report_file import installed_versions, render_report, write_report
 
 MEASURED = Report(
     base_model=BaseModel("org/base", "0123abc"),

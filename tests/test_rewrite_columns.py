@@ -8,7 +8,7 @@ import sys
 import pytest
 from make_checkpoint import Fake, write_model
 
-from sa_convert.data.checkpoint import TensorEdit
+from sa_convert.domain.checkpoint import TensorEdit
 from sa_convert.errors import CheckpointError
 from sa_convert.read.folder import open_folder
 from sa_convert.rewrite import columns
@@ -157,7 +157,7 @@ def test_a_base_that_shrinks_while_its_columns_are_read(tmp_path):
 MEASURE = """
 import sys, time, tracemalloc
 from pathlib import Path
-from sa_convert.data.checkpoint import TensorEdit
+from sa_convert.domain.checkpoint import TensorEdit
 from sa_convert.read.folder import open_folder
 from sa_convert.rewrite.shards import write_shards
 base = open_folder(Path(sys.argv[1]))

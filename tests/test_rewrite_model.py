@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 from make_checkpoint import tiny_llama
 
-import sa_convert.export
-from sa_convert.data.checkpoint import TensorEdit
-from sa_convert.data.sharing_map import SharingMap
+import sa_convert.runtime
+from sa_convert.domain.checkpoint import TensorEdit
+from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.errors import UnsupportedModelError
-from sa_convert.export.shared_attention_families import FAMILIES
 from sa_convert.read.folder import open_folder
 from sa_convert.rewrite.config import converted_config
 from sa_convert.rewrite.rewrite import needed_bytes, rewrite_checkpoint
 from sa_convert.rewrite.tokenizer import tokenizer_config
+from sa_convert.runtime.shared_attention_families import FAMILIES
 
 SHARING = SharingMap({2: ((1, 0), (1, 1), (0, 3), None)})
 
@@ -57,7 +57,7 @@ def test_the_whole_folder(tmp_path):
     out.mkdir()
     edits = {"model.layers.2.self_attn.q_proj.weight": TensorEdit(rows=((24, 32),))}
     written = rewrite_checkpoint(base, FAMILIES["llama"], SHARING, edits, out)
-    code = [file.name for file in Path(sa_convert.export.__file__).parent.glob("*.py") if file.name != "__init__.py"]
+    code = [file.name for file in Path(sa_convert.runtime.__file__).parent.glob("*.py") if file.name != "__init__.py"]
     assert len(code) >= 4
     files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert files == {
@@ -65,7 +65,7 @@ def test_the_whole_folder(tmp_path):
         "tokenizer_config.json",
     }  # fmt: skip
     for name in code:
-        assert (out / name).read_bytes() == (Path(sa_convert.export.__file__).parent / name).read_bytes()
+        assert (out / name).read_bytes() == (Path(sa_convert.runtime.__file__).parent / name).read_bytes()
     for name, data in side.items():
         assert (out / name).read_bytes() == data
     assert not any(path.is_symlink() for path in out.rglob("*"))

@@ -11,7 +11,7 @@ import pytest
 from make_checkpoint import Fake, tiny_llama, write_model, write_safetensors
 from safetensors import safe_open
 
-from sa_convert.data.checkpoint import DTYPE_BITS, TensorEdit
+from sa_convert.domain.checkpoint import DTYPE_BITS, TensorEdit
 from sa_convert.errors import CheckpointError
 from sa_convert.read.folder import open_folder
 from sa_convert.read.header import read_shard

@@ -15,7 +15,7 @@ import pytest
 from make_checkpoint import llama_config, llama_tensors, write_model
 
 from sa_convert.errors import OutputError
-from sa_convert.rewrite.staging import staging
+from sa_convert.output.staging import staging
 
 
 def earlier_output(folder, text="old"):
@@ -248,13 +248,13 @@ def test_a_run_killed_in_the_middle_of_the_swap_loses_no_earlier_output(tmp_path
 CONVERT = """
 import sys, time
 from pathlib import Path
-from sa_convert.data.sharing_map import SharingMap
-from sa_convert.export.shared_attention_families import FAMILIES
+from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.runtime.shared_attention_families import FAMILIES
 from sa_convert.read.folder import open_folder
 from sa_convert.rewrite import shards
 from sa_convert.rewrite.ranges import copy_range
 from sa_convert.rewrite.rewrite import needed_bytes, rewrite_checkpoint
-from sa_convert.rewrite.staging import staging
+from sa_convert.output.staging import staging
 if len(sys.argv) > 3:
     def slowly(source, start, stop, target, position, advance):
         copy_range(source, start, stop, target, position, lambda count: (advance(count), time.sleep(0.1)))
@@ -302,7 +302,7 @@ def test_a_run_ended_in_the_middle_leaves_nothing_and_a_rerun_succeeds(tmp_path,
 
 FREED = """
 import os, signal, sys, time
-from sa_convert.rewrite.signals import termination_as_exit
+from sa_convert.output.signals import termination_as_exit
 
 class Freed:
     def __del__(self):

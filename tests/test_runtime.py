@@ -13,7 +13,7 @@ from conftest import ROOT, run_cli
 from forced_attention import forced_attention
 from tiny_models import geometry_of_folder, load_converted, make_map, save_tiny, with_cache, write_recipe
 
-from sa_convert.run.arguments import cache_of
+from sa_convert.models.arguments import cache_of
 
 # SDPA with groups of two heads and MHA, eager only with two attention types, our own forward, and sinks.
 CASES = [
@@ -270,7 +270,7 @@ def test_importing_sa_convert_registers_the_types(cases, first, tmp_path):
 import sa_convert
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(cases("llama", "heads").folder)!r})
-assert type(model).__module__ == "sa_convert.export.modeling_shared_attention", type(model)
+assert type(model).__module__ == "sa_convert.runtime.modeling_shared_attention", type(model)
 model.save_pretrained({str(tmp_path / "again")!r})
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -5,17 +5,17 @@ import itertools
 import pytest
 import torch
 
-from sa_convert.calibrate.budget import check_budget, most_removable
-from sa_convert.calibrate.choose import Step, rounds
-from sa_convert.calibrate.costs import Costs, Offer, shortlists
-from sa_convert.calibrate.search import Sharing, State
-from sa_convert.calibrate.within import _longest
-from sa_convert.data.calibrated import Distance
-from sa_convert.data.geometry import LayerGeometry, ModelGeometry
-from sa_convert.data.recipe import Origin, Search
-from sa_convert.data.sharing_map import SharingMap
-from sa_convert.data.units import Unit, Units
+from sa_convert.domain.calibrated import Distance
+from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
+from sa_convert.domain.recipe import Origin, Search
+from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.domain.units import Unit, Units
 from sa_convert.errors import RecipeError
+from sa_convert.search.budget import check_budget, most_removable
+from sa_convert.search.choose import Step, rounds
+from sa_convert.search.costs import Costs, Offer, shortlists
+from sa_convert.search.rounds import Sharing, State
+from sa_convert.search.within import _longest
 
 LAYER = LayerGeometry(heads=4, groups=2, head_dim=16)
 

@@ -8,11 +8,11 @@ from conftest import run_cli
 from safetensors.torch import load_file
 from tiny_models import geometry_of_folder, load_converted, save_tiny, save_tokenizer
 
-from sa_convert.data.stacks import place_of
-from sa_convert.export.shared_attention_families import FAMILIES
+from sa_convert.domain.stacks import place_of
 from sa_convert.read.folder import open_folder
 from sa_convert.read.names import output_name
 from sa_convert.rewrite.refitted import refit_edits
+from sa_convert.runtime.shared_attention_families import FAMILIES
 
 RECIPE = {
     "sharing": {"search": {"key_cache": "20%"}},

@@ -11,12 +11,12 @@ from forced_softmax import attending, forced_logits
 from smoke_models import NOT_BUILT, causal_types, smoke_map, smoke_model
 from tiny_models import geometry_of_folder, make_map, save_tiny, with_cache, write_recipe
 
-from sa_convert.conversion import Options, convert, plan
 from sa_convert.errors import UnsupportedModelError
-from sa_convert.export.shared_attention_families import FAMILIES
+from sa_convert.jobs.converting import Options, convert, plan
+from sa_convert.models.arguments import cache_of
 from sa_convert.plan.recipe_file import load_recipe
 from sa_convert.read.refusals import NO_ENTRY
-from sa_convert.run.arguments import cache_of
+from sa_convert.runtime.shared_attention_families import FAMILIES
 
 TYPES = causal_types()
 # How many of them have an entry at least, and so must convert (of 196 types in transformers 5.24).

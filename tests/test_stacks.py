@@ -8,8 +8,8 @@ from conftest import run_cli
 from PIL import Image
 from tiny_models import geometry_of_folder, load_converted, save_tiny
 
-from sa_convert.data.calibrated import Distance, LayerRefit, RefitReport
-from sa_convert.data.stacks import layer_names, stack_ranges
+from sa_convert.domain.calibrated import Distance, LayerRefit, RefitReport
+from sa_convert.domain.stacks import layer_names, stack_ranges
 
 T5 = (("encoder", 6), ("decoder", 4), ("decoder.cross", 4))
 SIX_LAYERS = {"num_layers": 6, "encoder_layers": 6}

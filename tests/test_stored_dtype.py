@@ -7,15 +7,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from validation_models import save_base, save_converted
 
-from sa_convert.calibrate.text import load_text
-from sa_convert.calibrate.tokens import token_sequences
 from sa_convert.errors import GateRefused
-from sa_convert.run.load import load_tokenizer
-from sa_convert.run.placement import place, read_config
-from sa_convert.run.task import task_of
-from sa_convert.validate.gate import KINDS, validate
-from sa_convert.validate.perplexity import Perplexity
-from sa_convert.validate.stored import compared
+from sa_convert.measure.quality.gate import KINDS, validate
+from sa_convert.measure.quality.perplexity import Perplexity
+from sa_convert.measure.quality.stored_dtype import compared
+from sa_convert.models.load import load_tokenizer
+from sa_convert.models.placement import place, read_config
+from sa_convert.models.task import task_of
+from sa_convert.models.tokens import token_sequences
+from sa_convert.texts.text import load_text
 
 OPTIONS = {"sequences": 4, "length": 64}
 

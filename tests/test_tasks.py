@@ -14,23 +14,23 @@ from torch.nn import functional
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5ForConditionalGeneration
 from validation_models import tokenizer as byte_tokenizer
 
-from sa_convert.calibrate.sequences import Sample, calibration_set
-from sa_convert.calibrate.text import load_text
-from sa_convert.calibrate.tokens import token_sequences
-from sa_convert.data.report import BaseModel, Change, PerplexityReport, Report, Savings
-from sa_convert.data.sharing_map import SharingMap
+from sa_convert.domain.report import BaseModel, Change, PerplexityReport, Report, Savings
+from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.errors import CheckpointError, DataError, SaConvertError
-from sa_convert.publish.card import write_card
-from sa_convert.publish.report import render_report
-from sa_convert.run.arguments import cache_keyword
-from sa_convert.run.auto_class import auto_class_name, prediction_task
-from sa_convert.run.placement import positions, read_config
-from sa_convert.run.spans import SecondHalf, Sentinels
-from sa_convert.run.task import NEXT_TOKEN, frame_of, task_of
-from sa_convert.validate.cache import cache_bytes_per_token
-from sa_convert.validate.decode import decode_check
-from sa_convert.validate.evaluate import Options, evaluate
-from sa_convert.validate.perplexity import perplexity
+from sa_convert.jobs.evaluating import Options, evaluate
+from sa_convert.measure.quality.cache_bytes import cache_bytes_per_token
+from sa_convert.measure.quality.decode import decode_check
+from sa_convert.measure.quality.perplexity import perplexity
+from sa_convert.models.arguments import cache_keyword
+from sa_convert.models.auto_class import auto_class_name, prediction_task
+from sa_convert.models.denoising import SecondHalf, Sentinels
+from sa_convert.models.placement import positions, read_config
+from sa_convert.models.task import NEXT_TOKEN, frame_of, task_of
+from sa_convert.models.tokens import token_sequences
+from sa_convert.observe.sequences import Sample, calibration_set
+from sa_convert.present.files.card import write_card
+from sa_convert.present.files.report_file import render_report
+from sa_convert.texts.text import load_text
 
 SMALL = ["--sequences", 2, "--length", 64, "--device", "cpu"]
 OPTIONS = Options(sequences=2, length=64, device="cpu")

@@ -10,13 +10,13 @@ from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from sa_convert.calibrate.gradients import fisher_gradients
-from sa_convert.calibrate.measure import Reference
-from sa_convert.calibrate.probe import Seen
-from sa_convert.calibrate.sequences import Sample
-from sa_convert.calibrate.similarity import attention_statistics
-from sa_convert.data.geometry import LayerGeometry, ModelGeometry
-from sa_convert.data.units import Units
+from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
+from sa_convert.domain.units import Units
+from sa_convert.observe.gradients import fisher_gradients
+from sa_convert.observe.probe import Seen
+from sa_convert.observe.sequences import Sample
+from sa_convert.observe.similarity import attention_statistics
+from sa_convert.observe.tried import Reference
 
 NAME = "test_tasks_watched"
 

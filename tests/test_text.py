@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 import pytest
 
-from sa_convert.calibrate.text import Document, Text, cut, load_text
-from sa_convert.calibrate.tokens import token_sequences
 from sa_convert.errors import DataError
+from sa_convert.models.tokens import token_sequences
+from sa_convert.texts.text import Document, Text, cut, load_text
 
 
 class CharacterTokenizer:

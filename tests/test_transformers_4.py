@@ -12,7 +12,7 @@ from elsewhere import difference, make_folders, make_job, run_elsewhere
 from on_transformers import attempt
 from tiny_models import kinds_of
 
-from sa_convert.export.shared_attention_families import FAMILIES
+from sa_convert.runtime.shared_attention_families import FAMILIES
 
 sys.path.append(str(ROOT / "docs"))
 from generate import NOT_IN_4

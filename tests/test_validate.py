@@ -17,17 +17,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from validation_models import VOCABULARY, save_base, save_converted, tiny_config
 
-from sa_convert.calibrate.text import load_text
-from sa_convert.calibrate.tokens import token_sequences
-from sa_convert.data.report import GateResult
+from sa_convert.domain.report import GateResult
 from sa_convert.errors import CheckpointError, DataError, GateRefused, SaConvertError
-from sa_convert.run.arguments import cache_keyword
-from sa_convert.run.load import load_base, load_converted
-from sa_convert.run.placement import place
-from sa_convert.validate.cache import cache_bytes_per_token
-from sa_convert.validate.decode import decode_check, rounding_difference
-from sa_convert.validate.gate import COMPARED, KINDS, refuse_if_failed, validate
-from sa_convert.validate.perplexity import perplexity
+from sa_convert.measure.quality.cache_bytes import cache_bytes_per_token
+from sa_convert.measure.quality.decode import decode_check, rounding_difference
+from sa_convert.measure.quality.gate import COMPARED, KINDS, refuse_if_failed, validate
+from sa_convert.measure.quality.perplexity import perplexity
+from sa_convert.models.arguments import cache_keyword
+from sa_convert.models.load import load_base, load_converted
+from sa_convert.models.placement import place
+from sa_convert.models.tokens import token_sequences
+from sa_convert.texts.text import load_text
 
 SMALL = {"sequences": 3, "length": 96, "device": "cpu"}
 
@@ -113,7 +113,7 @@ def test_agreement_equals_numpy(base, converted, monkeypatch):
     assert found.kl == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=1e-5)
     assert found.top1 == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean())
     full = SimpleNamespace(total=10**12, used=10**12, free=0)
-    monkeypatch.setattr("sa_convert.validate.agreement.shutil.disk_usage", lambda _: full)
+    monkeypatch.setattr("sa_convert.measure.quality.divergence.shutil.disk_usage", lambda _: full)
     assert validate(base, converted, load_text("builtin"), None, **SMALL).agreement is None
 
 
@@ -130,10 +130,10 @@ def test_in_a_process_of_its_own(base, converted, tmp_path):
     script = f"""
 from pathlib import Path
 import sa_convert
-from sa_convert.calibrate.text import load_text
-from sa_convert.validate.gate import validate
-from sa_convert.run.load import load_converted
-from sa_convert.run.placement import place
+from sa_convert.texts.text import load_text
+from sa_convert.measure.quality.gate import validate
+from sa_convert.models.load import load_converted
+from sa_convert.models.placement import place
 base, converted = Path({str(base)!r}), Path({str(converted)!r})
 validate(base, converted, load_text("builtin"), None, "cpu", sequences=2, length=64)
 from transformers import AutoConfig

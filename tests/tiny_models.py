@@ -5,8 +5,8 @@ import random
 import sys
 from pathlib import Path
 
-from sa_convert.data.geometry import ModelGeometry
-from sa_convert.export.shared_attention_families import FAMILIES
+from sa_convert.domain.geometry import ModelGeometry
+from sa_convert.runtime.shared_attention_families import FAMILIES
 
 DEPTH = 6
 # Whatever of these a family's config knows. Windows are shorter than the test sequences, groups have two heads.
@@ -176,7 +176,7 @@ def save_tiny(model_type: str, folder: Path, seed: int = 0, max_shard_size: str 
 
 def with_cache(model, cache):
     """What a model is called with to fill this cache, under the name that this release of transformers has for it."""
-    from sa_convert.run.arguments import cache_keyword
+    from sa_convert.models.arguments import cache_keyword
 
     return {cache_keyword(model): cache, "use_cache": True}
 

@@ -12,11 +12,11 @@ import transformers
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
-from sa_convert import export
-from sa_convert.calibrate.text import load_text
-from sa_convert.export.configuration_shared_attention import config_class_of
-from sa_convert.export.modeling_shared_attention import model_class_of
-from sa_convert.export.shared_attention_families import FAMILIES
+from sa_convert import runtime as export
+from sa_convert.runtime.configuration_shared_attention import config_class_of
+from sa_convert.runtime.modeling_shared_attention import model_class_of
+from sa_convert.runtime.shared_attention_families import FAMILIES
+from sa_convert.texts.text import load_text
 
 VOCABULARY = 300
 

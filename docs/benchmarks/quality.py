@@ -37,9 +37,9 @@ from quality_rows import Benchmark, Row  # noqa: E402
 from quality_tables import METHODS  # noqa: E402
 from quality_text import LENGTH, NEWS_SKIPPED, SEQUENCES, SHA256, WHEEL, default_cache  # noqa: E402
 
-from sa_convert.publish.report import installed_versions  # noqa: E402
+from sa_convert.models.load import load_base  # noqa: E402
+from sa_convert.present.files.report_file import installed_versions  # noqa: E402
 from sa_convert.read.model import open_model  # noqa: E402
-from sa_convert.run.load import load_base  # noqa: E402
 
 RESULTS = HERE / "quality.json"
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from sa_convert.calibrate.sequences import CalibrationSet, Sample
-from sa_convert.run.arguments import first_argument
+from sa_convert.models.arguments import first_argument
+from sa_convert.observe.sequences import CalibrationSet, Sample
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
 """Of the ridge, relative to the mean square of an input; that with the least error on held-out samples is taken."""

@@ -9,8 +9,8 @@ import torch
 from quality_baselines import Spans
 from torch.nn import functional
 
-from sa_convert.data.geometry import ModelGeometry
-from sa_convert.progress import progress
+from sa_convert.console.progress import progress
+from sa_convert.domain.geometry import ModelGeometry
 
 
 def cache_bytes(geometry: ModelGeometry, itemsize: int, without: tuple[int, ...] = ()) -> int:

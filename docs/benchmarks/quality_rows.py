@@ -27,15 +27,15 @@ from quality_baselines import (
 from quality_counts import cache_bytes, fingerprint, layers_around, named, percent, sequence_losses, whole_layers
 from quality_text import domains
 
-from sa_convert.calibrate.session import Session, open_session
-from sa_convert.data.recipe import Calibration
+from sa_convert.domain.recipe import Calibration
+from sa_convert.measure.quality.cache_bytes import cache_bytes_per_token
+from sa_convert.measure.quality.copying import Probes, copying_loss
+from sa_convert.models.load import load_base, load_converted, load_tokenizer
+from sa_convert.models.placement import place
+from sa_convert.observe.session import Session, open_session
 from sa_convert.read.family import family_of
 from sa_convert.read.geometry import geometry_of
 from sa_convert.read.model import open_model
-from sa_convert.run.load import load_base, load_converted, load_tokenizer
-from sa_convert.run.placement import place
-from sa_convert.validate.cache import cache_bytes_per_token
-from sa_convert.validate.copying import Probes, copying_loss
 
 ROOT = Path(__file__).parents[2]
 RECOMMENDED = 4

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sa_convert.calibrate.text import Document, Text, load_text
-from sa_convert.calibrate.tokens import token_sequences
-from sa_convert.validate.gate import KINDS
+from sa_convert.measure.quality.gate import KINDS
+from sa_convert.models.tokens import token_sequences
+from sa_convert.texts.text import Document, Text, load_text
 
 WHEEL = "gensim==4.4.0"
 SHA256 = "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8"

@@ -24,7 +24,7 @@ from collections import defaultdict
 from time import perf_counter
 
 import sa_convert.registration
-from sa_convert.run.arguments import cache_keyword
+from sa_convert.models.arguments import cache_keyword
 
 sa_convert.registration.cancel()  # folders run by the code inside of them
 os.environ.setdefault("OMP_NUM_THREADS", "2")

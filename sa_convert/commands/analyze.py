@@ -69,8 +69,8 @@ def command(
       sa-convert convert ./Llama-3-8B --recipe analysis/recipe.yaml -o ./Llama-3-8B-shared
       sa-convert analyze ./model -o analysis --key-cache 10% --calibration my.txt --sequences 16
     """
-    from sa_convert.analysis import Options, analyze
-    from sa_convert.commands.rendering_analysis import render_analysis
+    from sa_convert.jobs.analyzing import Options, analyze
+    from sa_convert.present.terminal.analysis_text import render_analysis
 
     if not 0 < key_cache < 1:
         raise click.BadParameter("must be more than 0% and less than 100%.", param_hint="'--key-cache'")

@@ -97,8 +97,8 @@ def command(
       sa-convert bench ./Llama-3-8B-shared --against ./Llama-3-8B
       sa-convert bench ./shared --against ./base --contexts 512,4096 --batches 4 --threads 2 -o bench
     """
-    from sa_convert.bench.bench import Options, bench
-    from sa_convert.commands.rendering_bench import render_benchmark
+    from sa_convert.jobs.benchmarking import Options, bench
+    from sa_convert.present.terminal.benchmark_text import render_benchmark
 
     options = Options(
         contexts,

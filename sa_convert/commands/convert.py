@@ -81,9 +81,9 @@ def command(
     """
     from dataclasses import asdict
 
-    from sa_convert.commands.rendering import plan_json, render_plan
-    from sa_convert.conversion import Options, convert, plan
+    from sa_convert.jobs.converting import Options, convert, plan
     from sa_convert.plan.recipe_file import load_recipe
+    from sa_convert.present.terminal.plan_text import plan_json, render_plan
 
     if private and push_to is None:
         raise click.UsageError("--private goes with --push-to.")
@@ -107,20 +107,20 @@ def command(
         return
     target = None
     if push_to is not None:
-        from sa_convert.publish.push import check_target
+        from sa_convert.present.hub.upload import check_target
 
         target = check_target(push_to, private)
     # The name of a file, not its path: the report holds nothing of this machine.
     shown = Path(recipe_name).name
     report = convert(model, recipe, output, options, shown, announce)
     if not as_json:
-        from sa_convert.publish.report import render_report
+        from sa_convert.present.files.report_file import render_report
 
         click.echo(render_report(report))
         click.echo(f"\nWritten to {output}")
     pushed = None
     if target is not None:
-        from sa_convert.publish.push import push_converted
+        from sa_convert.present.hub.upload import push_converted
 
         pushed = push_converted(output, target, announce)
     if as_json:

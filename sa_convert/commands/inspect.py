@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 import click
 
 from sa_convert.commands.options import echo_json, json_option, model_argument
-from sa_convert.data.stacks import layer_names, stack_ranges
-from sa_convert.printable import one_line
-from sa_convert.units import human_bytes, human_count
+from sa_convert.console.amounts import human_bytes, human_count
+from sa_convert.console.printable import one_line
+from sa_convert.domain.stacks import layer_names, stack_ranges
 
 if TYPE_CHECKING:
-    from sa_convert.data.geometry import LayerGeometry, ModelGeometry
-    from sa_convert.plan.inspection import Inspection, Kind
+    from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
+    from sa_convert.jobs.inspecting import Inspection, Kind
 
 _LONGEST_PERIOD = 16
 
@@ -25,8 +25,8 @@ def command(model: str, as_json: bool) -> None:
 
     Reads config.json and the headers of the weights only. A .gguf file is shown as it will be once dequantised.
     """
-    from sa_convert.plan.inspection import inspect_checkpoint
-    from sa_convert.progress import notes
+    from sa_convert.console.progress import notes
+    from sa_convert.jobs.inspecting import inspect_checkpoint
     from sa_convert.read.model import open_model
 
     checkpoint = open_model(model)

@@ -14,9 +14,9 @@ from importlib import import_module
 import click
 
 from sa_convert import __version__, registration
+from sa_convert.console.printable import one_line
+from sa_convert.console.redaction import redact
 from sa_convert.errors import SaConvertError
-from sa_convert.printable import one_line
-from sa_convert.redaction import redact
 
 COMMANDS = {
     "inspect": "sa_convert.commands.inspect",

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from sa_convert.printable import one_line
-from sa_convert.units import parse_percent
+from sa_convert.console.amounts import parse_percent
+from sa_convert.console.printable import one_line
 
 
 class PercentType(click.ParamType):

@@ -32,8 +32,8 @@ def command(
     """
     from dataclasses import asdict
 
-    from sa_convert.publish.complete import complete_conversion
-    from sa_convert.publish.push import check_target, push
+    from sa_convert.present.hub.complete import complete_conversion
+    from sa_convert.present.hub.upload import check_target, push
 
     conversion = complete_conversion(folder, allow_unvalidated)
     if conversion.left_out:

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sa_convert.data.checkpoint import Checkpoint
-from sa_convert.data.geometry import ModelGeometry
-from sa_convert.data.sharing_map import SharingMap
+from sa_convert.domain.checkpoint import Checkpoint
+from sa_convert.domain.geometry import ModelGeometry
+from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.errors import CheckpointError, UnsupportedModelError
-from sa_convert.export.shared_attention_families import FAMILIES, PREFIX, Family
-from sa_convert.plan.rules import check_map
 from sa_convert.read.geometry import geometry_of
+from sa_convert.runtime.shared_attention_families import FAMILIES, PREFIX, Family
+from sa_convert.treatments.share.rules import check_map
 
 
 def converted_parts(checkpoint: Checkpoint) -> tuple[Family, ModelGeometry, SharingMap]:

@@ -4,20 +4,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sa_convert.data.checkpoint import Checkpoint, TensorEdit
-from sa_convert.data.geometry import ModelGeometry
-from sa_convert.data.report import Savings
-from sa_convert.data.sharing_map import SharingMap
+from sa_convert.domain.checkpoint import Checkpoint, TensorEdit
+from sa_convert.domain.geometry import ModelGeometry
+from sa_convert.domain.report import Savings
+from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.errors import RecipeError
-from sa_convert.export.shared_attention_families import Family
-from sa_convert.plan.edits import tensor_edits
-from sa_convert.plan.rules import check_map
-from sa_convert.plan.savings import plan_savings
 from sa_convert.read.family import family_of
 from sa_convert.read.geometry import geometry_of
+from sa_convert.runtime.shared_attention_families import Family
+from sa_convert.treatments.share.edits import tensor_edits
+from sa_convert.treatments.share.rules import check_map
+from sa_convert.treatments.share.savings import plan_savings
 
 if TYPE_CHECKING:
-    from sa_convert.data.recipe import Recipe
+    from sa_convert.domain.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def plan_conversion(subject: Subject, recipe: "Recipe", sharing: SharingMap | No
 
     Raises RecipeError for what the recipe asks, SharingError where the resulting map breaks a rule.
     """
-    from sa_convert.plan.spans import sharing_of
+    from sa_convert.treatments.share.spans import sharing_of
 
     sharing = sharing or sharing_of(recipe, subject.geometry)
     check_map(sharing, subject.geometry)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-    from sa_convert.data.recipe import Origin
+    from sa_convert.domain.recipe import Origin
 
 _EXPECTED = {
     "model_type": "a mapping of keys and values",
@@ -25,7 +25,7 @@ def explain(error: "ValidationError", origin: "Origin") -> str:
     """One line about the first problem in the file; an unknown key comes first, since it may explain a missing one."""
     from pydantic import BaseModel
 
-    from sa_convert.data.recipe import Calibration, Gate, Recipe, Search, Sharing, Span
+    from sa_convert.domain.recipe import Calibration, Gate, Recipe, Search, Sharing, Span
 
     models: dict[tuple[str, ...], type[BaseModel]] = {
         (): Recipe,

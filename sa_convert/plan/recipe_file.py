@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sa_convert
-from sa_convert.data.sharing_map import SharingMap
+from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.errors import RecipeError
 from sa_convert.plan.recipe_errors import did_you_mean, explain
 from sa_convert.plan.yaml_lines import parse_yaml
 
 if TYPE_CHECKING:
-    from sa_convert.data.recipe import Recipe
+    from sa_convert.domain.recipe import Recipe
 
 _SUFFIXES = (".yaml", ".yml", ".json")
 _LARGEST = 16 * 1024 * 1024
@@ -65,7 +65,7 @@ def parse_recipe(text: str, file: str) -> "Recipe":
     """A recipe from YAML (or JSON) text; `file` names it in errors. Raises RecipeError."""
     from pydantic import ValidationError
 
-    from sa_convert.data.recipe import Origin, Recipe
+    from sa_convert.domain.recipe import Origin, Recipe
 
     # Tabs may indent JSON but not YAML; JSON has none inside of its texts.
     value, lines = parse_yaml(text.replace("\t", " ") if file.endswith(".json") else text, file)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from sa_convert.export.shared_attention_families import Family, auto_class_of, auto_classes_of
+from sa_convert.runtime.shared_attention_families import Family, auto_class_of, auto_classes_of
 
 FILE = Path(__file__).with_suffix(".json")
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sa_convert.data.checkpoint import Shard, TensorEntry
+from sa_convert.domain.checkpoint import Shard, TensorEntry
 from sa_convert.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from sa_convert.data.checkpoint import Shard
+from sa_convert.domain.checkpoint import Shard
 from sa_convert.errors import CheckpointError, UnsupportedModelError
 from sa_convert.read.described import described_model
 from sa_convert.read.family import architecture_of, family_of

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sa_convert.errors import CheckpointError, UnsupportedModelError
-from sa_convert.export.shared_attention_families import FAMILIES, HEADS, PREFIX, Family, auto_class_of
 from sa_convert.read.refusals import reason_for
+from sa_convert.runtime.shared_attention_families import FAMILIES, HEADS, PREFIX, Family, auto_class_of
 
 _WRAPPERS = (
     "OptimizedModule", "DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "DeepSpeedEngine",

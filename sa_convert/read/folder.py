@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from sa_convert.data.checkpoint import Checkpoint, Shard
+from sa_convert.domain.checkpoint import Checkpoint, Shard
 from sa_convert.errors import CheckpointError, UnsupportedModelError
-from sa_convert.read.agreement import agree
 from sa_convert.read.characters import check_characters
 from sa_convert.read.header import read_shard
+from sa_convert.read.index_check import agree
 from sa_convert.read.inside import check_inside, leads_out, real_folder, revision_of
 from sa_convert.read.kinds import other_kind
 from sa_convert.read.side_files import code_files, side_files

@@ -7,7 +7,7 @@ model that it does not find with random numbers, and say so in a warning.
 from collections.abc import Mapping
 from typing import Any
 
-from sa_convert.data.checkpoint import Checkpoint, TensorEntry
+from sa_convert.domain.checkpoint import Checkpoint, TensorEntry
 from sa_convert.errors import UnsupportedModelError
 
 FLOATS = ("F64", "F32", "F16", "BF16")

@@ -4,13 +4,13 @@ from collections.abc import Container, Mapping
 from dataclasses import replace
 from typing import Any
 
-from sa_convert.data.checkpoint import Checkpoint, TensorEntry
-from sa_convert.data.geometry import LayerGeometry, ModelGeometry
+from sa_convert.domain.checkpoint import Checkpoint, TensorEntry
+from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
 from sa_convert.errors import CheckpointError, UnsupportedModelError
-from sa_convert.export.shared_attention_families import Family, Stack
 from sa_convert.read.expected import expected_shard
 from sa_convert.read.foreign_weights import FLOATS, part_of_quantised, quantised, refuse_foreign_weights
 from sa_convert.read.names import attention_config, attention_start, has_stack, projection
+from sa_convert.runtime.shared_attention_families import Family, Stack
 
 DEPTHS = ("num_hidden_layers", "num_layers")
 """Config keys of the number of layers that stand in where a family's own key is missing."""

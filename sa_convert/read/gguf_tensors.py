@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from sa_convert.data.checkpoint import DTYPE_BITS, Shard, TensorEntry
+from sa_convert.domain.checkpoint import DTYPE_BITS, Shard, TensorEntry
 from sa_convert.errors import CheckpointError, UnsupportedModelError
 from sa_convert.read.gguf_architecture import Architecture
 from sa_convert.read.gguf_config import MORE_LAYERS, pattern_of

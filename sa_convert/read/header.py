@@ -5,7 +5,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from sa_convert.data.checkpoint import DTYPE_BITS, Shard, TensorEntry
+from sa_convert.domain.checkpoint import DTYPE_BITS, Shard, TensorEntry
 from sa_convert.errors import CheckpointError
 from sa_convert.read.characters import check_characters
 from sa_convert.read.kinds import other_kind

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sa_convert.data.checkpoint import Checkpoint, Shard
+from sa_convert.console.progress import note
+from sa_convert.domain.checkpoint import Checkpoint, Shard
 from sa_convert.errors import CheckpointError, UnsupportedModelError
-from sa_convert.progress import note
 from sa_convert.read.expected import expected_shard
 from sa_convert.read.folder import (
     CARD,

@@ -5,7 +5,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from sa_convert.data.checkpoint import Checkpoint
+from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.errors import CheckpointError
 from sa_convert.read.folder import read_json
 from sa_convert.read.hub_errors import hub_errors

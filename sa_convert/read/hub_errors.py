@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from sa_convert.console.redaction import redact
 from sa_convert.errors import CheckpointError
 from sa_convert.read.hub_names import HubName
-from sa_convert.redaction import redact
 
 
 @contextmanager

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sa_convert.data.checkpoint import Shard
+from sa_convert.console.progress import progress
+from sa_convert.domain.checkpoint import Shard
 from sa_convert.errors import CheckpointError
-from sa_convert.progress import progress
 from sa_convert.read.header import PREFIX, header_length, parse_shard
 from sa_convert.read.hub_errors import hub_errors
 from sa_convert.read.hub_names import HubName

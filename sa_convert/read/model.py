@@ -4,7 +4,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from sa_convert.data.checkpoint import Checkpoint
+from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.errors import CheckpointError
 from sa_convert.read.folder import INDEX, SINGLE, open_folder
 from sa_convert.read.hub_names import HubName, hub_name

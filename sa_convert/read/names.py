@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sa_convert.data.checkpoint import Checkpoint
-from sa_convert.data.stacks import Stacks, place_of
+from sa_convert.domain.checkpoint import Checkpoint
+from sa_convert.domain.stacks import Stacks, place_of
 from sa_convert.errors import CheckpointError
-from sa_convert.export.shared_attention_families import Family, Stack
+from sa_convert.runtime.shared_attention_families import Family, Stack
 
 OTHER_BASE = "transformer"
 """Name of the base model in heads that do not call it as the language model does, such as LlamaForQuestionAnswering."""

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sa_convert.data.checkpoint import Checkpoint
+from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.errors import CheckpointError
-from sa_convert.read.agreement import agree
 from sa_convert.read.described import METADATA, described
 from sa_convert.read.folder import (
     CARD,
@@ -21,6 +20,7 @@ from sa_convert.read.folder import (
     refuse_adapter,
     weight_map,
 )
+from sa_convert.read.index_check import agree
 from sa_convert.read.inside import check_inside, real_folder, revision_of
 from sa_convert.read.kinds import other_kind
 from sa_convert.read.side_files import code_files, side_files
@@ -42,7 +42,7 @@ def open_pickled(folder: Path, workspace: Path | None, identity: str) -> Checkpo
     workspace: where to write the same model as safetensors, one file for each of the base's, dtypes kept; None only
     describes the tensors, their byte ranges as such files would have them. Raises CheckpointError.
     """
-    from sa_convert.progress import progress
+    from sa_convert.console.progress import progress
 
     root = real_folder(folder)
     config = read_config(folder)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from sa_convert.data.checkpoint import DTYPE_BITS, Shard, TensorEdit, TensorEntry
+from sa_convert.domain.checkpoint import DTYPE_BITS, Shard, TensorEdit, TensorEntry
 from sa_convert.errors import CheckpointError
 from sa_convert.rewrite.columns import Columns
 

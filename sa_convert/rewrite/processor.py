@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sa_convert.data.checkpoint import Checkpoint
-from sa_convert.export.shared_attention_families import Family
+from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.read.folder import read_json
+from sa_convert.runtime.shared_attention_families import Family
 
 PROCESSOR, IMAGES, VIDEOS = "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
 

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sa_convert.data.checkpoint import Checkpoint, TensorEdit
-from sa_convert.data.geometry import ModelGeometry
-from sa_convert.data.stacks import Stacks
+from sa_convert.domain.checkpoint import Checkpoint, TensorEdit
+from sa_convert.domain.geometry import ModelGeometry
+from sa_convert.domain.stacks import Stacks
 from sa_convert.errors import CheckpointError
-from sa_convert.export.shared_attention_families import Family
 from sa_convert.read.header import read_shard
 from sa_convert.read.names import output_name
+from sa_convert.runtime.shared_attention_families import Family
 
 if TYPE_CHECKING:
     import torch

@@ -10,13 +10,13 @@ from queue import SimpleQueue
 from threading import Event
 from typing import Any
 
-from sa_convert.data.checkpoint import Checkpoint, TensorEdit
+from sa_convert.domain.checkpoint import Checkpoint, TensorEdit
 from sa_convert.errors import CheckpointError
+from sa_convert.output.signals import undisturbed
 from sa_convert.read.folder import INDEX
 from sa_convert.rewrite.columns import Columns, copy_columns
 from sa_convert.rewrite.layout import ShardPlan, plan_shard
 from sa_convert.rewrite.ranges import SourceTooShortError, copy_range, reserve
-from sa_convert.rewrite.signals import undisturbed
 
 _WORKERS = 4
 """Shards written at a time. More than there are cores, since the kernel makes some of them wait."""

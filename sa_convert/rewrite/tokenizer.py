@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sa_convert.data.checkpoint import Checkpoint
+from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.errors import UnsupportedModelError
-from sa_convert.export.shared_attention_families import Family
 from sa_convert.read.folder import read_json
-from sa_convert.rewrite.code import TOKENIZERS, model_code
+from sa_convert.rewrite.carried import TOKENIZERS, model_code
+from sa_convert.runtime.shared_attention_families import Family
 
 FILE = "tokenizer_config.json"
 

@@ -1,0 +1,191 @@
+"""What `analyze` finds out about a base model: the contents of analysis.json."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sa_convert.domain.report import BaseModel
+from sa_convert.domain.rounding import digits
+from sa_convert.domain.sharing_map import SharingMap, Source
+from sa_convert.domain.stacks import Stacks, place_of
+from sa_convert.domain.units import Unit
+
+Matrix = tuple[tuple[float | None, ...], ...]
+
+
+@dataclass(frozen=True)
+class AttentionStatistics:
+    """How alike the attention weights of layers are; see `sa_convert.observe.similarity` for the definitions.
+
+    similarity: (L, L), heads of the same index; None for layers of different numbers of heads, of different stacks, and
+    without softmax attention. matched: (L, L), for each layer (row) its heads' best-matching heads in another (column).
+    variance, isotropy: of each layer; isotropy is None where no other layer has as many heads. sequences: how many of
+    text they are averages of.
+    """
+
+    similarity: Matrix
+    matched: Matrix
+    variance: tuple[float | None, ...]
+    isotropy: tuple[float | None, ...]
+    sequences: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "sequences": self.sequences,
+            "similarity": [_rounded(row) for row in self.similarity],
+            "matched_similarity": [_rounded(row) for row in self.matched],
+            "variance": _rounded(self.variance),
+            "isotropy": _rounded(self.isotropy),
+        }
+
+
+@dataclass(frozen=True)
+class UnitCost:
+    """What it costs that a unit alone gives up its attention: in nats per token, or relative output error.
+
+    sources: the best for each of its heads. Both are None where it has no possible source.
+    """
+
+    unit: Unit
+    cost: float | None
+    sources: tuple[Source, ...] | None
+
+    def to_json(self, stacks: Stacks = ()) -> dict[str, Any]:
+        """stacks: those of the model; layers are then numbered in each."""
+        stack, layer = place_of(stacks, self.unit.layer)
+        sources = self.sources and [[place_of(stacks, source)[1], head] for source, head in self.sources]
+        return {
+            **({"stack": stack} if stacks else {}),
+            "layer": layer,
+            "groups": list(self.unit.groups),
+            "heads": list(self.unit.heads),
+            "cost": None if self.cost is None else digits(self.cost),
+            "sources": sources,
+        }
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """A map on the way of the search. key_cache_removed: 0 to 1. groups: that reuse.
+
+    estimated_loss: the sum of the costs of the cheapest units that remove as much, as measured before anything is
+    removed; with "fisher" it estimates the divergence. The rest was measured of this map on held-out sequences, in nats
+    per token: the rise of the loss on text, the divergence KL(base || shared) there, and
+    that on random repetition (None: no such sequence was held out).
+    """
+
+    key_cache_removed: float
+    groups: int
+    estimated_loss: float
+    measured_loss: float
+    measured_divergence: float
+    repetition_divergence: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        repetition = self.repetition_divergence
+        return {
+            "key_cache_removed": round(self.key_cache_removed, 6),
+            "groups": self.groups,
+            "estimated_loss": digits(self.estimated_loss),
+            "measured_loss": digits(self.measured_loss),
+            "measured_divergence": digits(self.measured_divergence),
+            "measured_repetition_divergence": None if repetition is None else digits(repetition),
+        }
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """text: its name. sequences, length: how many, of how many tokens. seed: of what is random."""
+
+    text: str
+    sequences: int
+    length: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """All of analysis.json. measure: of the costs, "fisher" or "output error". dtype: in which the model was computed.
+
+    heads: query heads of each layer. sharing: the map of recipe.yaml, which removes `key_cache_removed` (0 to 1).
+    peak_memory: bytes that the process had in use at most. caches: whether the model caches keys; where it does not,
+    the key cache means the keys that are computed.
+    """
+
+    base_model: BaseModel
+    family: str
+    calibration: CalibrationText
+    dtype: str
+    measure: str
+    heads: tuple[int, ...]
+    attention: AttentionStatistics
+    costs: tuple[UnitCost, ...]
+    curve: tuple[CurvePoint, ...]
+    sharing: SharingMap
+    key_cache_removed: float
+    peak_memory: int
+    versions: Mapping[str, str] = field(default_factory=dict)
+    caches: bool = True
+
+    @property
+    def stacks(self) -> Stacks:
+        """Those of the model, which name its layers."""
+        return self.sharing.stacks
+
+    @property
+    def keys_name(self) -> str:
+        """What key_cache_removed is a part of."""
+        return "key cache" if self.caches else "keys"
+
+    @property
+    def cost_unit(self) -> str:
+        """The unit of costs and of estimated losses."""
+        return "nats per token" if self.measure == "fisher" else "relative squared output error"
+
+    @property
+    def cost_matrix(self) -> Matrix:
+        """(L, G): the cost of each KV group, None without a source; of a whole layer in its first column where only
+        whole layers can reuse."""
+        rows: list[list[float | None]] = [[] for _ in self.heads]
+        for cost in self.costs:
+            rows[cost.unit.layer].append(cost.cost)
+        return tuple(tuple(row) for row in rows)
+
+    @property
+    def best_sources(self) -> Counter[tuple[int, int]]:
+        """(layer, source layer) and for how many heads the best source is there."""
+        found = ((cost.unit.layer, layer) for cost in self.costs for layer, _ in cost.sources or ())
+        return Counter(found)
+
+    @property
+    def used_sources(self) -> Counter[tuple[int, int]]:
+        """(layer, source layer) and how many heads of the recipe's map have their source there."""
+        rows = self.sharing.layers.items()
+        return Counter((layer, source[0]) for layer, row in rows for source in row if source is not None)
+
+    def to_json(self) -> dict[str, Any]:
+        """As in analysis.json. Floats are rounded to the digits that mean something."""
+        return {
+            "base_model": self.base_model.to_json(),
+            "family": self.family,
+            "calibration": asdict(self.calibration),
+            "dtype": self.dtype,
+            "measure": self.measure,
+            "cost_unit": self.cost_unit,
+            "layers": [self.sharing.label(layer) for layer in range(len(self.heads))],
+            "attention": self.attention.to_json(),
+            "costs": [_rounded(row) for row in self.cost_matrix],
+            "units": [cost.to_json(self.stacks) for cost in self.costs],
+            "curve": [point.to_json() for point in self.curve],
+            "recipe": {
+                "key_cache_removed": round(self.key_cache_removed, 6),
+                "layers": self.sharing.to_json(),
+            },
+            "peak_memory_bytes": self.peak_memory,
+            "versions": dict(sorted(self.versions.items())),
+        }
+
+
+def _rounded(row: tuple[float | None, ...]) -> list[float | None]:
+    return [None if value is None else digits(value) for value in row]

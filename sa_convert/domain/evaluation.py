@@ -1,0 +1,105 @@
+"""What `evaluate` measures: one model, or two on the same tokens."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from sa_convert.domain.agreement import Agreement
+from sa_convert.domain.report import DecodeCheck, PredictionTask
+from sa_convert.domain.rounding import digits
+
+
+@dataclass(frozen=True)
+class CopyingLoss:
+    """Loss on tokens that a model can copy from `distance` tokens before, in nats per token.
+
+    loss: the mean from the second occurrence on. tokens: how many. by_occurrence: the means of the second occurrence,
+    the third, and so on; the last may be cut off by the end of the probe.
+    """
+
+    distance: int
+    tokens: int
+    loss: float
+    by_occurrence: tuple[float, ...]
+
+    @property
+    def second(self) -> float:
+        return self.by_occurrence[0]
+
+
+@dataclass(frozen=True)
+class ModelQuality:
+    """One model. name: `org/name` or the name of a folder or file. dtype: in which it was computed. loss: of the text,
+    in nats per token. decode_check: None where the model caches nothing. copying: at every distance; the one at
+    `period` goes beyond the second occurrence; empty where the model does not predict the next token."""
+
+    name: str
+    dtype: str
+    loss: float
+    perplexity: float
+    decode_check: DecodeCheck | None
+    copying: tuple[CopyingLoss, ...]
+    period: int
+
+    @property
+    def headline(self) -> CopyingLoss:
+        return next(copying for copying in self.copying if copying.distance == self.period)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "id": self.name,
+            "dtype": self.dtype,
+            "loss": digits(self.loss),
+            "perplexity": digits(self.perplexity),
+            "decode_check": self.decode_check and _decode_json(self.decode_check),
+            "copying": self._copying_json() if self.copying else None,
+        }
+
+    def _copying_json(self) -> dict[str, Any]:
+        return {
+            "period": self.period,
+            "loss": digits(self.headline.loss),
+            "tokens": self.headline.tokens,
+            "by_occurrence": [digits(loss) for loss in self.headline.by_occurrence],
+            "by_distance": [{"distance": one.distance, "loss": digits(one.second)} for one in self.copying],
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model, and with `against` another on the same tokens. text: its name. task: which tokens were predicted.
+
+    tokens: how many. probes: how many of `probe_length` tokens were made for each distance, by `seed`, or 0 where
+    copying was not probed.
+    """
+
+    text: str
+    task: PredictionTask
+    tokens: int
+    sequences: int
+    length: int
+    seed: int
+    probes: int
+    probe_length: int
+    model: ModelQuality
+    against: ModelQuality | None = None
+    agreement: Agreement | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """For --json. A number that is not finite is null."""
+        return {
+            "text": {"name": self.text, "tokens": self.tokens, "sequences": self.sequences, "length": self.length},
+            "task": self.task,
+            "probes": {"number": self.probes, "length": self.probe_length, "seed": self.seed} if self.probes else None,
+            "model": self.model.to_json(),
+            "against": self.against and self.against.to_json(),
+            "agreement": self.agreement and self.agreement.to_json(),
+        }
+
+
+def _decode_json(check: DecodeCheck) -> dict[str, Any]:
+    return {
+        "max_abs_logit_difference": digits(check.max_abs_logit_difference),
+        "same_greedy_tokens": check.same_greedy_tokens,
+        "tolerance": digits(check.tolerance),
+        "passed": check.passed,
+    }

@@ -1,0 +1,67 @@
+"""The shape of a model's attention, layer by layer, as far as sharing depends on it."""
+
+from dataclasses import dataclass
+
+from sa_convert.domain.stacks import Stacks, layer_label
+
+
+@dataclass(frozen=True)
+class LayerGeometry:
+    """Attention of one layer.
+
+    heads: query heads; 0 in a layer without softmax attention. groups: key/value heads, each read by `heads // groups`
+    query heads. head_dim: elements of one head's query and key. attention: type in the words of transformers
+    ("full_attention", "sliding_attention"), "none" without softmax attention. window: tokens in the sliding window, or
+    None. rotary: whether queries and keys are rotated by position. stack: which kind of attention of an encoder-decoder
+    ("encoder", "decoder", "decoder.cross"); "" where a model has one kind. cached: whether its keys and values are kept
+    from one generated token to the next; an encoder's are not.
+    """
+
+    heads: int
+    groups: int
+    head_dim: int
+    attention: str = "full_attention"
+    window: int | None = None
+    rotary: bool = True
+    stack: str = ""
+    cached: bool = True
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV group."""
+        return self.heads // self.groups
+
+    def group_of(self, head: int) -> int:
+        return head // self.group_size
+
+    def heads_of(self, group: int) -> range:
+        return range(group * self.group_size, (group + 1) * self.group_size)
+
+
+@dataclass(frozen=True)
+class ModelGeometry:
+    """All layers; granularity is the smallest unit that can reuse: "head" or "layer"."""
+
+    layers: tuple[LayerGeometry, ...]
+    granularity: str = "head"
+
+    @property
+    def total_groups(self) -> int:
+        return sum(layer.groups for layer in self.layers)
+
+    def keys(self, layer: int, groups: int) -> int:
+        """Elements that so many KV groups of a layer add to the key cache for each token: none in an encoder beside a
+        decoder. In a model that caches nothing, the keys that are computed count instead."""
+        counted = self.layers[layer].cached or not any(other.cached and other.heads for other in self.layers)
+        return groups * self.layers[layer].head_dim if counted else 0
+
+    @property
+    def stacks(self) -> Stacks:
+        """() where the model has one kind of attention."""
+        names = dict.fromkeys(layer.stack for layer in self.layers)
+        counts = tuple((name, sum(layer.stack == name for layer in self.layers)) for name in names)
+        return () if set(names) == {""} else counts
+
+    def label(self, layer: int) -> str:
+        """How people name a layer: "27", or "decoder.cross.3"."""
+        return layer_label(self.stacks, layer)

@@ -1,0 +1,199 @@
+"""A recipe: what to share, and how good the result must be. Frozen data, validated by pydantic.
+
+The messages of the validators complete a line such as "recipe.yaml, line 7: ..." (`sa_convert.plan.recipe_file`).
+Importing this module loads pydantic; commands import it inside their bodies.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    PlainSerializer,
+    PrivateAttr,
+    StrictInt,
+    StrictStr,
+    field_validator,
+    model_validator,
+)
+
+from sa_convert.console.amounts import format_percent, parse_percent
+from sa_convert.domain.layer_range import LayerRange
+from sa_convert.domain.recipe_map import HeadSource, RecipeValueError, parse_map
+from sa_convert.domain.sharing_map import SharingMap
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a recipe was written, for messages. It does not take part in comparisons of recipes.
+
+    file: as the user named it, or None. lines: line number (from 1) of each key and list item, by its path.
+    """
+
+    file: str | None = field(default=None, compare=False)
+    lines: Mapping[tuple[str | int, ...], int] = field(default_factory=dict, compare=False, repr=False)
+
+    def at(self, *path: str | int) -> str:
+        """Such as "recipe.yaml, line 7", for a path such as "sharing", "spans", 0."""
+        if self.file is None:
+            return "recipe"
+        while path and path not in self.lines:
+            path = path[:-1]
+        return f"{self.file}, line {self.lines.get(path, 1)}"
+
+
+def _more_than_none(fraction: float) -> float:
+    if fraction == 0:
+        raise ValueError("0% leaves nothing to share; write more than 0%")
+    return fraction
+
+
+def _less_than_all(fraction: float) -> float:
+    if fraction == 1:
+        raise ValueError("100% is impossible, since source heads keep their keys; write less than 100%")
+    return fraction
+
+
+Percent = Annotated[float, BeforeValidator(parse_percent), PlainSerializer(format_percent)]
+Layers = Annotated[
+    InstanceOf[LayerRange],
+    BeforeValidator(LayerRange.parse),
+    PlainSerializer(lambda layers: int(str(layers)) if str(layers).isdigit() else str(layers)),
+]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Span(_Frozen):
+    """Consecutive layers that reuse one layer. source: its number; None: the nearest layer before that can serve."""
+
+    layers: Layers
+    source: Annotated[StrictInt, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> "Span":
+        if self.layers.by_depth:
+            return self
+        if self.layers.first == 0:
+            raise RecipeValueError("layer 0 cannot reuse, since no layer is before it; start at 1 or later", "layers")
+        if self.source is not None and self.source >= self.layers.first:
+            raise RecipeValueError(
+                f"source {self.source} is not before layers {self.layers}; name an earlier layer", "source"
+            )
+        return self
+
+
+class Search(_Frozen):
+    """What a search aims at: a part of the key cache, or all that a limit on the perplexity allows. One is None."""
+
+    key_cache: Annotated[Percent, AfterValidator(_less_than_all), AfterValidator(_more_than_none)] | None = None
+    max_perplexity_increase: Annotated[Percent, AfterValidator(_more_than_none)] | None = None
+
+    @model_validator(mode="after")
+    def _one_aim(self) -> "Search":
+        _exactly_one(self, "search", ("key_cache", "max_perplexity_increase"))
+        return self
+
+
+class Sharing(_Frozen):
+    """How heads and their sources are chosen. Exactly one of the three is not None."""
+
+    spans: Annotated[tuple[Span, ...], Field(min_length=1)] | None = None
+    map: dict[int | str, tuple[HeadSource | None, ...]] | None = None
+    search: Search | None = None
+
+    @field_validator("map", mode="before")
+    @classmethod
+    def _parse_map(cls, value: object) -> object:
+        return None if value is None else parse_map(value)
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "Sharing":
+        _exactly_one(self, "sharing", ("spans", "map", "search"))
+        return self
+
+
+class Calibration(_Frozen):
+    """Text for search and refit: "builtin", a .txt/.md/.jsonl file or "hub:DATASET[:CONFIG[:SPLIT]]"."""
+
+    text: StrictStr = "builtin"
+    sequences: Annotated[StrictInt, Field(ge=1)] = 32
+    length: Annotated[StrictInt, Field(ge=2)] = 512
+
+    @field_validator("text")
+    @classmethod
+    def _known_kind(cls, text: str) -> str:
+        hub = text.startswith("hub:") and 1 <= len(text.split(":")) - 1 <= 3 and all(text.split(":"))
+        if text != "builtin" and not hub and not text.endswith((".txt", ".md", ".jsonl")):
+            raise ValueError(f"{text!r} is not builtin, a .txt, .md or .jsonl file, or hub:DATASET[:CONFIG[:SPLIT]]")
+        return text
+
+
+class Gate(_Frozen):
+    """The limit on the rise of the perplexity, as a fraction (0.05 is 5%)."""
+
+    max_perplexity_increase: Percent = 0.05
+
+
+class Recipe(_Frozen):
+    """A whole recipe. `origin` tells where it was written."""
+
+    description: StrictStr = ""
+    sharing: Sharing
+    refit: Literal["none", "ridge"] = "none"
+    calibration: Calibration = Calibration()
+    gate: Gate = Gate()
+    _origin: Origin = PrivateAttr(default_factory=Origin)
+
+    @property
+    def origin(self) -> Origin:
+        return self._origin
+
+    def written_at(self, origin: Origin) -> "Recipe":
+        """The same recipe, with another origin."""
+        copy = self.model_copy()
+        copy._origin = origin
+        return copy
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it asks for beyond spans and maps: "search", "ridge refit"."""
+        return frozenset(["search"] if self.sharing.search else []) | frozenset(
+            ["ridge refit"] if self.refit == "ridge" else []
+        )
+
+    def with_gate(self, max_perplexity_increase: float) -> "Recipe":
+        """The same recipe with another limit, a fraction (0.05 is 5%)."""
+        gate = Gate.model_construct(max_perplexity_increase=max_perplexity_increase)
+        return self.model_copy(update={"gate": gate})
+
+    def with_text(self, text: str) -> "Recipe":
+        """The same recipe with other text to calibrate on."""
+        calibration = self.calibration.model_copy(update={"text": text})
+        return self.model_copy(update={"calibration": calibration})
+
+    def resolved(self, sharing: SharingMap) -> "Recipe":
+        """The same recipe with the sharing that came of it, as an explicit map."""
+        rows = cast(
+            "dict[int | str, Any]",
+            {
+                int(label) if label.isdigit() else label: tuple(source and tuple(source) for source in row)
+                for label, row in sharing.to_json().items()
+            },
+        )
+        return self.model_copy(update={"sharing": Sharing.model_construct(map=rows)})
+
+
+def _exactly_one(model: BaseModel, name: str, keys: tuple[str, ...]) -> None:
+    given = [key for key in keys if getattr(model, key) is not None]
+    if len(given) != 1:
+        but = f"but has {' and '.join(given)}" if given else "but has none of them"
+        raise RecipeValueError(f"{name} needs exactly one of {', '.join(keys)}, {but}")

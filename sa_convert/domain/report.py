@@ -1,0 +1,252 @@
+"""What a conversion did, saved and cost: the contents of report.json."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from sa_convert.domain.agreement import Agreement
+from sa_convert.domain.calibrated import RefitReport
+from sa_convert.domain.sharing_map import SharingMap
+
+PredictionTask = Literal["next-token", "masked-token", "teacher-forced"]
+"""What a loss or perplexity is of: tokens that follow those before them, masked ones, or a decoder's spans."""
+
+TASK_NAMES: Mapping[PredictionTask, str] = {
+    "next-token": "",
+    "masked-token": " (masked-token)",
+    "teacher-forced": " (teacher-forced)",
+}
+"""What follows the word perplexity, where it is not the usual one."""
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The model that was converted. id: `org/name` on the Hub, or the name of a local folder or file (never its path,
+    so that a conversion gives the same files on every machine). revision: its commit on the Hub, or None. code: the
+    Python files in it that the user trusted, of this revision."""
+
+    id: str
+    revision: str | None = None
+    code: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, identity: str, revision: str | None = None) -> "BaseModel":
+        """From what the user called the model."""
+        if Path(identity).expanduser().exists():
+            return cls(Path(identity).expanduser().resolve().name, revision)
+        return cls(identity, revision)
+
+    def with_code(self, files: Iterable[Path]) -> "BaseModel":
+        return replace(self, code=tuple(path.as_posix() for path in files))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"id": self.id, "revision": self.revision} | ({"code": list(self.code)} if self.code else {})
+
+    @property
+    def on_hub(self) -> bool:
+        return "/" in self.id
+
+
+@dataclass(frozen=True)
+class Change:
+    """A quantity of the base model and of the converted one."""
+
+    before: int
+    after: int
+
+    @property
+    def removed(self) -> float:
+        """The part that is gone, 0 to 1."""
+        return 1 - self.after / self.before if self.before else 0.0
+
+
+@dataclass(frozen=True)
+class Savings:
+    """What sharing removes. cache_bytes_per_token: one sequence, in the dtype of the weights.
+
+    key_cache_removed: the part of all keys in the cache that is gone, 0 to 1.
+    """
+
+    parameters: Change
+    checkpoint_bytes: Change
+    cache_bytes_per_token: Change
+    key_cache_removed: float
+
+
+@dataclass(frozen=True)
+class StoredPerplexity:
+    """Perplexity of both models on a few sequences in the dtype of their files, and on the same ones as computed."""
+
+    dtype: str
+    tokens: int
+    before: float
+    after: float
+    exact_before: float
+    exact_after: float
+
+    @property
+    def rounding(self) -> float:
+        """What the converted model loses by rounding, more than its base: 0.01 is 1%."""
+        return (self.after / self.exact_after) / (self.before / self.exact_before) - 1
+
+
+@dataclass(frozen=True)
+class PerplexityReport:
+    """Perplexity of both models on the same tokens. dtype: in which both were computed. task: of which tokens.
+    increase: 0.05 is 5%. stored: in the dtype of their files, if it is another one."""
+
+    text: str
+    tokens: int
+    before: float
+    after: float
+    dtype: str
+    task: PredictionTask = "next-token"
+    stored: StoredPerplexity | None = None
+
+    @property
+    def increase(self) -> float:
+        return self.after / self.before - 1
+
+
+@dataclass(frozen=True)
+class DecodeCheck:
+    """Decoding with a cache against one pass without. tolerance: the difference that rounding may make."""
+
+    max_abs_logit_difference: float
+    same_greedy_tokens: bool
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.max_abs_logit_difference <= self.tolerance and self.same_greedy_tokens
+
+
+@dataclass(frozen=True)
+class CopyingReport:
+    """Loss of both models on tokens that occur again after `period` random ones, in nats per token.
+
+    tokens: how many. See `sa_convert.measure.quality.copying`.
+    """
+
+    period: int
+    tokens: int
+    before: float
+    after: float
+
+    @property
+    def increase(self) -> float:
+        """In nats."""
+        return self.after - self.before
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """The perplexity limit, and whether the converted model stays within it."""
+
+    max_perplexity_increase: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What was measured by running both models. decode_check: None where they cache nothing. gate: None where no limit
+    was set. copying: None where they do not predict the next token. agreement: with the base model's predictions, None
+    where there was no room to keep them."""
+
+    perplexity: PerplexityReport
+    decode_check: DecodeCheck | None
+    gate: GateResult | None
+    cache_bytes_per_token: Change
+    copying: CopyingReport | None
+    agreement: Agreement | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All of report.json. The parts that validation measures are None with --no-validate. auto_class: the class of
+    transformers that loads the model."""
+
+    base_model: BaseModel
+    family: str
+    sharing: SharingMap
+    reused_groups: int
+    total_groups: int
+    savings: Savings
+    perplexity: PerplexityReport | None = None
+    decode_check: DecodeCheck | None = None
+    gate: GateResult | None = None
+    copying: CopyingReport | None = None
+    agreement: Agreement | None = None
+    refit: RefitReport | None = None
+    recipe: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    auto_class: str = "AutoModelForCausalLM"
+
+    @property
+    def caches(self) -> bool:
+        """Whether the model caches anything at all."""
+        return self.savings.cache_bytes_per_token.before > 0
+
+    def to_json(self) -> dict[str, Any]:
+        """As in report.json. Floats are rounded to the digits that mean something."""
+        return {
+            "base_model": self.base_model.to_json(),
+            "family": self.family,
+            "recipe": self.recipe,
+            "sharing": {
+                "layers": self.sharing.to_json(),
+                "reused_groups": self.reused_groups,
+                "total_groups": self.total_groups,
+            },
+            "savings": {**asdict(self.savings), "key_cache_removed": round(self.savings.key_cache_removed, 6)},
+            "perplexity": self.perplexity and _perplexity_json(self.perplexity),
+            "decode_check": self.decode_check and _decode_json(self.decode_check),
+            "gate": self.gate and asdict(self.gate),
+            "copying": self.copying and _copying_json(self.copying),
+            "agreement": self.agreement and self.agreement.to_json(),
+            "refit": self.refit and self.refit.to_json(self.sharing.stacks),
+            "versions": dict(sorted(self.versions.items())),
+        }
+
+
+def _perplexity_json(perplexity: PerplexityReport) -> dict[str, Any]:
+    task = {} if perplexity.task == "next-token" else {"task": perplexity.task}
+    return {
+        "text": perplexity.text,
+        **task,
+        "tokens": perplexity.tokens,
+        "before": round(perplexity.before, 4),
+        "after": round(perplexity.after, 4),
+        "increase": round(perplexity.increase, 6),
+        "dtype": perplexity.dtype,
+        **({"stored": _stored_json(perplexity.stored)} if perplexity.stored else {}),
+    }
+
+
+def _stored_json(stored: StoredPerplexity) -> dict[str, Any]:
+    return {
+        "dtype": stored.dtype,
+        "tokens": stored.tokens,
+        "before": round(stored.before, 4),
+        "after": round(stored.after, 4),
+        "rounding": round(stored.rounding, 6),
+    }
+
+
+def _copying_json(copying: CopyingReport) -> dict[str, Any]:
+    loss = {"before": copying.before, "after": copying.after}
+    return {
+        "loss": {key: round(value, 4) if math.isfinite(value) else None for key, value in loss.items()},
+        "period": copying.period,
+        "tokens": copying.tokens,
+    }
+
+
+def _decode_json(check: DecodeCheck) -> dict[str, Any]:
+    return {
+        "max_abs_logit_difference": float(f"{check.max_abs_logit_difference:.2g}"),
+        "same_greedy_tokens": check.same_greedy_tokens,
+        "tolerance": float(f"{check.tolerance:.2g}"),
+    }

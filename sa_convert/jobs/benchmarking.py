@@ -1,0 +1,173 @@
+"""The comparison behind `sa-convert bench`: two models timed side by side, each in a process of its own."""
+
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from sa_convert.console.progress import progress
+from sa_convert.domain.benchmark import BenchedModel, Benchmark, Conditions, Pairing, Speed
+from sa_convert.errors import CheckpointError, OutputError
+from sa_convert.measure.speed.expected_work import Attention, attention_layers, prefill_flops, step_bytes
+from sa_convert.measure.speed.parameters_read import Weights
+from sa_convert.measure.speed.process import Worker, workers
+from sa_convert.measure.speed.request import Options, check_context, common_task, contexts_of
+from sa_convert.measure.speed.turns import Run, block_sizes, take_turns
+from sa_convert.models.quiet import keep_module_cache_clean
+from sa_convert.models.subject import Subject, open_subject
+from sa_convert.output.signals import termination_as_exit
+from sa_convert.output.staging import staging
+from sa_convert.present.files.benchmark_folder import write_benchmark
+from sa_convert.present.files.report_file import installed_versions
+from sa_convert.read.model import open_model
+
+_OUTPUT_ROOM = 16_000_000
+"""Bytes of disk for the files that are written."""
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """A model in its process. answer: how that describes it."""
+
+    worker: Worker
+    subject: Subject
+    answer: dict[str, Any]
+    weights: Weights
+    layers: tuple[Attention, ...] | None
+
+    def speed(self, run: Run, context: int, batch: int) -> Speed:
+        itemsize = self.answer["itemsize"]
+        return Speed(
+            prefill=run.prefill,
+            step=run.step,
+            cache_bytes=run.cache_bytes,
+            peak_memory=run.peak_memory,
+            prefill_flops=prefill_flops(self.weights, self.layers, context, batch),
+            step_bytes=step_bytes(self.weights, self.layers, run.cache_bytes, context, batch, itemsize),
+        )
+
+    def described(self) -> BenchedModel:
+        answer = self.answer
+        return BenchedModel(self.subject.name, answer["parameters"], answer["weight_bytes"], answer["attention"])
+
+
+def bench(
+    model: str,
+    against: str,
+    options: Options | None = None,
+    output: Path | None = None,
+    announce: Callable[[str], None] = lambda step: None,
+) -> Benchmark:
+    """Time `model` and `against` in turns; both are in memory, each in its own process, and one computes at a time.
+
+    model, against: folders, ordinary or converted, .gguf files, or models on the Hub, of one family and vocabulary.
+    Converted models run by the code in their folders. output: a folder to make, with the tables and the figure.
+    announce: told each step in a few words, and what code of the models is trusted.
+
+    Raises CheckpointError (a model that cannot be loaded, two that cannot be compared), DataError (no
+    language-modelling head), OutputError, and SaConvertError for contexts beyond a model's positions, and where memory
+    does not suffice.
+    """
+    options = options or Options()
+    keep_module_cache_clean()
+    stored = "float32" if options.dtype == "auto" else options.dtype
+    with ExitStack() as stack:
+        stack.enter_context(termination_as_exit())
+        temporary = Path(stack.enter_context(TemporaryDirectory(prefix="sa-convert-bench-")))
+        stage = None
+        if output is not None:
+            if output.exists():
+                raise OutputError(f"{output}: exists already; use another -o.")
+            stage = stack.enter_context(staging(output, False, _OUTPUT_ROOM))
+        subjects = [
+            open_subject(reference, temporary / f"model{number}", stored, options.trust_remote_code, announce)
+            for number, reference in enumerate((model, against))
+        ]
+        found = _bench(subjects, options, announce)
+        if stage is not None:
+            write_benchmark(found, stage.folder)
+            stage.publish()
+    return found
+
+
+def _bench(subjects: Sequence[Subject], options: Options, announce: Callable[[str], None]) -> Benchmark:
+    task = common_task(subjects, options)
+    steps = options.steps if task != "masked-token" else 0
+    contexts, skipped = contexts_of(options, subjects, steps)
+    cases = [(context, batch) for context in contexts for batch in options.batches]
+    with workers([subject.name for subject in subjects]) as pair:
+        announce("loading both models")
+        mine, theirs = _load(pair, subjects, options)
+        for timed in (mine, theirs):  # some have fewer positions than their config names, which is known only now
+            if (limit := timed.answer["positions"]) is not None:
+                check_context(max(contexts), steps, limit, timed.subject.name)
+        pairings = []
+        with progress(len(cases) * (options.warmup + options.repeats), "timing", "turn") as bar:
+            for context, batch in cases:
+                bar.set_postfix_str(f"context {context}, batch {batch}")
+                runs = take_turns(pair, context, batch, steps, options.repeats, options.warmup, bar.update)
+                speeds = [timed.speed(run, context, batch) for timed, run in zip((mine, theirs), runs, strict=True)]
+                pairings.append(Pairing(context, batch, *speeds))
+    return Benchmark(
+        model=mine.described(),
+        against=theirs.described(),
+        conditions=Conditions(
+            task=task,
+            device=mine.answer["device"],
+            dtype=mine.answer["dtype"],
+            threads=mine.answer["threads"],
+            cache="static" if options.static else "dynamic",
+            steps=steps,
+            block=max(block_sizes(steps), default=0),
+            repeats=options.repeats,
+            warmup=options.warmup,
+            seed=options.seed,
+            memory=mine.answer["memory"],
+            experts=mine.weights.experts or theirs.weights.experts,
+            processor=_processor(),
+        ),
+        pairings=pairings,
+        versions=installed_versions(),
+        skipped=tuple(skipped),
+    )
+
+
+def _load(pair: Sequence[Worker], subjects: Sequence[Subject], options: Options) -> list[_Timed]:
+    """Load both, the base first, and the other in the precision that the base came to have."""
+    found: list[_Timed] = []
+    dtype = options.dtype
+    for worker, subject in reversed(list(zip(pair, subjects, strict=True))):
+        answer = worker.ask(
+            "load",
+            name=subject.name,
+            folder=str(subject.folder),
+            converted=subject.converted,
+            trusted=subject.trusted,
+            device=options.device,
+            dtype=dtype,
+            attention=options.attention,
+            static=options.static,
+            threads=options.threads,
+            seed=options.seed,
+        )
+        dtype = answer["dtype"]
+        layers = attention_layers(open_model(str(subject.folder)), subject.converted)
+        found.insert(0, _Timed(worker, subject, answer, Weights(**answer["weights"]), layers))
+    mine, theirs = found
+    if mine.answer["vocabulary"] != theirs.answer["vocabulary"]:
+        raise CheckpointError(
+            f"{mine.subject.name} and {theirs.subject.name} have different vocabularies, of "
+            f"{mine.answer['vocabulary']} and {theirs.answer['vocabulary']} tokens, so they cannot be compared."
+        )
+    return found
+
+
+def _processor() -> str:
+    """The name of the processor, as far as the system tells it."""
+    file = Path("/proc/cpuinfo")
+    lines: Iterator[str] = iter(file.read_text().splitlines()) if file.exists() else iter(())
+    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return named or platform.processor() or platform.machine()

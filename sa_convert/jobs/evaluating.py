@@ -1,0 +1,182 @@
+"""Evaluation: one model, or two on the same tokens, never both in memory."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from sa_convert.domain.evaluation import CopyingLoss, Evaluation, ModelQuality
+from sa_convert.errors import CheckpointError, SaConvertError
+from sa_convert.measure.quality import copying
+from sa_convert.measure.quality.decode import decode_check, rounding_without_cache
+from sa_convert.measure.quality.divergence import Comparison, KeptLogits
+from sa_convert.measure.quality.gate import DECODED, KINDS, LENGTH, SEQUENCES
+from sa_convert.measure.quality.perplexity import perplexity
+from sa_convert.models.load import embedded_tokens, refuse_foreign_tokens, release_memory
+from sa_convert.models.placement import most_positions, place, positions, read_config, usable_positions
+from sa_convert.models.quiet import keep_module_cache_clean
+from sa_convert.models.subject import Subject, open_subject
+from sa_convert.models.task import Task, task_of
+from sa_convert.models.tokens import token_sequences
+from sa_convert.output.signals import termination_as_exit
+from sa_convert.texts.text import Text
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to evaluate. length: tokens of a sequence; None: LENGTH, or as many as both models have positions for.
+
+    seed: of the copying probes. device, dtype: see `placement.place`; dtype is also that of the weights that a .gguf
+    file is dequantised to. trust_remote_code: run code in the models' folders that is not ours.
+    """
+
+    sequences: int = SEQUENCES
+    length: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+
+def evaluate(
+    model: str,
+    against: str | None,
+    text: Text,
+    options: Options | None = None,
+    announce: Callable[[str], None] = lambda step: None,
+) -> Evaluation:
+    """Measure `model`, and `against` if it is given, on the validation part of `text` and on copying probes.
+
+    model, against: folders, ordinary or converted, .gguf files, or models on the Hub. announce: told what code of the
+    models is trusted. Converted models run by the code in their folders.
+    What they predict is what `sa_convert.models.task.task_of` says: the next token, masked ones, or spans; the copying
+    probe is for the first, the decode check for models with a cache.
+
+    Raises DataError (no language-modelling head, no tokenizer, text too short), CheckpointError (a model that cannot be
+    loaded, two that cannot be compared), OutputError (no room for temporary files), and SaConvertError where a
+    perplexity is not finite or `length` is more than a model has positions.
+    """
+    options = options or Options()
+    keep_module_cache_clean()
+    stored = "float32" if options.dtype == "auto" else options.dtype
+    with termination_as_exit(), TemporaryDirectory(prefix="sa-convert-evaluate-") as temporary:
+        opened: list[Subject] = []
+        for number, reference in enumerate([model] if against is None else [model, against]):
+            workspace = Path(temporary) / f"model{number}"
+            opened.append(open_subject(reference, workspace, stored, options.trust_remote_code, announce))
+        return _evaluate(opened[0], opened[1] if against is not None else None, text, options, Path(temporary))
+
+
+def _evaluate(subject: Subject, against: Subject | None, text: Text, options: Options, temporary: Path) -> Evaluation:
+    subjects = [subject] if against is None else [subject, against]
+    held_out = text.split("validation", KINDS)
+    tokenizer = subject.tokenizer()
+    task = task_of(read_config(subject.folder), tokenizer, subject.name)
+    tokens = token_sequences(tokenizer, held_out, options.sequences, _length(options.length, subjects), task.frame)
+    if against is not None:
+        other_tokenizer = against.tokenizer()
+        other_task = task_of(read_config(against.folder), other_tokenizer, against.name)
+        if task.name != other_task.name:
+            raise CheckpointError(
+                f"{subject.name} does {task.name} prediction and {against.name} {other_task.name} prediction, so they "
+                "cannot be compared: evaluate them one at a time, without --against."
+            )
+        other_tokens = token_sequences(other_tokenizer, held_out, len(tokens), tokens.shape[1], other_task.frame)
+        if task != other_task or not tokens.equal(other_tokens):
+            raise CheckpointError(
+                f"The tokenizers of {subject.name} and {against.name} make different tokens of the same text, so the "
+                "models cannot be compared: evaluate them one at a time, without --against."
+            )
+    probe_length = min([copying.LENGTH, *_limits(subjects)])
+    measure = _Measure(tokenizer, tokens, task, probe_length, options)
+    other = agreement = None
+    if against is None:
+        quality = measure(subject)
+    else:
+        folder = temporary / "logits"
+        folder.mkdir()
+        reference = KeptLogits(folder, len(tokens))
+        other = measure(against, reference.keep)
+        release_memory()
+        comparison = Comparison(reference)
+        quality = measure(subject, comparison.add)
+        agreement = comparison.agreement
+    return Evaluation(
+        text=held_out.name,
+        task=task.name,
+        tokens=task.count(task.scored(tokens)),
+        sequences=tokens.shape[0],
+        length=tokens.shape[1],
+        seed=options.seed,
+        probes=copying.PROBES if task.copies else 0,
+        probe_length=probe_length,
+        model=quality,
+        against=other,
+        agreement=agreement,
+    )
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """Everything that is measured of one model. tokens: (sequences, length)."""
+
+    tokenizer: Any
+    tokens: "torch.Tensor"
+    task: Task
+    probe_length: int
+    options: Options
+
+    def __call__(
+        self, subject: Subject, observe: "Callable[[torch.Tensor], None]" = lambda logits: None
+    ) -> ModelQuality:
+        """observe: called with the scored logits of each sequence of the text."""
+        placement = place(subject.folder, self.options.device, self.options.dtype)
+        with subject.load(placement) as loaded:
+            model = loaded.model
+            refuse_foreign_tokens(subject.folder, embedded_tokens(model), self.tokens, self.task.inserted)
+            _check_length(self.tokens.shape[1], usable_positions(model))
+            measured = perplexity(model, self.tokens, f"perplexity of {subject.name}", observe=observe, task=self.task)
+            if not measured.finite:
+                raise SaConvertError(
+                    f"{subject.name}: the perplexity is not finite: its weights are damaged, or overflow in "
+                    f"{placement.dtype_name}: get the model anew, or give a wider --dtype."
+                )
+            check, period = None, 0
+            losses: tuple[CopyingLoss, ...] = ()
+            if (decoding := self.task.decoding(model, self.tokens[0, :DECODED])) is not None:
+                rounding = rounding_without_cache(model, decoding.tokens, decoding.source)
+                check = decode_check(model, decoding.tokens, rounding, decoding.source)
+            if self.task.copies:
+                probes = copying.Probes.of(self.tokenizer, embedded_tokens(model), self.probe_length, self.options.seed)
+                losses, period = probes.losses(model), probes.period
+        return ModelQuality(
+            name=subject.name,
+            dtype=placement.dtype_name,
+            loss=measured.loss,
+            perplexity=measured.perplexity,
+            decode_check=check,
+            copying=losses,
+            period=period,
+        )
+
+
+def _length(asked: int | None, subjects: list[Subject]) -> int:
+    """Tokens of a sequence. Raises SaConvertError for more than a model has positions."""
+    if asked is None:
+        return min([LENGTH, *_limits(subjects)])
+    for subject in subjects:
+        _check_length(asked, most_positions(subject.folder))
+    return asked
+
+
+def _check_length(length: int, limit: int | None) -> None:
+    if limit is not None and length > limit:
+        raise SaConvertError(f"--length {length} is more than the {limit} positions of the model: give that or less.")
+
+
+def _limits(subjects: list[Subject]) -> list[int]:
+    return [limit for subject in subjects if (limit := positions(subject.folder)) is not None]

@@ -1,0 +1,82 @@
+"""What is asked for, and whether two models can be compared by it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sa_convert.domain.report import PredictionTask
+from sa_convert.errors import CheckpointError, SaConvertError
+from sa_convert.models.auto_class import prediction_task
+from sa_convert.models.placement import positions, read_config
+from sa_convert.models.subject import Subject
+from sa_convert.runtime.shared_attention_families import PREFIX
+
+CONTEXTS = (128, 512, 2048, 4096)
+
+
+@dataclass(frozen=True)
+class Options:
+    """contexts: tokens that are prefilled; None: those of CONTEXTS that the models have positions for. batches: of how
+    many sequences. steps: tokens decoded after each prefill. repeats: turns that count, after `warmup` that do not.
+
+    device, dtype: see `placement.place`. threads: of torch in each process; None: as many as torch takes. attention:
+    "eager" or "sdpa"; None: what transformers chooses. static: a static cache. seed: of the tokens.
+    """
+
+    contexts: tuple[int, ...] | None = None
+    batches: tuple[int, ...] = (1, 4)
+    steps: int = 32
+    repeats: int = 5
+    warmup: int = 1
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int | None = None
+    attention: str | None = None
+    static: bool = False
+    seed: int = 0
+    trust_remote_code: bool = False
+
+
+def common_task(subjects: Sequence[Subject], options: Options) -> PredictionTask:
+    """How both predict text. Raises CheckpointError for two that cannot be compared, DataError for one without a
+    language-modelling head, SaConvertError for a cache that they do not have."""
+    configs = [read_config(subject.folder) for subject in subjects]
+    types = [str(config.get("model_type")).removeprefix(PREFIX) for config in configs]
+    names = [subject.name for subject in subjects]
+    if types[0] != types[1]:
+        raise CheckpointError(
+            f"{names[0]} is of type {types[0]} and {names[1]} of type {types[1]}, so they cannot be compared: give "
+            "the model that was converted as --against."
+        )
+    tasks = [prediction_task(config, name) for config, name in zip(configs, names, strict=True)]
+    if tasks[0] != tasks[1]:
+        raise CheckpointError(
+            f"{names[0]} does {tasks[0]} prediction and {names[1]} {tasks[1]} prediction, so they cannot be compared."
+        )
+    if options.static and tasks[0] != "next-token":
+        raise SaConvertError(
+            f"--cache static: {names[0]} does {tasks[0]} prediction, and bench knows a static cache of decoders only."
+        )
+    return tasks[0]
+
+
+def contexts_of(options: Options, subjects: Sequence[Subject], steps: int) -> tuple[list[int], list[int]]:
+    """The contexts to measure, and those of the default that the models have no positions for."""
+    limits = [(limit, subject) for subject in subjects if (limit := positions(subject.folder)) is not None]
+    if options.contexts is not None:
+        for limit, subject in limits:
+            check_context(max(options.contexts), steps, limit, subject.name)
+        return list(options.contexts), []
+    limit, subject = min(limits, key=lambda item: item[0], default=(max(CONTEXTS) + steps, subjects[0]))
+    found = [context for context in CONTEXTS if context + steps <= limit]
+    if not found:
+        check_context(CONTEXTS[0], steps, limit, subject.name)
+    return found, [context for context in CONTEXTS if context not in found]
+
+
+def check_context(context: int, steps: int, limit: int, name: str) -> None:
+    if context + steps > limit:
+        decoded = f" and {steps} new tokens" if steps else ""
+        raise SaConvertError(
+            f"{name}: a context of {context}{decoded} is more than the model's {limit} positions: give smaller "
+            f"--contexts{' or --new-tokens' if steps else ''}."
+        )

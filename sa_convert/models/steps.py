@@ -1,0 +1,87 @@
+"""A model that decodes: in one pass without a cache, step by step with one, and by generate()."""
+
+from typing import TYPE_CHECKING, Any
+
+from sa_convert.models.arguments import cache_keyword, cache_of, dynamic_cache
+from sa_convert.models.device import input_device
+from sa_convert.models.task import Decoding
+from sa_convert.runtime.shared_attention_families import FAMILIES, PREFIX
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Steps:
+    """Calls of `model` for one sequence. With a source, the decoder's text; the encoder runs in `whole` and `first`.
+
+    cache: what `first` and `next` have filled.
+    """
+
+    cache: Any = None
+
+    def __init__(self, model: Any, decoding: Decoding) -> None:
+        self.model = model
+        self.tokens = decoding.tokens[None].to(input_device(model))
+        # As generate() tells them; Bamba counts from 0 in every pass that is not told.
+        family = FAMILIES.get(model.config.model_type.removeprefix(PREFIX))
+        self._told_positions = family is not None and family.mixed and family.rotary != "none"
+        self._source = None if decoding.source is None else decoding.source[None].to(input_device(model))
+
+    def whole(self, tokens: "torch.Tensor") -> "torch.Tensor":
+        """Logits (T, vocabulary) of tokens (1, T), without a cache."""
+        logits: torch.Tensor = self.model(**self._named(tokens), use_cache=False).logits[0]
+        return logits
+
+    def first(self, tokens: "torch.Tensor") -> Any:
+        """The model's output for tokens (1, T), with a new cache."""
+        output = self.model(**self._named(tokens), use_cache=True)
+        self.cache = cache_of(output)
+        if self.cache is None:
+            self.cache = dynamic_cache(self.model)
+            output = self.model(**self._named(tokens), **{cache_keyword(self.model): self.cache}, use_cache=True)
+        return output
+
+    def next(self, output: Any, place: int) -> Any:
+        """The model's output for the token at `place`, with the cache and the `output` for all before."""
+        import torch
+        from transformers.modeling_outputs import BaseModelOutput
+
+        token = self.tokens[:, place : place + 1]
+        inputs: dict[str, Any]
+        if self._source is None:
+            inputs = {"input_ids": token, "attention_mask": torch.ones_like(self.tokens[:, : place + 1])}
+            if self._told_positions:
+                inputs["position_ids"] = torch.full_like(token, place)
+        else:
+            read = BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)
+            inputs = {"decoder_input_ids": token, "encoder_outputs": read}
+        return self.model(**inputs, **{cache_keyword(self.model): self.cache}, use_cache=True)
+
+    def generate(self, prompt: "torch.Tensor", tokens: int, streamer: Any) -> "torch.Tensor":
+        """The prompt (1, T) and `tokens` greedy ones after it, decoded with a cache as transformers does it."""
+        import torch
+        from transformers import GenerationConfig
+
+        inputs = self._named(prompt)
+        # The model's own may sample, stop early, or forbid tokens.
+        config = GenerationConfig(pad_token_id=0)
+        if self._source is not None:
+            config.decoder_start_token_id = int(prompt[0, 0])
+        preferred, self.model.generation_config = self.model.generation_config, config
+        try:
+            found: torch.Tensor = self.model.generate(
+                **inputs,
+                attention_mask=torch.ones_like(inputs["input_ids"]),
+                max_new_tokens=tokens,
+                do_sample=False,
+                use_cache=True,
+                streamer=streamer,
+            )
+            return found
+        finally:
+            self.model.generation_config = preferred
+
+    def _named(self, tokens: "torch.Tensor") -> "dict[str, torch.Tensor]":
+        if self._source is None:
+            return {"input_ids": tokens}
+        return {"input_ids": self._source, "decoder_input_ids": tokens}

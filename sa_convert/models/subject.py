@@ -1,0 +1,123 @@
+"""A model to evaluate, whatever the user calls it, and whether code in its folder may run.
+
+An ordinary model runs by the code of transformers. A converted one runs by the code in its folder, as its users will
+run it; that is done without asking only where this code is, byte for byte, what this version of sa-convert writes.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import sa_convert.runtime
+from sa_convert.console.progress import notes
+from sa_convert.domain.checkpoint import Checkpoint
+from sa_convert.domain.report import BaseModel
+from sa_convert.errors import CheckpointError
+from sa_convert.measure.quality.divergence import require_space
+from sa_convert.models.load import Loaded, load_base, load_converted, load_tokenizer
+from sa_convert.models.placement import Placement
+from sa_convert.models.quiet import keep_module_cache_clean
+from sa_convert.read.folder import read_json
+from sa_convert.read.model import complete, open_model
+from sa_convert.read.remote_code import code_references, refuse_code_elsewhere, shown_code
+from sa_convert.runtime.shared_attention_families import PREFIX
+
+_HOME = Path(sa_convert.runtime.__file__).parent
+
+
+@dataclass(frozen=True)
+class Subject:
+    """folder: with safetensors. name: what results call the model. trusted: the user lets any code in it run."""
+
+    name: str
+    folder: Path
+    converted: bool
+    trusted: bool
+
+    def load(self, placement: Placement) -> AbstractContextManager[Loaded]:
+        """Raises CheckpointError."""
+        if self.converted:
+            return load_converted(self.folder, placement, None, f"The converted model {self.name}")
+        return load_base(self.folder, placement, self.trusted)
+
+    def tokenizer(self) -> Any:
+        """Raises DataError."""
+        return load_tokenizer(self.folder, self.converted or self.trusted, "")
+
+
+def open_subject(
+    reference: str,
+    workspace: Path,
+    stored_dtype: str,
+    trust_remote_code: bool,
+    announce: Callable[[str], None] = lambda step: None,
+) -> Subject:
+    """The model that the user calls `reference`: a folder, ordinary or converted, a .gguf file, or one on the Hub.
+
+    workspace: where a model that is not in safetensors is written as such, in `stored_dtype` if it is quantised.
+    Raises CheckpointError, UnsupportedModelError, OutputError; CheckpointError, too, for code in the folder that is not
+    ours and would have to run, unless trust_remote_code; what of a model on the Hub is not in the cache is downloaded.
+    announce: told what code is trusted.
+    """
+    keep_module_cache_clean()
+    from transformers import CONFIG_MAPPING
+
+    checkpoint = open_model(reference, None, stored_dtype)
+    notes(checkpoint.identity, checkpoint.notes)
+    converted = str(checkpoint.config.get("model_type")).startswith(PREFIX)
+    named = not converted and bool(list(code_references(checkpoint)))
+    own = checkpoint.config.get("auto_map") and checkpoint.config.get("model_type") not in CONFIG_MAPPING
+    if named and own and not trust_remote_code:
+        raise CheckpointError(
+            f"{reference}: transformers does not know this type of model, but the folder names code that does: look at "
+            "the code, then use --trust-remote-code to run it."
+        )
+    if trust_remote_code and named:
+        refuse_code_elsewhere(checkpoint)
+        announce(f"trusting {shown_code(checkpoint)}")
+    if not checkpoint.is_safetensors:
+        if converted:
+            raise CheckpointError(f"{reference}: a converted model has safetensors; convert its base model again.")
+        needed = checkpoint.weight_bytes
+        require_space(workspace.parent, needed, f"The weights of {reference} as safetensors", "a folder with those")
+    # The code of a converted model is compared with ours before it runs.
+    trusted = replace(checkpoint, trusted=converted or (trust_remote_code and named))
+    checkpoint = complete(trusted, reference, workspace, stored_dtype)
+    if converted and not trust_remote_code and (fault := foreign_code(checkpoint)):
+        raise CheckpointError(
+            f"{reference}: {fault}, not what this version of sa-convert writes, and evaluating the model would run "
+            "it: look at the code, then use --trust-remote-code, or convert the model again."
+        )
+    return Subject(BaseModel.of(checkpoint.identity).id, checkpoint.folder, converted, trust_remote_code)
+
+
+def foreign_code(checkpoint: Checkpoint) -> str | None:
+    """What of the code that loading a converted folder runs is not byte for byte ours, or None.
+
+    transformers runs the files that `auto_map` of config.json and tokenizer_config.json name, those that they import,
+    and `custom_generate/generate.py`. So no other code may be in the folder at all, and nothing else be named.
+    """
+    folder = checkpoint.folder
+    files = (file for home in (_HOME, _HOME / "tokenizer") for file in home.glob("*.py"))
+    shipped = {file.name: file for file in files if file.name != "__init__.py"}
+    for path in sorted(folder.rglob("*.py")):  # open_model refuses links to folders
+        ours = shipped.get(path.relative_to(folder).as_posix())
+        if ours is None or path.read_bytes() != ours.read_bytes():
+            return f"its code {path.relative_to(folder)} is not that of sa_convert"
+    for name, config in _configs(checkpoint):
+        references = config.get("auto_map")
+        values = references.values() if isinstance(references, dict) else [references] if references else []
+        for value in [one for some in values for one in (some if isinstance(some, list) else [some])]:
+            module, _, _ = str(value).partition(".")
+            if f"{module}.py" not in shipped or module.startswith("tokenization") == (name == "config.json"):
+                return f"{name} names code of its own ('{value}' under auto_map)"
+    return None
+
+
+def _configs(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
+    yield "config.json", checkpoint.config
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        if (checkpoint.folder / name).exists():
+            yield name, read_json(checkpoint.folder / name)

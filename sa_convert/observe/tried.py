@@ -1,0 +1,76 @@
+"""How far a base model with a map, or with other weights, is from itself as it was: loss and divergence."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from sa_convert.console.progress import progress
+from sa_convert.domain.calibrated import Distance
+from sa_convert.observe.probe import Probe, Rows
+from sa_convert.observe.sequences import Sample
+
+if TYPE_CHECKING:
+    import torch
+
+
+MOST_BYTES = 1 << 30
+
+
+class Reference:
+    """The base model's predictions of some samples, to measure others against.
+
+    They are kept as log-probabilities: 4 bytes for each scored token and each token of the vocabulary, or 2 where that
+    would be more than MOST_BYTES. `probe` must run the unchanged base model when this is made.
+    """
+
+    def __init__(self, probe: Probe, samples: Sequence[Sample], description: str = "base model") -> None:
+        self.probe, self.samples = probe, samples
+        self._base: list[torch.Tensor] = []
+        self._labels: list[torch.Tensor] = []
+        with progress(len(samples), description, unit="seq") as bar:
+            for sample in samples:
+                chances, labels = self._chances(sample, {})
+                self._labels.append(labels)
+                self._base.append(chances if 4 * chances.numel() * len(samples) < MOST_BYTES else chances.half())
+                bar.update()
+        self.base = self._distance(iter(self._base))
+
+    def measure(self, rows: Rows, description: str = "measuring") -> Distance:
+        """The model as it is now, under a map."""
+        with progress(len(self.samples), description, unit="seq") as bar:
+
+            def chances() -> "Iterable[torch.Tensor]":
+                for sample in self.samples:
+                    yield self._chances(sample, rows)[0]
+                    bar.update()
+
+            return self._distance(chances())
+
+    def _chances(self, sample: Sample, rows: Rows) -> "tuple[torch.Tensor, torch.Tensor]":
+        """Log-probabilities (scored tokens, vocabulary), float32, and the labels (scored tokens), on the CPU."""
+        import torch
+
+        with torch.inference_mode(), self.probe.sharing(rows):
+            inputs = sample.inputs(self.probe.model)
+            ((predictions, labels),) = inputs.rows(inputs.logits(self.probe.model))
+            return torch.log_softmax(predictions.float(), dim=-1).cpu(), labels.cpu()
+
+    def _distance(self, found: "Iterable[torch.Tensor]") -> Distance:
+        losses: list[float] = []
+        sums = {False: [0.0, 0.0, 0.0], True: [0.0, 0.0, 0.0]}  # loss, divergence, tokens; True: of repetition
+        for sample, labels, base, chances in zip(self.samples, self._labels, self._base, found, strict=True):
+            chances = chances.float()
+            loss = -chances.gather(1, labels[:, None]).double().mean().item()
+            certain = base.float()
+            divergence = (certain.exp() * (certain - chances)).sum(-1).double().mean().item()
+            if not sample.repetition:
+                losses.append(loss)
+            kind = sums[sample.repetition]
+            for at, value in enumerate((loss * len(labels), divergence * len(labels), float(len(labels)))):
+                kind[at] += value
+        text, repetition = sums[False], sums[True]
+        return Distance(
+            text[0] / max(text[2], 1),
+            text[1] / max(text[2], 1),
+            repetition[1] / repetition[2] if repetition[2] else None,
+            tuple(losses),
+        )

@@ -1,0 +1,23 @@
+"""The figures of an analysis."""
+
+from pathlib import Path
+
+from sa_convert.domain.analysis import Analysis
+from sa_convert.present.charts.chart_attention import isotropy_chart, similarity_chart
+from sa_convert.present.charts.chart_costs import cost_chart, loss_chart
+from sa_convert.present.charts.chart_parts import save
+from sa_convert.present.charts.chart_sources import source_chart
+
+CHARTS = {
+    "similarity.png": similarity_chart,
+    "isotropy.png": isotropy_chart,
+    "costs.png": cost_chart,
+    "loss.png": loss_chart,
+    "sources.png": source_chart,
+}
+"""File and what draws it."""
+
+
+def write_charts(analysis: Analysis, folder: Path) -> list[Path]:
+    """Draw every chart into the folder, which is made if need be. Takes a second for each."""
+    return [save(lambda draw=draw: draw(analysis), folder / name) for name, draw in CHARTS.items()]  # type: ignore[misc]

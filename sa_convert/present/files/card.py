@@ -1,0 +1,160 @@
+"""The model card: README.md of the output folder. It states what was measured, and nothing else."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from sa_convert.console.amounts import format_percent
+from sa_convert.domain.report import TASK_NAMES, Report
+from sa_convert.present.charts import map_figure as figure
+from sa_convert.present.files.card_metadata import inherited, metadata
+from sa_convert.present.files.card_tables import savings_table, sharing_table, uncached
+from sa_convert.present.files.report_file import refit_summary, sharing_summary
+from sa_convert.runtime.shared_attention_families import FAMILIES
+
+FILE = "README.md"
+HUB = "https://huggingface.co"
+PAPER = "https://arxiv.org/abs/2407.12866"
+PLACEHOLDER = "PATH_OR_REPO_ID"
+"""What the card in a local folder says in place of the name that the model will have on the Hub."""
+
+
+def write_card(report: Report, recipe_yaml: str, folder: Path, base_card: Path | None = None) -> Path:
+    """Write the model card into a folder.
+
+    recipe_yaml: the resolved recipe. base_card: README.md of the base model, whose licence and language are inherited,
+    or None. A figure is shown if it lies in the folder.
+    """
+    name = f"{report.base_model.id.rpartition('/')[2].removesuffix('.gguf')} with shared attention"
+    base = report.base_model
+    base_metadata, remark = inherited(base_card, f"{HUB}/{base.id}" if base.on_hub else None, folder)
+    data = metadata(report, name, base_metadata)
+    body = "\n\n".join(_sections(report, name, recipe_yaml, remark, (folder / figure.FILE).is_file()))
+    path = folder / FILE
+    # As huggingface_hub.ModelCard writes it, which takes as long to load as a gigabyte to copy.
+    path.write_text(f"---\n{data.to_yaml()}\n---\n\n{body}\n", encoding="utf-8", newline="\n")
+    return path
+
+
+def for_repository(text: str, repo_id: str, revision: str | None = None) -> str:
+    """The text of a card whose lines of code load the model from a repository on the Hub."""
+    branch = f', revision="{revision}"' if revision else ""
+    return text.replace(f'"{PLACEHOLDER}"', f'"{repo_id}"{branch}')
+
+
+def _sections(report: Report, name: str, recipe: str, remark: str | None, drawn: bool) -> Iterator[str]:
+    base = report.base_model
+    shown = f"[{base.id}]({HUB}/{base.id})" if base.on_hub else f"`{base.id}`"
+    revision = f" (revision `{base.revision}`)" if base.revision else ""
+    yield f"# {name}"
+    yield (
+        f"This is {shown}{revision}, converted so that some attention heads reuse the attention weights of heads in "
+        f"earlier layers ([Shared Attention]({PAPER})). {sharing_summary(report)}; they have no key projections"
+        f"{' and cache no keys' if report.caches else ''}."
+    )
+    yield _summary(report)
+    yield "## How to load it"
+    reader = "processor" if report.auto_class == "AutoModelForImageTextToText" else "tokenizer"
+    auto_reader = f"Auto{reader.capitalize()}"
+    yield (
+        f"```python\nfrom transformers import {report.auto_class}, {auto_reader}\n\n"
+        f'model = {report.auto_class}.from_pretrained("{PLACEHOLDER}", trust_remote_code=True)\n'
+        f'{reader} = {auto_reader}.from_pretrained("{PLACEHOLDER}", trust_remote_code=True)\n```'
+    )
+    family = FAMILIES.get(report.family)
+    oldest = "5" if family and family.transformers_5 else "4.57"
+    yield (
+        "The code of the model lies beside its weights (the `.py` files, which import torch and transformers only), so "
+        "transformers asks to trust it; where sa_convert is installed, `import sa_convert` does instead. It runs with "
+        f"transformers {oldest} and later, in releases that know models of type `{report.family}`."
+    )
+    yield "## What is shared"
+    if drawn:
+        yield f"![Which key/value groups reuse attention, and of which layer]({figure.FILE.as_posix()})"
+    yield "\n".join(sharing_table(report))
+    yield "## What it saves"
+    yield "\n".join(savings_table(report))
+    yield from uncached(report)
+    yield "## What it costs"
+    yield from _costs(report)
+    yield "## Recipe"
+    yield f"```yaml\n{recipe.strip()}\n```"
+    yield "## Versions and limits"
+    versions = ", ".join(f"{package} {number}" for package, number in sorted(report.versions.items()))
+    yield f"Made with {versions}." if versions else "The versions of the software were not recorded."
+    yield from _limits(report, remark)
+
+
+def _summary(report: Report) -> str:
+    """One line: what is saved, and what it costs."""
+    savings = report.savings
+    changes = [
+        f"{'keys in the cache' if report.caches else 'keys'} {-savings.key_cache_removed:+.1%}",
+        f"parameters {-savings.parameters.removed:+.1%}",
+    ]
+    if report.perplexity is None:
+        return f"**{', '.join(changes)}; quality not measured**"
+    changes.append(f"perplexity{TASK_NAMES[report.perplexity.task]} {report.perplexity.increase:+.2%}")
+    if report.copying is not None:
+        changes.append(f"copying from the context {_nats(report.copying.increase)} nats per token")
+    return f"**{', '.join(changes)}**"
+
+
+def _nats(change: float) -> str:
+    """With its sign, and none of a change that rounds to zero."""
+    return f"{round(change, 2) + 0.0:+.2f}"
+
+
+def _costs(report: Report) -> Iterator[str]:
+    if report.perplexity is None:
+        yield "**Not measured:** this model was converted without validation, so nothing is known of its quality."
+        return
+    perplexity, check = report.perplexity, report.decode_check
+    yield (
+        f"Perplexity{TASK_NAMES[perplexity.task]} on {perplexity.tokens:,} tokens that did not take part in "
+        f"calibration ({perplexity.text}; computed in {perplexity.dtype}): "
+        f"{perplexity.before:.3f} before, **{perplexity.after:.3f}** after ({perplexity.increase:+.2%})."
+    )
+    if report.gate is not None:
+        verdict = "stays within" if report.gate.passed else "exceeds"
+        yield f"It {verdict} the limit that was set, {format_percent(report.gate.max_perplexity_increase)}."
+    if (agreement := report.agreement) is not None:
+        yield (
+            f"KL divergence from the base model: {agreement.kl:.4f} nats per token; the same most likely token at "
+            f"{agreement.top1:.1%} of {agreement.tokens:,} positions."
+        )
+    if (copying := report.copying) is not None:
+        yield (
+            f"Copying from the context ({copying.period} random tokens repeated; {copying.tokens:,} repeated tokens): "
+            f"loss {copying.before:.2f} nats per token before, **{copying.after:.2f}** after "
+            f"({_nats(copying.increase)})."
+        )
+    if report.refit is not None and report.refit.share:
+        yield f"Output projections were refitted by ridge regression: {refit_summary(report.refit)}."
+    if check is None:
+        return
+    tokens = "the same" if check.same_greedy_tokens else "other"
+    yield (
+        f"Decoding with a cache against one pass without: logits differ by at most "
+        f"{check.max_abs_logit_difference:.2g} (tolerance {check.tolerance:.2g}), and greedy decoding "
+        f"gives {tokens} tokens."
+    )
+
+
+def _limits(report: Report, remark: str | None) -> Iterator[str]:
+    if report.perplexity is not None:
+        yield (
+            "Perplexity was measured on that one text only. It says little of other domains and languages, and of "
+            "skills beyond the few that were measured: evaluate the model on your own task."
+        )
+    if code := report.base_model.code:
+        yield (
+            f"The base model brings code of its own ({', '.join(f'`{name}`' for name in code)}). This one runs as "
+            f"transformers' own class for `{report.family}` does, and was compared with that."
+        )
+    yield (
+        "Runtimes with model code of their own, such as llama.cpp and vLLM, do not know this type of model and were "
+        "not tried."
+    )
+    yield "Limits, biases and intended use of the base model apply to this one."
+    if remark is not None:
+        yield remark

@@ -1,0 +1,44 @@
+"""How an analysis is shown in a terminal."""
+
+import math
+from collections.abc import Iterator
+
+from sa_convert.console.amounts import human_bytes
+from sa_convert.domain.analysis import Analysis
+from sa_convert.domain.stacks import layer_label, layer_names, place_of
+
+SHOWN = 5
+"""Units that are listed."""
+
+
+def render_analysis(analysis: Analysis) -> str:
+    """An aligned table, without a final newline."""
+    rows = list(_rows(analysis))
+    width = max(len(label) for label, _ in rows) + 2
+    return "\n".join(f"{label:<{width}}{text}".rstrip() for label, text in rows)
+
+
+def _rows(analysis: Analysis) -> Iterator[tuple[str, str]]:
+    text = analysis.calibration
+    yield "Base model", f"{analysis.base_model.id} ({analysis.family}), run in {analysis.dtype}"
+    yield "Calibration", f"{text.text}: {text.sequences} sequences of {text.length} tokens, seed {text.seed}"
+    yield "Costs", f"{analysis.measure}, in {analysis.cost_unit}"
+    priced = sorted((cost for cost in analysis.costs if cost.cost is not None), key=lambda cost: cost.cost or 0.0)
+    for number, cost in enumerate(priced[:SHOWN]):
+        groups = "all heads" if len(cost.unit.groups) > 1 else f"group {cost.unit.groups[0]}"
+        shown = (cost.sources or ())[:8]
+        sources = ", ".join(f"{place_of(analysis.stacks, layer)[1]}.{head}" for layer, head in shown)
+        more = ", ..." if len(cost.sources or ()) > 8 else ""
+        label = "Cheapest" if number == 0 else ""
+        layer = layer_label(analysis.stacks, cost.unit.layer)
+        yield label, f"layer {layer} {groups}: {cost.cost:.2g}, sources (layer.head) {sources}{more}"
+    for number, point in enumerate(analysis.curve):
+        change = f"loss {point.measured_loss:+.4f} nats ({math.expm1(point.measured_loss):+.2%} perplexity)"
+        label = f"{analysis.keys_name.capitalize()} removed" if number == 0 else ""
+        yield label, f"{point.key_cache_removed:5.1%}: {change}, {point.groups} groups reuse"
+    yield "", "measured on held-out sequences, without refit"
+    layers = layer_names(analysis.stacks, analysis.sharing.layers)
+    plural = "layer" if len(analysis.sharing.layers) == 1 else "layers"
+    removed = f"{analysis.key_cache_removed:.1%} of the {analysis.keys_name}"
+    yield "Recipe", f"removes {removed}; heads of {plural} {layers} reuse"
+    yield "Peak memory", human_bytes(analysis.peak_memory)

@@ -1,0 +1,59 @@
+"""How a plan is shown: text for the terminal, or an object for --json."""
+
+from typing import TYPE_CHECKING, Any
+
+from sa_convert.console.amounts import human_bytes, human_count
+from sa_convert.domain.stacks import layer_names
+
+if TYPE_CHECKING:
+    from sa_convert.plan.plan import ConversionPlan
+
+
+def plan_json(plan: "ConversionPlan") -> dict[str, Any]:
+    """The plan in the words of report.json, where it has them."""
+    from dataclasses import asdict
+
+    return {
+        "dry_run": True,
+        "family": plan.family.model_type,
+        "sharing": {
+            "layers": plan.sharing.to_json(),
+            "reused_groups": plan.reused_groups,
+            "total_groups": plan.geometry.total_groups,
+        },
+        "savings": asdict(plan.savings),
+        "tensors": {
+            "dropped": sorted(name for name, edit in plan.edits.items() if edit.drops),
+            "sliced": sorted(name for name, edit in plan.edits.items() if edit.rows),
+        },
+    }
+
+
+def render_plan(plan: "ConversionPlan") -> str:
+    """A few aligned lines: what would be shared, and what that saves."""
+    savings, layers = plan.savings, plan.sharing.layers
+    whole = [index for index, row in layers.items() if None not in row]
+    partly = [index for index in layers if index not in whole]
+    dropped = sum(edit.drops for edit in plan.edits.values())
+    sliced = sum(bool(edit.rows) for edit in plan.edits.values())
+    cache = savings.cache_bytes_per_token
+    lines = [
+        ("family", plan.family.model_type),
+        ("layers that reuse wholly", layer_names(plan.sharing.stacks, whole) or "none"),
+        ("layers that reuse partly", layer_names(plan.sharing.stacks, partly) or "none"),
+        ("KV groups without keys", f"{plan.reused_groups} of {plan.geometry.total_groups}"),
+        ("tensors", f"{dropped} dropped, {sliced} sliced"),
+        ("parameters", _change(savings.parameters.before, savings.parameters.after, human_count)),
+        ("weights", _change(savings.checkpoint_bytes.before, savings.checkpoint_bytes.after, human_bytes)),
+        (
+            "cache per token",
+            _change(cache.before, cache.after, human_bytes) if cache.before else "none: the model caches nothing",
+        ),
+    ]
+    width = max(len(name) for name, _ in lines)
+    table = "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+    return f"{table}\n\nDry run: nothing was written. Sizes are of tensors, without file headers."
+
+
+def _change(before: int, after: int, show: Any) -> str:
+    return f"{show(before)} -> {show(after)} ({after / before - 1:+.1%})"

@@ -1,0 +1,66 @@
+"""Calibration as a whole: what a recipe leaves to be found on text, its map and its refitted matrices."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sa_convert.domain.checkpoint import Checkpoint
+from sa_convert.domain.geometry import ModelGeometry
+from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.domain.units import Units
+from sa_convert.heal.refit import Refit, refit
+from sa_convert.observe.session import open_session
+from sa_convert.observe.tried import Reference
+from sa_convert.runtime.shared_attention_families import Family
+from sa_convert.search.budget import check_budget
+from sa_convert.search.choose import Step, search_map
+
+if TYPE_CHECKING:
+    from sa_convert.domain.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """sharing: the recipe's map, or the one that was found. step, refit: None where the recipe asks for none."""
+
+    sharing: SharingMap
+    step: Step | None
+    refit: Refit | None
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    family: Family,
+    geometry: ModelGeometry,
+    recipe: "Recipe",
+    sharing: SharingMap | None,
+    device: str = "auto",
+    dtype: str = "auto",
+    layer_by_layer: bool = False,
+    refits: bool = True,
+    announce: Callable[[str], None] = lambda step: None,
+) -> Calibrated:
+    """Search and refit as the recipe says.
+
+    checkpoint: with its weights in `folder`. sharing: the recipe's map; None: to be searched. refits: False leaves the
+    refit out. layer_by_layer: see `open_session`. announce: told each step. Raises RecipeError (a budget that cannot be
+    met), DataError (text, tokenizer) and CheckpointError (a model that cannot be loaded, or overflows).
+    """
+    refits = refits and recipe.refit == "ridge"
+    search = recipe.sharing.search
+    if sharing is None:
+        assert search is not None
+        check_budget(Units(geometry), search, recipe.origin)
+    with open_session(
+        checkpoint, family, geometry, recipe.calibration, device, dtype, layer_by_layer=layer_by_layer
+    ) as session:
+        how = f"{len(session.samples.fit)} sequences of {session.samples.text}"
+        announce(f"calibrating on {how}; costs by {session.measure}")
+        reference = Reference(session.probe, session.samples.held_out)
+        step = None
+        if sharing is None:
+            assert search is not None
+            step = search_map(session, search, reference, recipe.origin, recipe.refit == "ridge")
+            sharing = step.sharing
+        found = refit(session, sharing.layers, reference) if refits else None
+    return Calibrated(sharing, step, found)

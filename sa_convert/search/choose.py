@@ -1,0 +1,137 @@
+"""The search: a sharing map for a budget, from costs that are measured again as units go."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sa_convert.domain.calibrated import Distance
+from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.observe.sequences import REPETITION_WEIGHT, Sample
+from sa_convert.observe.tried import Reference
+from sa_convert.search.budget import too_much
+from sa_convert.search.costs import Costs
+from sa_convert.search.rounds import State
+from sa_convert.search.scoring import collect
+
+if TYPE_CHECKING:
+    from sa_convert.domain.recipe import Origin, Search
+    from sa_convert.observe.session import Session
+
+ROUND = 0.125
+"""Part of the key cache, about, after which costs are measured again."""
+
+SWAPS = 3
+"""Swaps that are tried in a round at the most."""
+
+FIRST_SAMPLES, LATER_SAMPLES = 16, 10
+"""Samples whose costs are measured in the first round and in each later one."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A map on the way to the budget. removed: the part of the key cache that it saves. estimate: expected rise of the
+    loss by the costs; measured: on held-out samples, or None where it was not measured."""
+
+    sharing: SharingMap
+    removed: float
+    estimate: float
+    measured: Distance | None = None
+
+
+def path(session: "Session", parts: list[float], reference: Reference, first: Costs | None = None) -> Iterator[Step]:
+    """Maps that save `parts` of the key cache, ascending; each starts from the one before. Ends early where no more can
+    be saved.
+
+    In every round some maps are made: by the costs of the first round; by costs that are measured again under the map
+    so far; by these with other sources for units that share already, and with swaps. All are measured on held-out
+    samples, and the one that diverges least from the base is taken. first: costs without a map, if they are known.
+    """
+    first = first or collect_first(session)
+    sharing = SharingMap({})
+    for number, part in enumerate(parts):
+        states = [State(first, sharing)]
+        if number:
+            samples = some(session.samples.fit, LATER_SAMPLES, number)
+            description = f"costs, round {number + 1} of {len(parts)}"
+            again = collect(
+                session.probe,
+                session.units,
+                samples,
+                sharing,
+                session.measure,
+                session.seed + number,
+                description,
+                first,
+            )
+            states += [State(again, sharing), State(again, sharing)]
+            states[-1].rematch()
+        reached = [state.extend(part) for state in states]
+        if number:
+            _swaps(states[-1])
+        options: list[tuple[Distance, State]] = []
+        for at, state in enumerate(states, start=1):
+            if not any(state.sharing == other.sharing for _, other in options):
+                measured = reference.measure(state.sharing.layers, f"round {number + 1}: map {at} of {len(states)}")
+                options.append((measured, state))
+        measured, best = min(options, key=lambda option: _badness(option[0]))
+        if best.sharing == sharing:
+            return
+        sharing = best.sharing
+        yield Step(sharing, best.removed, State(first, sharing).estimate, measured)
+        if not all(reached):
+            return
+
+
+def collect_first(session: "Session") -> Costs:
+    """Costs of the base as it is."""
+    samples = some(session.samples.fit, FIRST_SAMPLES)
+    return collect(session.probe, session.units, samples, SharingMap({}), session.measure, session.seed, "costs")
+
+
+def some(samples: tuple[Sample, ...], count: int, turn: int = 0) -> list[Sample]:
+    """About `count` of the samples, of text and of repetition in proportion; others in every turn."""
+    found = []
+    for kind in (False, True):
+        of_kind = [sample for sample in samples if sample.repetition == kind]
+        wanted = min(len(of_kind), max(1, round(count * len(of_kind) / len(samples))))
+        found += [of_kind[(turn * wanted + at * len(of_kind) // wanted) % len(of_kind)] for at in range(wanted)]
+    return found
+
+
+def _swaps(state: State) -> None:
+    for _ in range(SWAPS):
+        if not state.swap():
+            return
+
+
+def _badness(distance: Distance) -> float:
+    return distance.divergence + REPETITION_WEIGHT * (distance.repetition_divergence or 0.0)
+
+
+def rounds(part: float) -> list[float]:
+    """Equal steps of about ROUND up to `part`."""
+    count = max(1, math.floor(part / ROUND + 0.5))
+    return [part * (number + 1) / count for number in range(count)]
+
+
+def search_map(session: "Session", search: "Search", reference: Reference, origin: "Origin", refits: bool) -> Step:
+    """The map for a recipe's search. refits: a refit follows, so a limit on perplexity holds for the model after it.
+
+    reference: of the held-out samples. Raises RecipeError where the search cannot reach its aim.
+    """
+    if search.key_cache is not None:
+        return _for_key_cache(session, search.key_cache, reference, origin)
+    assert search.max_perplexity_increase is not None
+    from sa_convert.search.within import within_limit
+
+    return within_limit(session, search.max_perplexity_increase, reference, origin, refits)
+
+
+def _for_key_cache(session: "Session", part: float, reference: Reference, origin: "Origin") -> Step:
+    last = None
+    for step in path(session, rounds(part), reference):
+        last = step
+    if last is None or last.removed < part - 1e-9:
+        raise too_much(part, last.removed if last else 0.0, origin)
+    return last

@@ -1,0 +1,97 @@
+"""From a sharing map to what happens to each tensor."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from sa_convert.domain.checkpoint import Checkpoint, TensorEdit, TensorEntry
+from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
+from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.errors import CheckpointError
+from sa_convert.read.names import attention_prefix
+from sa_convert.runtime.shared_attention_families import Family
+from sa_convert.treatments.share.fused import kept_of_gated, kept_places
+
+
+def tensor_edits(
+    checkpoint: Checkpoint, family: Family, geometry: ModelGeometry, sharing: SharingMap
+) -> dict[str, TensorEdit]:
+    """The edits of every tensor that changes: query and key rows of reusing heads go, with their biases and norms."""
+    tensors = checkpoint.tensors
+    edits: dict[str, TensorEdit] = {}
+    for index in sharing.layers:
+        layer = geometry.layers[index]
+        prefix = attention_prefix(checkpoint, family, geometry.stacks, index)
+        own_heads = sharing.own_heads(index, layer)
+        own_groups = sharing.own_groups(index, layer)
+        axis = 1 if family.transposed else 0
+        for projection, kept, total in _projections(family, layer, own_heads, own_groups):
+            for name, along in ((f"{prefix}{projection}.weight", axis), (f"{prefix}{projection}.bias", 0)):
+                if name in tensors:
+                    edits[name] = _keep(tensors[name], kept, total, along)
+        for norm, kept, total in (
+            (family.query_norm, own_heads, layer.heads),
+            (family.key_norm, own_groups, layer.groups),
+        ):
+            if norm:
+                edits.update(_norm_edits(tensors, f"{prefix}{norm}.", family.norm, kept, total))
+        if family.sinks:
+            name = f"{prefix}{family.sinks}"
+            edits[name] = _keep(tensors[name], own_heads, layer.heads)
+    return {name: edit for name, edit in edits.items() if edit.drops or edit.name or edit.rows is not None}
+
+
+def _projections(
+    family: Family, layer: LayerGeometry, own_heads: tuple[int, ...], own_groups: tuple[int, ...]
+) -> Iterator[tuple[str, Sequence[int], int]]:
+    """Each projection that loses rows, the places that it keeps, in heads, and how many places it has."""
+    if family.fused:
+        kept = kept_places(family.fused_order, layer, own_heads, own_groups)
+        yield family.fused, kept, layer.heads + 2 * layer.groups
+        return
+    if family.gate == "query":
+        yield family.query, kept_of_gated(layer.heads, own_heads), 2 * layer.heads
+    else:
+        yield family.query, own_heads, layer.heads
+    yield family.key, own_groups, layer.groups
+
+
+def _norm_edits(
+    tensors: dict[str, TensorEntry], prefix: str, kind: str, kept: tuple[int, ...], total: int
+) -> dict[str, TensorEdit]:
+    """Edits of a norm of queries or keys, by how the family holds its weights (`Family.norm`)."""
+    found = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    if not kept:
+        return {name: TensorEdit(rows=()) for name in found}
+    if kind == "rows":
+        return {name: _keep(tensor, kept, total) for name, tensor in found.items()}
+    if kind == "list":
+        edits = {}
+        for name in found:
+            # q_layernorm.norms.5.weight: the norm of head 5
+            before, after = name.split(".norms.")
+            head, leaf = after.split(".", 1)
+            if int(head) not in kept:
+                edits[name] = TensorEdit(rows=())
+            elif kept.index(int(head)) != int(head):
+                edits[name] = TensorEdit(name=f"{before}.norms.{kept.index(int(head))}.{leaf}")
+        return edits
+    return {}  # one weight for all heads: it stays while one of them stays
+
+
+def _keep(tensor: TensorEntry, kept: Iterable[int], total: int, axis: int = 0) -> TensorEdit:
+    """Keep these of `total` places, which lie one after the other along an axis, in this order."""
+    if len(tensor.shape) <= axis or tensor.shape[axis] % total:
+        raise CheckpointError(
+            f"Tensor '{tensor.name}' has shape {list(tensor.shape)}, which {total} heads do not divide; "
+            "the weights do not belong to this config.json."
+        )
+    height = tensor.shape[axis] // total
+    ranges: list[tuple[int, int]] = []
+    for place in kept:
+        start, stop = place * height, (place + 1) * height
+        if ranges and ranges[-1][1] == start:
+            ranges[-1] = (ranges[-1][0], stop)
+        else:
+            ranges.append((start, stop))
+    if ranges == [(0, tensor.shape[axis])]:
+        return TensorEdit()
+    return TensorEdit(rows=tuple(ranges), axis=axis)
