@@ -402,7 +402,7 @@ def test_round_trip_where_sa_convert_is_not_installed(folders, hub, tmp_path):
         ["perplexity", "Perplexity", perplexity["after"]],
         ["perplexity", "Perplexity of the base model", perplexity["before"]],
     ]
-    code = {path.name: path.read_bytes() for path in (ROOT / "sa_convert" / "export").glob("[!_]*.py")}
+    code = {path.name: path.read_bytes() for path in (ROOT / "sa_convert" / "runtime").glob("[!_]*.py")}
     again = hub.files("org/again")
     assert {name: content for name, content in again.items() if name.endswith(".py")} == code
 
