@@ -1,6 +1,7 @@
 """config.json of version 1, as the first releases wrote it, is read as version 2."""
 
 import pytest
+
 from sa_convert.errors import CheckpointError, UnsupportedModelError
 from sa_convert.plan.converted import upgraded
 from sa_convert.runtime.shared_attention_families import FAMILIES
