@@ -7,7 +7,7 @@ from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.domain.geometry import ModelGeometry
 from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.errors import CheckpointError, UnsupportedModelError
-from sa_convert.read.geometry import geometry_of
+from sa_convert.read.geometry_of import geometry_of
 from sa_convert.runtime.shared_attention_families import FAMILIES, PREFIX, Family
 from sa_convert.treatments.share.rules import check_map
 
