@@ -89,7 +89,7 @@ def test_no_circles():
 def test_every_folder_says_what_it_answers_and_who_may_import_it(module):
     assert not list(imported(module))
     if room(module) != "runtime":  # which travels, and has a word of its own
-        _, who, _ = ast.get_docstring(TREES[module]).splitlines()
+        _, who, _ = filter(None, ast.get_docstring(TREES[module]).splitlines())
         above = ROOMS[: ROOMS.index(room(module))]
         assert (f"`{above[-1]}`" if above else "No room") in who
 
