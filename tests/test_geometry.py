@@ -3,7 +3,7 @@
 import pytest
 from tiny_models import tiny_config
 
-from sa_convert.read.geometry import attention_kinds
+from sa_convert.read.geometry_of import attention_kinds
 from sa_convert.runtime.shared_attention_families import FAMILIES
 
 DEPTH = 12
