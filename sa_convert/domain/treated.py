@@ -29,6 +29,8 @@ class Treated:
     """Lines of the table in that section."""
     remarks: tuple[str, ...] = ()
     """Paragraphs below the table of savings."""
+    used: bool = True
+    """Whether the plan uses the treatment; if not, only `section` is told."""
 
 
 @dataclass(frozen=True)

@@ -118,8 +118,9 @@ class Treatment:
         """What `inspect` tells. geometry: None for a model that cannot be converted. plan: of a converted model.
         reason: why the model cannot be converted, or None."""
         groups = plan.group_count(self.name) if plan else 0
-        rows = ((f"Treated by {self.name}", f"{groups} of {geometry.total_groups} KV groups"),) if groups and geometry else ()
-        return Inspected(reason=reason, rows=rows)
+        if not groups or geometry is None:
+            return Inspected(reason)
+        return Inspected(reason, rows=((f"Treated by {self.name}", f"{groups} of {geometry.total_groups} KV groups"),))
 
 
 def _lines(plan: Plan, name: str) -> list[str]:

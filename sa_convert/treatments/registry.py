@@ -6,10 +6,10 @@ from contextvars import ContextVar
 
 from sa_convert.domain.plan import Plan
 from sa_convert.treatments.base import Treatment
-from sa_convert.treatments.share.treatment import Share
+from sa_convert.treatments.share.treatment import ShareTreatment
 
 _TREATMENTS: tuple[Treatment, ...] = (
-    Share(),
+    ShareTreatment(),
 )  # fmt: skip
 
 _MORE: ContextVar[tuple[Treatment, ...]] = ContextVar("more treatments", default=())

@@ -8,7 +8,7 @@ from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
 from sa_convert.domain.layer_range import LayerRange
 from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.domain.stacks import parse_label, stack_ranges
-from sa_convert.errors import RecipeError, SharingError
+from sa_convert.errors import RecipeError, PlanError
 from sa_convert.treatments.share.rules import layer_difference
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def _explicit(recipe: "Recipe", geometry: ModelGeometry) -> SharingMap:
             raise RecipeError(f"{where}: there is no layer '{layer}'; {hint.format(number)}")
         depth = dict(geometry.stacks).get(stack, len(geometry.layers))
         if number >= depth:
-            raise SharingError(f"Layer {layer} reuses attention, but the model has layers 0 to {depth - 1}.")
+            raise PlanError(f"Layer {layer} reuses attention, but the model has layers 0 to {depth - 1}.")
     return SharingMap.from_json(rows, geometry.stacks)
 
 
