@@ -1,13 +1,17 @@
 """A model that shares attention already: what its base was like, and what it shares."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.domain.geometry import ModelGeometry
 from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.domain.stacks import layer_of, parse_label
 from sa_convert.errors import CheckpointError, UnsupportedModelError
-from sa_convert.read.geometry import geometry_of
+from sa_convert.families.family import Modules, Stack
+from sa_convert.read.geometry_of import geometry_of
+from sa_convert.read.names import attention_config
 from sa_convert.runtime.shared_attention_families import FAMILIES, PREFIX, Family
 from sa_convert.treatments.share.rules import check_map
 
@@ -34,3 +38,69 @@ def converted_parts(checkpoint: Checkpoint) -> tuple[Family, ModelGeometry, Shar
         ) from None
     check_map(shared, geometry)
     return family, geometry, shared
+
+
+VERSION = 2
+"""Of what stands under `shared_attention` in config.json."""
+
+
+def upgraded(config: Mapping[str, Any], family: Family, geometry: ModelGeometry | None = None) -> dict[str, Any]:
+    """config.json of a converted model, with `shared_attention` as version 2 has it; no other key changes.
+
+    Version 1, which has no "version", lists the sources of whole layers: {"layers": {"27": [[26, 4], null, ...]}}.
+    Version 2 lists them by KV group and treatment: {"layers": {"27": {"0": {"share": [[26, 4], null, ...]}, ...}}}.
+    geometry: if it is known, KV groups are as it has them rather than as config.json says.
+    Raises CheckpointError if it is neither, UnsupportedModelError if it is of a later version.
+    """
+    shared = config.get("shared_attention")
+    version = shared.get("version", 1) if isinstance(shared, Mapping) else None
+    if version == VERSION:
+        return dict(config)
+    if isinstance(version, int) and version > VERSION:
+        raise UnsupportedModelError(
+            f"config.json: 'shared_attention' has version {version}, which a later sa-convert has written: run "
+            "pip install -U sa-convert."
+        )
+    try:
+        rows = shared["layers"]  # type: ignore[index]
+        layers = {str(label): _by_group(str(label), row, config, family, geometry) for label, row in rows.items()}
+    except (AttributeError, LookupError, TypeError, ValueError, ZeroDivisionError):
+        raise CheckpointError(
+            "config.json: 'shared_attention' does not list sources for the heads of layers."
+        ) from None
+    kept = {key: value for key, value in shared.items() if key != "layers"}  # type: ignore[union-attr]
+    filled = {label: groups for label, groups in layers.items() if groups}
+    return dict(config) | {
+        "shared_attention": {"version": VERSION, "modules": _modules(family).to_json(), "layers": filled, **kept}
+    }
+
+
+def _by_group(
+    label: str, row: list[Any], config: Mapping[str, Any], family: Family, geometry: ModelGeometry | None
+) -> dict[str, Any]:
+    """The sources of a layer's heads by KV group; groups all of whose heads own their attention are left out."""
+    if geometry is None:
+        groups = groups_in(attention_config(config, family), family, len(row))
+    else:
+        groups = geometry.layers[layer_of(geometry.stacks, *parse_label(label))].groups
+    size, rest = divmod(len(row), groups)
+    if rest or not size:
+        raise ValueError(f"{len(row)} heads in {groups} KV groups")
+    parts = {str(group): list(row[group * size : (group + 1) * size]) for group in range(groups)}
+    return {group: {"share": heads} for group, heads in parts.items() if any(heads)}
+
+
+def groups_in(config: Mapping[str, Any], family: Family, heads: int) -> int:
+    """KV groups of layers with so many query heads, as far as config.json tells: as many, if it says nothing."""
+    if family.model_type in ("falcon", "gpt_bigcode") and not config.get("new_decoder_architecture"):
+        return 1 if config.get("multi_query", True) else heads
+    key = "num_kv_heads" if family.model_type == "falcon" else family.groups
+    return int(config.get(key) or heads)
+
+
+def _modules(family: Family) -> Modules:
+    """Until the table has them, of an entry in the carried code."""
+    exchange = {"kwargs": "keyword", "context": "thread"}.get(family.exchange, family.exchange)
+    stacks = tuple(Stack(**{each.name: getattr(stack, each.name) for each in fields(Stack)}) for stack in family.stacks)
+    found = {each.name: getattr(family, each.name) for each in fields(Modules)}
+    return Modules(**found | {"exchange": exchange, "stacks": stacks})

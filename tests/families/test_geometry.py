@@ -2,7 +2,7 @@
 
 import pytest
 
-from sa_convert.read.geometry import attention_kinds
+from sa_convert.read.geometry_of import attention_kinds
 from sa_convert.runtime.shared_attention_families import FAMILIES
 from support.tiny_models import tiny_config
 

@@ -6,7 +6,7 @@ import inspect
 import pytest
 
 from sa_convert.errors import UnsupportedModelError
-from sa_convert.read.family import family_of
+from sa_convert.read.family_of import family_of
 from sa_convert.read.refusals import _BY_TYPE, NO_ENTRY
 from sa_convert.runtime import shared_attention_families
 from sa_convert.runtime.shared_attention_families import FAMILIES

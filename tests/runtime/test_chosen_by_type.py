@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 from sa_convert.domain.sharing_map import SharingMap
-from sa_convert.read.family import family_of
+from sa_convert.read.family_of import family_of
 from sa_convert.read.folder import open_folder
 from sa_convert.rewrite.processor import CLASSES, IMAGES, PROCESSOR, VIDEOS
 from sa_convert.rewrite.rewrite import rewrite_checkpoint

@@ -13,8 +13,8 @@ from sa_convert.models.task import NEXT_TOKEN, MaskedToken
 from sa_convert.observe.probe import Probe
 from sa_convert.observe.replay import Replay
 from sa_convert.observe.sequences import REPETITION, Sample, calibration_set
-from sa_convert.plan.plan import Subject
-from sa_convert.read.model import open_model
+from sa_convert.read.model_of import model_of
+from sa_convert.read.open_model import open_model
 from sa_convert.runtime.shared_attention_families import FAMILIES
 from sa_convert.search.scoring import _pass, collect
 from sa_convert.texts.text import load_text
@@ -29,7 +29,7 @@ NAMES = (
 
 def opened(folder, family, **changes):
     model = save_tiny(family, folder, **changes)
-    subject = Subject.of(open_model(str(folder)))
+    subject = model_of(open_model(str(folder)))
     return model, subject, Units(subject.geometry)
 
 

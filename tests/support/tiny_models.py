@@ -299,9 +299,9 @@ def save_tokenizer(folder: Path, words: int = 120) -> None:
 
 def geometry_of_folder(folder: Path) -> ModelGeometry:
     """The geometry of a saved model."""
-    from sa_convert.read.family import family_of
+    from sa_convert.read.family_of import family_of
     from sa_convert.read.folder import open_folder
-    from sa_convert.read.geometry import geometry_of
+    from sa_convert.read.geometry_of import geometry_of
 
     checkpoint = open_folder(folder)
     return geometry_of(checkpoint, family_of(checkpoint.config, checkpoint.tensors))

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, T5ForConditionalGeneration
 from sa_convert.domain.report import BaseModel, Change, PerplexityReport, Report, Savings
 from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.errors import CheckpointError, DataError, SaConvertError
-from sa_convert.jobs.evaluating import Options, evaluate
+from sa_convert.jobs.evaluating import EvaluateOptions, evaluate
 from sa_convert.measure.quality.cache_bytes import cache_bytes_per_token
 from sa_convert.measure.quality.decode import decode_check
 from sa_convert.measure.quality.perplexity import perplexity
@@ -32,7 +32,7 @@ from support.tiny_models import write_recipe
 from support.validation_models import tokenizer as byte_tokenizer
 
 SMALL = ["--sequences", 2, "--length", 64, "--device", "cpu"]
-OPTIONS = Options(sequences=2, length=64, device="cpu")
+OPTIONS = EvaluateOptions(sequences=2, length=64, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -353,11 +353,15 @@ def test_without_a_mask_token(folders, tmp_path):
 
 def test_positions_counted_from_behind_the_padding_token(folders):
     assert positions(folders["roberta"]) == 64
-    found = evaluate(str(folders["roberta"]), None, load_text("builtin"), Options(sequences=1, device="cpu"))
+    found = evaluate(str(folders["roberta"]), None, load_text("builtin"), EvaluateOptions(sequences=1, device="cpu"))
     assert found.length == 64
     with pytest.raises(SaConvertError, match="--length 66 is more than the 64 positions"):
-        evaluate(str(folders["roberta"]), None, load_text("builtin"), Options(sequences=1, length=66, device="cpu"))
-    long = evaluate(str(folders["bert"]), None, load_text("builtin"), Options(sequences=1, length=96, device="cpu"))
+        evaluate(
+            str(folders["roberta"]), None, load_text("builtin"), EvaluateOptions(sequences=1, length=66, device="cpu")
+        )
+    long = evaluate(
+        str(folders["bert"]), None, load_text("builtin"), EvaluateOptions(sequences=1, length=96, device="cpu")
+    )
     assert long.length == 96
 
 

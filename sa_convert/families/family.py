@@ -1,0 +1,120 @@
+"""What differs between model families: the frozen data that `sa_convert.families.table` reads from models/*.json.
+
+Every default is what Llama does. This file imports neither torch nor transformers.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+PREFIX = "shared_attention_"
+"""Before the base's model type in that of a converted model."""
+
+CLASS_PREFIX = "SharedAttention"
+"""Before the base's class in that of a converted model."""
+
+
+def changed(entry: Any, *left_out: str) -> dict[str, Any]:
+    """The fields of a dataclass that differ from their defaults, but for those left out."""
+    found = {each.name: (getattr(entry, each.name), each.default) for each in fields(entry)}
+    return {name: value for name, (value, usual) in found.items() if name not in left_out and value != usual}
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Attention of one kind in a model that has several: encoder, decoder and cross-attention."""
+
+    name: str
+    """As sharing maps name it: "decoder.cross"."""
+    layers: str
+    """Module path of the layers."""
+    attention: str
+    """Path of the attention module in a layer."""
+    heads: str = "num_attention_heads"
+    """Config key of the number of query heads."""
+    cross: bool = False
+    """Keys and values come from the encoder."""
+    query_input: str | None = None
+    """The norm in a layer whose output only the queries read, if there is one."""
+
+    # The converter alone reads these.
+    depth: str = "num_hidden_layers"
+    """Config key of the number of layers."""
+    caches: bool = True
+    """Keys and values are kept from one generated token to the next."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What travels with a converted model: the fields that differ from their defaults."""
+        return changed(self, "depth", "caches")
+
+
+@dataclass(frozen=True)
+class Modules:
+    """What the code that travels has to know of a family. Converted models carry it in config.json."""
+
+    layers: str = "model.layers"
+    """Module path of the layers."""
+    attention: str = "self_attn"
+    """Path of the attention module in a layer."""
+    heads: str = "num_attention_heads"
+    """Config key of the number of query heads."""
+    stacks: tuple[Stack, ...] = ()
+    """If the model has several kinds of attention: all of them, instead of layers, attention and heads."""
+
+    query: str = "q_proj"
+    """The projection that makes queries."""
+    key: str = "k_proj"
+    """The projection that makes keys."""
+    value: str = "v_proj"
+    """The projection that makes values."""
+    output: str = "o_proj"
+    """The projection after attention."""
+    output_outside: bool = False
+    """`output` is a path in the layer rather than in the attention module."""
+    fused: str | None = None
+    """The projection that makes queries, keys and values at once, instead of query, key and value."""
+    fused_order: str = "blocks"
+    """How its rows lie: "blocks" (all queries, all keys, all values) or "groups" (for each KV group its queries, its
+    key and its value)."""
+    transposed: bool = False
+    """Projections hold (input, output), as Conv1D does."""
+
+    query_norm: str | None = None
+    """The norm of queries, if there is one."""
+    key_norm: str | None = None
+    """The norm of keys, if there is one."""
+    norm: str = "shared"
+    """How these norms hold their weights: "shared" (one for all heads), "rows" (a row per head), "list" (a module per
+    head) or "joint" (over all heads together, so that only whole layers can reuse)."""
+    gate: str | None = None
+    """What scales the attention's output before `output`: "query" (rows beside each head's query in `query`; needs
+    plain_forward)."""
+    value_limit: str | None = None
+    """Config key of the bound that values are clamped to."""
+    output_norm: str | None = None
+    """The norm before `output`, if there is one."""
+    sinks: str | None = None
+    """The parameter with one attention sink per query head."""
+
+    bidirectional: bool = False
+    """Tokens see later ones, and nothing is cached."""
+    rotary: str = "all"
+    """Which layers rotate queries and keys: "all", "none", "sliding" (only those, if the model has a window) or
+    "no_rope_layers"."""
+    exchange: str = "keyword"
+    """How loans travel through the model's forward: as a "keyword", beside the rotary embeddings ("positions"), or, if
+    the family passes on neither, in a variable of the "thread"."""
+    plain_forward: bool = False
+    """Our own attention forward runs, since the family's own one fixes the number of heads."""
+    module: str | None = None
+    """The class of ours that runs the attention of a family with special steps."""
+    interface: bool = True
+    """The family's own code calls the attention interface of transformers 5."""
+    dropout: str = "attention_dropout"
+    """Attribute of the attention module that holds the dropout probability (needed with plain_forward)."""
+    output_dropout: str | None = None
+    """The dropout module after `output`."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What travels with a converted model: the fields that differ from Llama's."""
+        found = changed(self)
+        return found | {"stacks": [stack.to_json() for stack in self.stacks]} if self.stacks else found
