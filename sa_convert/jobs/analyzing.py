@@ -9,18 +9,21 @@ from sa_convert.console.amounts import format_percent
 from sa_convert.console.progress import notes, peak_memory
 from sa_convert.domain.analysis import Analysis, CalibrationText, CurvePoint, UnitCost
 from sa_convert.domain.checkpoint import Checkpoint
+from sa_convert.domain.geometry import ModelGeometry
 from sa_convert.domain.report import BaseModel
 from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.domain.units import Unit, Units
 from sa_convert.errors import RecipeError
 from sa_convert.models.trust import trusting
 from sa_convert.output.staging import staging
+from sa_convert.plan.conversion import resolved_recipe
 from sa_convert.present.files.analysis_folder import write_analysis
 from sa_convert.present.files.report_file import installed_versions
 from sa_convert.read.family_of import family_of
 from sa_convert.read.geometry_of import geometry_of
 from sa_convert.read.open_model import complete, open_model
 from sa_convert.read.remote_code import allow_code
+from sa_convert.treatments.share.plans import plan_of
 
 if TYPE_CHECKING:
     from sa_convert.domain.recipe import Recipe
@@ -85,7 +88,7 @@ def analyze(
         with trusting(checkpoint.folder, checkpoint.trusted):
             analysis = _analysis(checkpoint, units, options, announce)
         announce("drawing figures")
-        write_analysis(analysis, _recipe(analysis, options), stage.folder)
+        write_analysis(analysis, _resolved(analysis, units.geometry, _recipe(analysis, options)), stage.folder)
         stage.publish()
     return analysis
 
@@ -189,6 +192,11 @@ def _curve(steps: list["Step"], costs: "Costs", reference: "Reference") -> Itera
         )
 
 
+def _resolved(analysis: Analysis, geometry: ModelGeometry, recipe: "Recipe") -> "Recipe":
+    """With the plan of the analysis spelled out."""
+    return resolved_recipe(recipe, plan_of(analysis.sharing, geometry), geometry)
+
+
 def _recipe(analysis: Analysis, options: AnalyzeOptions) -> "Recipe":
     """The map with the refit and the gate of the shipped recipe that removes as much or next more."""
     from sa_convert.domain.recipe import Calibration, Recipe, Search, Sharing
@@ -196,7 +204,7 @@ def _recipe(analysis: Analysis, options: AnalyzeOptions) -> "Recipe":
 
     shipped = [load_recipe(name) for name in ("light", "balanced", "aggressive")]
     model = next(
-        (r for r in shipped if r.sharing.search and (r.sharing.search.key_cache or 0) >= options.key_cache - 1e-9),
+        (r for r in shipped if r.search and (r.search.key_cache or 0) >= options.key_cache - 1e-9),
         shipped[-1],
     )
     share = f"{analysis.key_cache_removed:.1%} of the {analysis.keys_name}"

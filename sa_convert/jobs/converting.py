@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from sa_convert.console.progress import notes, peak_memory
 from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.domain.model import Model
+from sa_convert.domain.plan import Plan
 from sa_convert.domain.report import BaseModel, Change, Report, Savings, Validation
-from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.domain.units import Units
 from sa_convert.models.auto_class import auto_class_name, prediction_task
 from sa_convert.models.trust import trusting
 from sa_convert.output.staging import Stage, staging
-from sa_convert.plan.plan import ConversionPlan, plan_conversion
+from sa_convert.plan.conversion import ConversionPlan, plan_conversion, resolved_recipe
 from sa_convert.present.files.report_file import installed_versions, write_report
 from sa_convert.read.model_of import model_of
 from sa_convert.read.open_model import complete, open_model
@@ -64,13 +64,13 @@ def plan(
     """What `convert` would do. From headers alone, unless the recipe asks for a search, which then runs."""
     subject = _described(model, options, announce)
     recipe = _with_text(recipe, options)
-    if recipe.sharing.search is None:
+    if recipe.search is None:
         return plan_conversion(subject, recipe)
     _check_calibration(subject, recipe)
     with TemporaryDirectory(prefix="sa-convert-") as workspace:
         loaded = _complete(subject, model, Path(workspace), options, announce)
         found = _calibrate(loaded, recipe, None, options, announce, refits=False)
-    return plan_conversion(subject, recipe, found.sharing)
+    return plan_conversion(subject, recipe, found.plan)
 
 
 def convert(
@@ -91,7 +91,7 @@ def convert(
     described = subject.checkpoint
     if options.validate:
         prediction_task(described.config, model)
-    conversion = None if recipe.sharing.search else plan_conversion(subject, recipe)
+    conversion = None if recipe.search else plan_conversion(subject, recipe)
     _check_calibration(subject, recipe)
     space = needed_bytes(described, conversion.edits if conversion else {})
     space += 0 if described.is_safetensors else described.weight_bytes
@@ -99,9 +99,8 @@ def convert(
         subject = _complete(subject, model, stage.root / "workspace", options, announce)
         found = None
         if recipe.needs:
-            sharing = conversion.sharing if conversion else None
-            found = _calibrate(subject, recipe, sharing, options, announce)
-        conversion = plan_conversion(subject, recipe, found.sharing if found else None)
+            found = _calibrate(subject, recipe, conversion.plan if conversion else None, options, announce)
+        conversion = plan_conversion(subject, recipe, found.plan if found else None)
         if found and found.refit:
             file = stage.workspace / "refitted.safetensors"
             refitted = refit_edits(
@@ -110,7 +109,7 @@ def convert(
             conversion = replace(conversion, edits={**conversion.edits, **refitted})
         announce("rewriting weights")
         written = rewrite_checkpoint(
-            conversion.checkpoint, conversion.family, conversion.sharing, conversion.edits, stage.folder
+            conversion.model.checkpoint, conversion.model.family, conversion.plan, conversion.edits, stage.folder
         )
         validation = _validate(conversion, recipe, options, stage, announce) if options.validate else None
         report = _report(conversion, written, validation, recipe_name)
@@ -149,10 +148,10 @@ def _with_text(recipe: "Recipe", options: ConvertOptions) -> "Recipe":
 
 def _check_calibration(subject: Model, recipe: "Recipe") -> None:
     """What can be refused before weights are read. Raises RecipeError, CheckpointError."""
-    if recipe.sharing.search is not None:
+    if recipe.search is not None:
         from sa_convert.search.budget import check_budget
 
-        check_budget(Units(subject.geometry), recipe.sharing.search, recipe.origin)
+        check_budget(Units(subject.geometry), recipe.search, recipe.origin)
     if recipe.refit == "ridge":
         check_refittable(subject.checkpoint, subject.family, subject.geometry)
 
@@ -160,7 +159,7 @@ def _check_calibration(subject: Model, recipe: "Recipe") -> None:
 def _calibrate(
     subject: Model,
     recipe: "Recipe",
-    sharing: SharingMap | None,
+    plan: Plan | None,
     options: ConvertOptions,
     announce: Announce,
     refits: bool = True,
@@ -171,7 +170,7 @@ def _calibrate(
     announce("loading the model to calibrate it")
     with trusting(subject.checkpoint.folder, subject.checkpoint.trusted):
         found = calibrate(
-            subject.checkpoint, subject.family, subject.geometry, recipe, sharing, options.device, options.dtype,
+            subject.checkpoint, subject.family, subject.geometry, recipe, plan, options.device, options.dtype,
             options.layer_by_layer, refits, announce,
         )  # fmt: skip
     announce(f"calibrated; peak memory {human_bytes(peak_memory())}")
@@ -186,9 +185,9 @@ def _validate(
     from sa_convert.texts.text import load_text
 
     announce("validating")
-    with trusting(conversion.checkpoint.folder, conversion.checkpoint.trusted):
+    with trusting(conversion.model.checkpoint.folder, conversion.model.checkpoint.trusted):
         validation = validate(
-            conversion.checkpoint.folder,
+            conversion.model.checkpoint.folder,
             stage.folder,
             load_text(recipe.calibration.text),
             recipe.gate.max_perplexity_increase,
@@ -204,7 +203,7 @@ def _report(
     conversion: ConversionPlan, written: Written, validation: Validation | None, recipe_name: str | None
 ) -> Report:
     """Sizes are those of the files as written, and of a real cache where one was measured."""
-    checkpoint = conversion.checkpoint
+    checkpoint = conversion.model.checkpoint
     code = checkpoint.code if checkpoint.trusted else ()
     savings: Savings = replace(
         conversion.savings, checkpoint_bytes=Change(checkpoint.weight_bytes, written.total_bytes)
@@ -213,10 +212,9 @@ def _report(
         savings = replace(savings, cache_bytes_per_token=validation.cache_bytes_per_token)
     return Report(
         base_model=BaseModel.of(checkpoint.identity, checkpoint.revision).with_code(code),
-        family=conversion.family.model_type,
-        sharing=conversion.sharing,
-        reused_groups=conversion.reused_groups,
-        total_groups=conversion.geometry.total_groups,
+        family=conversion.model.family.model_type,
+        stacks=conversion.model.geometry.stacks,
+        treated=conversion.treated,
         savings=savings,
         perplexity=validation.perplexity if validation else None,
         decode_check=validation.decode_check if validation else None,
@@ -231,13 +229,13 @@ def _report(
 
 def _publish(report: Report, conversion: ConversionPlan, recipe: "Recipe", stage: Stage) -> None:
     from sa_convert.plan.recipe_file import dump_recipe
-    from sa_convert.present.charts import map_figure as figure
+    from sa_convert.present.charts import plan_figure as figure
     from sa_convert.present.files.card import write_card
 
-    resolved = dump_recipe(recipe, conversion.sharing)
+    resolved = dump_recipe(resolved_recipe(recipe, conversion.plan, conversion.model.geometry))
     (stage.folder / RECIPE_FILE).write_text(resolved, encoding="utf-8")
     write_report(report, stage.folder)
-    figure.sharing_figure(conversion.sharing, conversion.geometry, stage.folder / figure.FILE)
-    card = conversion.checkpoint.folder / "README.md"
+    figure.plan_figure(conversion.plan, conversion.model.geometry, stage.folder / figure.FILE)
+    card = conversion.model.checkpoint.folder / "README.md"
     write_card(report, resolved, stage.folder, card if card.exists() else None)
     stage.publish()

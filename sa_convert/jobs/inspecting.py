@@ -1,4 +1,4 @@
-"""What a model is and what of it can be shared, from config.json and headers alone."""
+"""What a model is and what can be done to it, from config.json and headers alone."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -6,44 +6,27 @@ from typing import Any
 
 from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.domain.geometry import ModelGeometry
-from sa_convert.domain.sharing_map import SharingMap
-from sa_convert.domain.stacks import place_of
+from sa_convert.domain.model import Model
+from sa_convert.domain.plan import Plan
+from sa_convert.domain.treated import Inspected
 from sa_convert.errors import UnsupportedModelError
 from sa_convert.plan.converted import converted_parts
+from sa_convert.plan.savings import bytes_per_token
 from sa_convert.read.family_of import family_of
 from sa_convert.read.geometry_of import geometry_of
 from sa_convert.runtime.shared_attention_families import PREFIX
-from sa_convert.treatments.share.rules import layer_difference
-from sa_convert.treatments.share.savings import cache_bytes
-
-FIRST_OF_ITS_KIND = "no earlier layer of its kind"
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Layers whose attention means the same, so that each can reuse the earlier ones.
-
-    reusing: layers that can reuse. groups: their KV groups, which is what sharing could remove at most.
-    """
-
-    stack: str
-    attention: str
-    window: int | None
-    rotary: bool
-    layers: tuple[int, ...]
-    reusing: tuple[int, ...]
-    groups: int
+from sa_convert.treatments.registry import treatments
 
 
 @dataclass(frozen=True)
 class Inspection:
     """What `sa-convert inspect` tells. Whatever could not be known is None.
 
-    reason: why nothing can be shared, or None. geometry: None for models that cannot be converted; layers, heads and
-    groups are then what config.json says. layers: of all stacks together. query_heads, kv_groups, head_dim: of the
-    first layer with softmax attention. dtypes: elements by dtype. checkpoint_bytes: of the tensors.
+    reason: why no treatment can be done to it, or None. geometry: None for models that cannot be converted; layers,
+    heads and groups are then what config.json says. layers: of all stacks together. query_heads, kv_groups, head_dim:
+    of the first layer with softmax attention. dtypes: elements by dtype. checkpoint_bytes: of the tensors.
     cache_bytes_per_token: one sequence, in the dtype of the weights; with cross-attention, of a token that is read and
-    one that is written; 0 for a model that caches nothing. shared: the map of a model that shares already.
+    one that is written; 0 for a model that caches nothing. treatments: what each treatment says.
     """
 
     model: str
@@ -56,8 +39,7 @@ class Inspection:
     kv_groups: int | None
     head_dim: int | None
     geometry: ModelGeometry | None
-    kinds: tuple[Kind, ...]
-    shared: SharingMap | None
+    treatments: tuple[Inspected, ...]
     tensors: int
     shards: int
     parameters: int
@@ -65,20 +47,10 @@ class Inspection:
     checkpoint_bytes: int
     cache_bytes_per_token: int | None
 
-    @property
-    def total_groups(self) -> int | None:
-        return self.geometry.total_groups if self.geometry else None
-
-    @property
-    def shareable_groups(self) -> int:
-        """KV groups that sharing could remove at most."""
-        return 0 if self.reason else sum(kind.groups for kind in self.kinds)
-
     def to_json(self) -> dict[str, Any]:
         """Plain data for `--json`."""
-        content = {key: value for key, value in vars(self).items() if key not in ("geometry", "kinds", "shared")}
+        content = {key: value for key, value in vars(self).items() if key not in ("geometry", "treatments")}
         geometry = self.geometry
-        first = sorted(kind.layers[0] for kind in self.kinds)
         attention = geometry and [
             {"layer": geometry.label(at), **asdict(layer)} for at, layer in enumerate(geometry.layers)
         ]
@@ -87,23 +59,8 @@ class Inspection:
             "granularity": geometry.granularity if geometry else None,
             "stacks": dict(geometry.stacks) if geometry else {},
             "attention": attention,
-            "sharing": {
-                "possible": self.reason is None,
-                "reason": self.reason,
-                "total_groups": self.total_groups,
-                "shareable_groups": self.shareable_groups,
-                "kinds": [self._kind_json(kind) for kind in self.kinds],
-                "layers_without_source": {geometry.label(at): FIRST_OF_ITS_KIND for at in first} if geometry else {},
-                "reused_groups": self.shared.reused_groups(geometry) if self.shared and geometry else 0,
-                "layers": self.shared.to_json() if self.shared else {},
-            },
+            **{key: value for inspected in self.treatments for key, value in inspected.section.items()},
         }
-
-    def _kind_json(self, kind: Kind) -> dict[str, Any]:
-        """Layers by their numbers in the stack."""
-        stacks = self.geometry.stacks if self.geometry else ()
-        numbers = {key: [place_of(stacks, layer)[1] for layer in getattr(kind, key)] for key in ("layers", "reusing")}
-        return {**asdict(kind), **numbers}
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
@@ -112,21 +69,22 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     Raises CheckpointError where the files contradict each other.
     """
     config, tensors = checkpoint.config, checkpoint.tensors
-    family = geometry = reason = shared = cache = None
+    family = geometry = reason = plan = cache = None
     try:
         if str(config.get("model_type")).startswith(PREFIX) and isinstance(config.get("shared_attention"), Mapping):
-            family, geometry, shared = converted_parts(checkpoint)
-            cache = cache_bytes(checkpoint, family, geometry, shared)
+            model, plan = converted_parts(checkpoint)
+            family, geometry = model.family, model.geometry
+            cache = bytes_per_token(model, plan)
             reason = "The model shares attention already; convert its base model with another recipe."
         else:
             family = family_of(config, tensors)
             geometry = geometry_of(checkpoint, family)
-            cache = cache_bytes(checkpoint, family, geometry, SharingMap())
+            cache = bytes_per_token(Model(checkpoint=checkpoint, family=family, geometry=geometry), Plan())
     except UnsupportedModelError as error:
         reason = str(error)
-    kinds = _kinds(geometry) if geometry else ()
-    if reason is None and not any(kind.reusing for kind in kinds):
-        reason = "Every layer is the only one of its kind, so none has an earlier layer to reuse."
+    told = tuple(treatment.inspected(geometry, plan, reason) for treatment in treatments())
+    if reason is None and all(inspected.reason for inspected in told):
+        reason = told[0].reason
     dtypes: dict[str, int] = {}
     for tensor in tensors.values():
         dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.elements
@@ -142,8 +100,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         kv_groups=first.groups if first else _told(config, "num_key_value_heads", "num_kv_heads"),
         head_dim=first.head_dim if first else _told(config, "head_dim"),
         geometry=geometry,
-        kinds=kinds,
-        shared=shared,
+        treatments=told,
         tensors=len(tensors),
         shards=len(checkpoint.shards),
         parameters=sum(dtypes.values()),
@@ -151,26 +108,6 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         checkpoint_bytes=sum(tensor.bytes for tensor in tensors.values()),
         cache_bytes_per_token=cache,
     )
-
-
-def _kinds(geometry: ModelGeometry) -> tuple[Kind, ...]:
-    """The classes of layers that the rules of sharing allow to share, by their first layers."""
-    classes: list[list[int]] = []
-    for index, layer in enumerate(geometry.layers):
-        if not layer.heads:
-            continue
-        home = next((c for c in classes if layer_difference(geometry.layers[c[0]], layer) is None), None)
-        if home is None:
-            classes.append([index])
-        else:
-            home.append(index)
-    kinds = []
-    for members in classes:
-        first = geometry.layers[members[0]]
-        groups = sum(geometry.layers[index].groups for index in members[1:])
-        reusing = tuple(members[1:])
-        kinds.append(Kind(first.stack, first.attention, first.window, first.rotary, tuple(members), reusing, groups))
-    return tuple(kinds)
 
 
 def _told(config: Mapping[str, Any], *keys: str) -> int | None:

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sa_convert.domain.checkpoint import TensorEdit
+from sa_convert.domain.geometry import ModelGeometry
 from sa_convert.domain.model import Model
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.report import Savings
+from sa_convert.domain.stacks import parse_label
 from sa_convert.domain.treated import Treated
 from sa_convert.errors import RecipeError
 from sa_convert.plan.savings import plan_savings
@@ -51,8 +53,41 @@ def plan_conversion(model: Model, recipe: "Recipe", plan: Plan | None = None) ->
 
 def planned(recipe: "Recipe", model: Model) -> Plan:
     """The plan that a recipe spells out. Raises RecipeError, naming the line, and PlanError."""
+    if recipe.plan is not None:
+        return _explicit(recipe, model.geometry)
     found = (treatment.from_recipe(recipe, model.geometry) for treatment in treatments())
     return next((plan for plan in found if plan is not None), Plan(stacks=model.geometry.stacks))
+
+
+def _explicit(recipe: "Recipe", geometry: ModelGeometry) -> Plan:
+    """Raises RecipeError, naming the line, if the plan names a layer that the model does not have."""
+    assert recipe.plan is not None
+    for label in recipe.plan:
+        where = recipe.origin.at("plan", label)
+        stack, number = parse_label(label)
+        depth = dict(geometry.stacks or (("", len(geometry.layers)),)).get(stack)
+        if depth is None:
+            names = ", ".join(name for name, _ in geometry.stacks)
+            hint = f"this model has the stacks {names}" if names else "this model has plain numbers"
+            raise RecipeError(f"{where}: there is no layer '{label}'; {hint}")
+        if number >= depth:
+            raise RecipeError(f"{where}: there is no layer '{label}'; the model has layers 0 to {depth - 1}")
+    return Plan.from_json(recipe.plan, geometry.stacks)
+
+
+def resolved_recipe(recipe: "Recipe", plan: Plan, geometry: ModelGeometry) -> "Recipe":
+    """The same recipe with its plan spelled out: run again, it gives the same folder."""
+    used = used_in(plan)
+    told = used[0].to_recipe(plan, geometry) if len(used) == 1 else None
+    if told is None:
+        told = {
+            "plan": {int(key) if key.isdigit() else key: _by_number(groups) for key, groups in plan.to_json().items()}
+        }
+    return recipe.resolved(told)
+
+
+def _by_number(groups: Any) -> Any:
+    return groups if isinstance(groups, str) else {int(group): told for group, told in groups.items()}
 
 
 def check_plan(plan: Plan, model: Model) -> None:

@@ -1,4 +1,4 @@
-"""Calibration as a whole: what a recipe leaves to be found on text, its map and its refitted matrices."""
+"""Calibration as a whole: what a recipe leaves to be found on text, its plan and its refitted matrices."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.domain.geometry import ModelGeometry
-from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.domain.plan import Plan
 from sa_convert.domain.units import Units
 from sa_convert.heal.refit import Refit, refit
 from sa_convert.observe.session import Session, open_session
@@ -15,6 +15,7 @@ from sa_convert.runtime.shared_attention_families import Family
 from sa_convert.search.budget import check_budget, too_much
 from sa_convert.search.choose import Step, path, rounds
 from sa_convert.search.within import within_limit
+from sa_convert.treatments.share.plans import map_of, plan_of
 
 if TYPE_CHECKING:
     from sa_convert.domain.recipe import Origin, Recipe, Search
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """sharing: the recipe's map, or the one that was found. step, refit: None where the recipe asks for none."""
+    """plan: the recipe's, or the one that was found. step, refit: None where the recipe asks for none."""
 
-    sharing: SharingMap
+    plan: Plan
     step: Step | None
     refit: Refit | None
 
@@ -34,7 +35,7 @@ def calibrate(
     family: Family,
     geometry: ModelGeometry,
     recipe: "Recipe",
-    sharing: SharingMap | None,
+    plan: Plan | None,
     device: str = "auto",
     dtype: str = "auto",
     layer_by_layer: bool = False,
@@ -43,13 +44,13 @@ def calibrate(
 ) -> Calibrated:
     """Search and refit as the recipe says.
 
-    checkpoint: with its weights in `folder`. sharing: the recipe's map; None: to be searched. refits: False leaves the
+    checkpoint: with its weights in `folder`. plan: the recipe's; None: to be searched. refits: False leaves the
     refit out. layer_by_layer: see `open_session`. announce: told each step. Raises RecipeError (a budget that cannot be
     met), DataError (text, tokenizer) and CheckpointError (a model that cannot be loaded, or overflows).
     """
     refits = refits and recipe.refit == "ridge"
-    search = recipe.sharing.search
-    if sharing is None:
+    search = recipe.search
+    if plan is None:
         assert search is not None
         check_budget(Units(geometry), search, recipe.origin)
     with open_session(
@@ -59,12 +60,12 @@ def calibrate(
         announce(f"calibrating on {how}; costs by {session.measure}")
         reference = Reference(session.probe, session.samples.held_out)
         step = None
-        if sharing is None:
+        if plan is None:
             assert search is not None
             step = _search(session, search, reference, recipe.origin, recipe.refit == "ridge")
-            sharing = step.sharing
-        found = refit(session, sharing.layers, reference) if refits else None
-    return Calibrated(sharing, step, found)
+            plan = plan_of(step.sharing, geometry)
+        found = refit(session, map_of(plan, geometry).layers, reference) if refits else None
+    return Calibrated(plan, step, found)
 
 
 def _search(session: Session, search: "Search", reference: Reference, origin: "Origin", refits: bool) -> Step:

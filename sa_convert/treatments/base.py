@@ -77,10 +77,6 @@ class Treatment:
         """What happens to tensors, besides the queries and keys of heads without scores, which go anyway."""
         return {}
 
-    def work(self, layer: LayerGeometry, arguments: Arguments, tokens: int) -> int:
-        """Elements that one KV group reads besides weights and cache in a decode step after so many tokens."""
-        return 0
-
     # How it is searched for.
 
     def trial(self, plan: Plan) -> "Trial | None":

@@ -1,7 +1,8 @@
 """Where queries, keys and values lie in one fused projection.
 
 Counted in heads, that is in `head_dim` rows. A layer that has lost queries or keys keeps its own queries, its own keys
-and all values, in this order, whatever the order of the base was: the exported code then splits them without moving any.
+and all values, in this order, whatever the order of the base was: the code that travels then splits them without moving
+any.
 """
 
 from collections.abc import Sequence

@@ -8,7 +8,9 @@ from sa_convert.domain.plan import Plan
 from sa_convert.treatments.registry import treatments
 
 
-def layer_answers(plan: Plan, geometry: ModelGeometry, index: int, value_size: int | None = None) -> tuple[Answers, ...]:
+def layer_answers(
+    plan: Plan, geometry: ModelGeometry, index: int, value_size: int | None = None
+) -> tuple[Answers, ...]:
     """The answers of each KV group of a layer. value_size: elements of a head's value; None: as many as of its key."""
     layer = geometry.layers[index]
     values = layer.head_dim if value_size is None else value_size

@@ -92,9 +92,7 @@ def _shared_already(geometry: ModelGeometry | None, shared: SharingMap | None) -
         yield "Shares already", f"{reused} of {geometry.total_groups} KV groups, in layers {layers}"
 
 
-def _possible(
-    geometry: ModelGeometry | None, kinds: tuple[Kind, ...], reason: str | None
-) -> Iterator[tuple[str, str]]:
+def _possible(geometry: ModelGeometry | None, kinds: tuple[Kind, ...], reason: str | None) -> Iterator[tuple[str, str]]:
     if reason or geometry is None:
         yield "Can share", f"no: {reason}"
         return

@@ -1,4 +1,6 @@
-"""A sharing map as the part of a plan that it is, and back."""
+"""A sharing map as the part of a plan that it is, and back; and as recipes have it."""
+
+from typing import Any
 
 from sa_convert.domain.geometry import ModelGeometry
 from sa_convert.domain.plan import Plan
@@ -32,3 +34,12 @@ def map_of(plan: Plan, geometry: ModelGeometry) -> SharingMap:
             for head, source in zip(layer.heads_of(group), sources, strict=True):
                 row[head] = source and (layer_of(geometry.stacks, stack, source[0]), source[1])
     return SharingMap({index: tuple(row) for index, row in rows.items()}, geometry.stacks)
+
+
+def recipe_of(sharing: SharingMap) -> dict[str, Any]:
+    """The key of a recipe that spells the map out."""
+    from sa_convert.domain.recipe import Sharing
+
+    heads = {label: tuple(source and tuple(source) for source in row) for label, row in sharing.to_json().items()}
+    rows = {int(label) if label.isdigit() else label: row for label, row in heads.items()}
+    return {"sharing": Sharing.model_construct(map=rows)}

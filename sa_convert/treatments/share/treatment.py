@@ -17,7 +17,7 @@ from sa_convert.errors import PlanError
 from sa_convert.treatments.base import Treatment
 from sa_convert.treatments.share import drawing
 from sa_convert.treatments.share.inspecting import inspected
-from sa_convert.treatments.share.plans import map_of, plan_of
+from sa_convert.treatments.share.plans import map_of, plan_of, recipe_of
 from sa_convert.treatments.share.rules import check_map
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ class ShareTreatment(Treatment):
 
     def parse(self, arguments: Any) -> Arguments:
         if not _is_list(arguments) or not arguments:
-            raise RecipeValueError("share lists null or [source layer, source head] for each query head of the KV group")
+            raise RecipeValueError(
+                "share lists null or [source layer, source head] for each query head of the KV group"
+            )
         for at, source in enumerate(arguments):
             if source is not None and not _is_place(source):
                 raise RecipeValueError(f"{source!r} is neither null nor [source layer, source head]", at)
@@ -65,21 +67,12 @@ class ShareTreatment(Treatment):
         return plan_of(sharing, geometry)
 
     def to_recipe(self, plan: Plan, geometry: ModelGeometry) -> dict[str, Any]:
-        from sa_convert.domain.recipe import Sharing
-
-        rows = map_of(plan, geometry).to_json()
-        heads = {label: tuple(source and tuple(source) for source in row) for label, row in rows.items()}
-        by_number = {int(label) if label.isdigit() else label: row for label, row in heads.items()}
-        return {"sharing": Sharing.model_construct(map=by_number)}
+        return recipe_of(map_of(plan, geometry))
 
     def answers(self, before: Answers, layer: LayerGeometry, arguments: Arguments) -> Answers:
         borrowed = {head for head, source in zip(before.heads, arguments, strict=True) if source is not None}
         scores = tuple(head for head in before.scores if head not in borrowed)
         return replace(before, scores=scores, keys=before.keys if scores else 0)
-
-    def work(self, layer: LayerGeometry, arguments: Arguments, tokens: int) -> int:
-        """A borrowed probability for each token in view."""
-        return sum(source is not None for source in arguments) * tokens
 
     def treated(self, plan: Plan, geometry: ModelGeometry) -> Treated:
         return drawing.treated(map_of(plan, geometry), geometry)
