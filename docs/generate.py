@@ -13,9 +13,10 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 
 from tiny_models import kinds_of  # noqa: E402
 
-from sa_convert.read.auto_classes import FILE as AUTO_CLASSES  # noqa: E402
-from sa_convert.read.auto_classes import classes_in_transformers  # noqa: E402
-from sa_convert.runtime.shared_attention_families import FAMILIES, Family  # noqa: E402
+from sa_convert.families.auto_classes import FILE as AUTO_CLASSES  # noqa: E402
+from sa_convert.families.auto_classes import classes_in_transformers  # noqa: E402
+from sa_convert.families.family import Family  # noqa: E402
+from sa_convert.families.table import FAMILIES  # noqa: E402
 
 PAGE = Path(__file__).parent / "families.md"
 CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
@@ -116,33 +117,33 @@ def kind(family: Family) -> str:
         return "encoder-decoder"
     if family.text:
         return "language model in a multimodal one"
-    what = "encoder" if family.bidirectional else "decoder"
+    what = "encoder" if family.modules.bidirectional else "decoder"
     return f"{what}, some layers" if family.mixed else what
 
 
 def remarks(family: Family) -> list[str]:
     found = []
-    if family.query_norm:
-        found.append(f"norms of queries and keys: {NORMS[family.norm]}")
-    if family.fused:
-        found.append(f"fused `{family.fused}`")
-    if family.gate:
+    if family.modules.query_norm:
+        found.append(f"norms of queries and keys: {NORMS[family.modules.norm]}")
+    if family.modules.fused:
+        found.append(f"fused `{family.modules.fused}`")
+    if family.modules.gate:
         found.append("gated output")
-    if family.sinks:
+    if family.modules.sinks:
         found.append("attention sinks of reusing heads go too")
-    if family.rotary == "sliding":
+    if family.modules.rotary == "sliding":
         found.append("only sliding layers rotate queries and keys")
-    if family.rotary == "no_rope_layers":
+    if family.modules.rotary == "no_rope_layers":
         found.append("layers with and without rotation do not share")
-    if family.module:
+    if family.modules.module:
         found.append("our own attention forward, for this family")
-    elif family.plain_forward:
+    elif family.modules.plain_forward:
         found.append("our own attention forward")
     return found
 
 
 def row(family: Family) -> str:
-    sliding = SLIDING[family.sliding].format(period=family.period)
+    sliding = SLIDING[family.windows.sliding].format(period=family.windows.period)
     for wrong, right in ORDINAL.items():
         sliding = sliding.replace(wrong, right)
     unit = "layer" if family.granularity == "layer" else "head (keys: KV group)"
