@@ -1,6 +1,6 @@
 """Writes what code knows best: the table of supported families, and which auto classes load them.
 
-python docs/generate.py           # writes docs/families.md and sa_convert/read/auto_classes.json
+python docs/generate.py           # writes docs/families.md and sa_convert/families/auto_classes.json
 python docs/generate.py --check   # fails where the file is not what would be written
 """
 
@@ -13,9 +13,9 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 
 from tiny_models import kinds_of  # noqa: E402
 
-from sa_convert.families.auto_classes import FILE as AUTO_CLASSES  # noqa: E402
-from sa_convert.families.auto_classes import classes_in_transformers  # noqa: E402
 from sa_convert.families.family import Family  # noqa: E402
+from sa_convert.families.model_classes import FILE as AUTO_CLASSES  # noqa: E402
+from sa_convert.families.model_classes import classes_in_transformers  # noqa: E402
 from sa_convert.families.table import FAMILIES  # noqa: E402
 
 PAGE = Path(__file__).parent / "families.md"
@@ -24,10 +24,10 @@ PINNED = re.findall(r"^transformers==(\d+\.\d+)", CONSTRAINTS.read_text(), re.MU
 """The minor version of transformers that the tests run with."""
 HEAD = """# Supported families
 
-This page is generated from `sa_convert/runtime/shared_attention_families.py` by `python docs/generate.py`; a test
-fails where the two differ. The family is chosen by `model_type` in config.json, never by a model's name; the class that
-is converted is the one that config.json names under `architectures` (LlamaForSequenceClassification and BertModel as
-well as those below), and the converted class derives from it.
+This page is generated from the data files in `sa_convert/families/models` by `python docs/generate.py`; a test fails if
+the two differ. The family is chosen by `model_type` in config.json, never by a model's name. The class that is
+converted is the one that config.json names under `architectures`: LlamaForSequenceClassification and BertModel as well
+as those below. The converted class derives from it.
 
 Every family is converted through the command line by `tests/test_families.py`, from a tiny random model. *Maps* says
 with which: *span* (whole layers, same heads, as in the paper), *layers* (whole layers, other heads), *groups* (whole KV
@@ -61,17 +61,18 @@ that transformers knows: converted, or refused and why.
 
 1. Look at the attention class in `transformers/models/<type>/modeling_<type>.py`: how it names its projections, whether
    one makes queries, keys and values together (and in which order its rows lie), what norms them, what masks them.
-2. Write one entry in `shared_attention_families.py`: model type, config class, the class that most checkpoints name,
-   and what differs from Llama's names. The docstring of `Family` explains every field. Give `tokenizer` what
-   `TOKENIZER_MAPPING_NAMES` of transformers has for the type.
-3. If its own forward fixes the number of heads, or does not call the attention interface, add `plain_forward=True`; if
-   it takes steps of its own (ALiBi, tables of positions), a small class in `shared_attention_modules.py`, named by
-   `module`.
+2. Copy the file of its nearest neighbour in `sa_convert/families/models` to `<type>.json`, and change it: the config
+   class, the class that most checkpoints name, and what differs from Llama. In `sa_convert/families/family.py` each
+   field has a sentence beside it. If the two differ in little, write `"like": "<neighbour>"` and only that. Give
+   `tokenizer` what `TOKENIZER_MAPPING_NAMES` of transformers has for the type.
+3. If its own forward fixes the number of heads, or does not call the attention interface, add `"plain_forward": true`
+   to `modules`. If it takes steps of its own (ALiBi, tables of positions), write a small class in
+   `shared_attention_modules.py`, named by `module`.
 4. Run `pytest -k <type> tests/test_families.py tests/test_geometry.py tests/test_rewrite_model.py
-   tests/test_calibrate_families.py`. They find the entry by themselves. If the default config is no small one, or hides
+   tests/test_calibrate_families.py`. They find the file by themselves. If the default config is no small one, or hides
    what is special, add the options that bring it out to `SPECIAL` in `tests/tiny_models.py`: data, not code.
-5. Run `pytest tests/test_transformers_4.py -k <type>`; where transformers 4.57 computes the family by code of its own,
-   write `transformers_5=True`, and converted folders say so there.
+5. Run `pytest tests/test_transformers_4.py -k <type>`. If transformers 4.57 computes the family by code of its own,
+   write `"transformers_5": true`, and converted folders say so there.
 6. Run `python docs/generate.py` and `python docs/benchmarks/smoke.py`.
 """
 # Types that transformers 4.57 does not have; tests/test_transformers_4.py compares.

@@ -12,9 +12,9 @@ from conftest import ROOT, run_cli
 from forced_softmax import forced
 from tiny_models import geometry_of_folder, make_map, save_tiny, save_tokenizer, write_recipe
 
+from sa_convert.families.model_classes import model_classes_of
+from sa_convert.families.table import FAMILIES
 from sa_convert.models.auto_class import auto_class_name
-from sa_convert.read.auto_classes import model_classes_of
-from sa_convert.runtime.shared_attention_families import FAMILIES
 
 TYPES = ("qwen3", "gpt2", "bert", "gemma3_text", "t5", "bart")
 OF_THE_BASE = {

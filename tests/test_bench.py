@@ -28,15 +28,15 @@ from sa_convert.measure.speed import peak_memory as memory
 from sa_convert.measure.speed.expected_work import Attention, attention_layers, prefill_flops, step_bytes
 from sa_convert.measure.speed.parameters_read import parameters_read, weights_of
 from sa_convert.measure.speed.process import workers
-from sa_convert.measure.speed.request import Options, contexts_of
+from sa_convert.measure.speed.request import BenchOptions, contexts_of
 from sa_convert.measure.speed.runner import Runner
 from sa_convert.measure.speed.turns import block_sizes
 from sa_convert.measure.speed.worker import _explained
 from sa_convert.models.arguments import cache_keyword, cache_of
 from sa_convert.models.subject import open_subject
-from sa_convert.read.model import open_model
+from sa_convert.read.open_model import open_model
 
-SMALL = Options(contexts=(8,), batches=(1,), steps=3, repeats=2, device="cpu", threads=1)
+SMALL = BenchOptions(contexts=(8,), batches=(1,), steps=3, repeats=2, device="cpu", threads=1)
 # The tiny Llama of validation_models: 5 layers, 2 of which share in the converted one.
 HIDDEN, INNER, DEPTH, REUSING, HEADS, GROUPS, SIZE = 64, 96, 5, 2, 4, 2, 16
 
@@ -300,7 +300,7 @@ def test_models_that_cannot_be_compared(base, tmp_path):
     with pytest.raises(CheckpointError, match="mistral is of type mistral and base of type llama"):
         bench(str(tmp_path / "mistral"), str(base), SMALL)
     save_tiny("bert", tmp_path / "bert")
-    static = Options(**{**vars(SMALL), "static": True})
+    static = BenchOptions(**{**vars(SMALL), "static": True})
     with pytest.raises(SaConvertError, match="--cache static: bert does masked-token prediction"):
         bench(str(tmp_path / "bert"), str(tmp_path / "bert"), static)
 
@@ -310,14 +310,14 @@ def test_contexts_and_positions(base, tmp_path):
         return open_subject(str(folder), tmp_path / "workspace", "float32", False)
 
     with pytest.raises(SaConvertError, match=r"base: a context of 254 and 3 new tokens is more than .* 256 positions"):
-        bench(str(base), str(base), Options(**{**vars(SMALL), "contexts": (8, 254)}))
+        bench(str(base), str(base), BenchOptions(**{**vars(SMALL), "contexts": (8, 254)}))
     small = save_tiny("llama", tmp_path / "small", max_position_embeddings=2100)
     assert small is not None
-    assert contexts_of(Options(), [subject(base), subject(tmp_path / "small")], 32) == ([128], [512, 2048, 4096])
-    assert contexts_of(Options(), [subject(tmp_path / "small")], 60) == ([128, 512], [2048, 4096])
+    assert contexts_of(BenchOptions(), [subject(base), subject(tmp_path / "small")], 32) == ([128], [512, 2048, 4096])
+    assert contexts_of(BenchOptions(), [subject(tmp_path / "small")], 60) == ([128, 512], [2048, 4096])
     save_tiny("llama", tmp_path / "smallest", max_position_embeddings=64)
     with pytest.raises(SaConvertError, match=r"smallest: .* 64 positions: give smaller --contexts or --new-tokens"):
-        contexts_of(Options(), [subject(tmp_path / "smallest")], 32)
+        contexts_of(BenchOptions(), [subject(tmp_path / "smallest")], 32)
 
 
 def test_wrong_usage(base, tmp_path):

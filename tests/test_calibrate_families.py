@@ -5,12 +5,12 @@ import torch
 from tiny_models import save_tiny, save_tokenizer
 
 from sa_convert.domain.recipe import Calibration
+from sa_convert.families.table import FAMILIES
 from sa_convert.heal.refit import refit
 from sa_convert.observe.session import open_session
 from sa_convert.observe.tried import Reference
-from sa_convert.plan.plan import Subject
-from sa_convert.read.model import open_model
-from sa_convert.runtime.shared_attention_families import FAMILIES
+from sa_convert.read.model_of import model_of
+from sa_convert.read.open_model import open_model
 from sa_convert.search.choose import path
 from sa_convert.treatments.share.rules import check_map
 
@@ -19,7 +19,7 @@ from sa_convert.treatments.share.rules import check_map
 def test_a_map_is_found_that_the_family_can_run_and_its_refit_helps_or_is_left_out(family, tmp_path):
     save_tiny(family, tmp_path)
     save_tokenizer(tmp_path)
-    subject = Subject.of(open_model(str(tmp_path)))
+    subject = model_of(open_model(str(tmp_path)))
     # Both ways, over all families; Llama 4 looks where its embedding lies, which has no data while it is on the disk.
     layer_by_layer = sorted(FAMILIES).index(family) % 2 == 1 and family != "llama4_text"
     with open_session(

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from validation_models import VOCABULARY, save_base, save_converted, tokenizer
 
 from sa_convert.errors import CheckpointError, SaConvertError
-from sa_convert.jobs.evaluating import Options, evaluate
+from sa_convert.jobs.evaluating import EvaluateOptions, evaluate
 from sa_convert.measure.quality.copying import Probes, copying_loss
 from sa_convert.measure.quality.decode import rounding_without_cache
 from sa_convert.measure.quality.gate import validate
@@ -23,7 +23,7 @@ from sa_convert.models.tokens import token_sequences
 from sa_convert.texts.text import load_text
 
 SMALL = ["--sequences", 2, "--length", 64, "--device", "cpu"]
-OPTIONS = Options(sequences=2, length=64, device="cpu")
+OPTIONS = EvaluateOptions(sequences=2, length=64, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_pickled_weights(base, tmp_path):
 
 def test_bfloat16_has_a_tolerance_of_its_own(tmp_path, base):
     half = save_base(tmp_path / "half", dtype=torch.bfloat16)
-    check = evaluate(str(half), None, load_text("builtin"), Options(2, 64, dtype="bfloat16")).model.decode_check
+    check = evaluate(str(half), None, load_text("builtin"), EvaluateOptions(2, 64, dtype="bfloat16")).model.decode_check
     assert check.passed
     assert check.tolerance > 1e-3
     assert rounding_without_cache(AutoModelForCausalLM.from_pretrained(base), torch.arange(2, 40)) == 0
@@ -222,7 +222,7 @@ def test_wrong_input(base, copied, tmp_path):
     short.write_text("Few words. " * 5)
     refused(run_cli("evaluate", base, "--text", short, "--device", "cpu"), 1, r"short\.txt.*too few.*longer text")
     with pytest.raises(SaConvertError, match="--length 257 is more than the 256 positions"):
-        evaluate(str(base), None, load_text("builtin"), Options(length=257))
+        evaluate(str(base), None, load_text("builtin"), EvaluateOptions(length=257))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (copied / name).unlink()
     refused(run_cli("evaluate", copied, *SMALL), 1, "copied: no tokenizer that can be loaded")

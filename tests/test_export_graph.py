@@ -5,7 +5,7 @@ import torch
 from converted_folder import convert_tiny
 from torch.export import Dim, export
 
-from sa_convert.runtime.shared_attention_families import FAMILIES
+from sa_convert.families.table import FAMILIES
 
 CASES = [
     ("llama", "groups"),

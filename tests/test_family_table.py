@@ -7,8 +7,8 @@ from dataclasses import fields
 
 import pytest
 
-from sa_convert.families.auto_classes import ending_of
 from sa_convert.families.family import Family, Modules, Stack, Windows
+from sa_convert.families.model_classes import ending_of
 from sa_convert.families.table import FAMILIES, HOME, Families
 from sa_convert.runtime import shared_attention_families as carried
 

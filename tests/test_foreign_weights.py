@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from tiny_models import save_tiny
 
 from sa_convert.errors import CheckpointError, UnsupportedModelError
-from sa_convert.plan.plan import Subject
-from sa_convert.read.family import family_of
-from sa_convert.read.model import open_model
+from sa_convert.read.family_of import family_of
+from sa_convert.read.model_of import model_of
+from sa_convert.read.open_model import open_model
 from sa_convert.rewrite.config import converted_config
 
 CONFIG = llama_config(4, 32, 4, 2, 64, 48)
@@ -111,7 +111,7 @@ def test_the_reason_is_told(tmp_path, case, form):
     folder = saved(tmp_path / "m", case, 3 if form == "sharded" else None)
     folder = as_bin(folder) if form == "bin" else folder
     with pytest.raises(UnsupportedModelError) as caught:
-        Subject.of(open_model(str(folder)))
+        model_of(open_model(str(folder)))
     told = str(caught.value)
     assert REFUSED[case][2] in told
     assert "\n" not in told
@@ -148,7 +148,7 @@ def test_on_the_command_line_and_on_the_hub(tmp_path, case):
 def test_what_transformers_runs_is_not_refused(tmp_path, tensors, quantisation):
     config = {**CONFIG, **({"quantization_config": quantisation} if quantisation else {})}
     folder = write_model(tmp_path / "m", config, tensors or llama_tensors(CONFIG))
-    assert Subject.of(open_model(str(folder))).geometry.total_groups == 8
+    assert model_of(open_model(str(folder))).geometry.total_groups == 8
 
 
 @pytest.mark.parametrize("method", ["exl2", "fp8", "mxfp4"])
@@ -237,9 +237,9 @@ def test_files_that_are_something_else(tmp_path, data, name):
 )
 def test_keys_of_config_json_that_the_family_does_not_read(tmp_path, model_type, key, value):
     save_tiny(model_type, tmp_path / "m")
-    plain = Subject.of(open_model(str(tmp_path / "m"))).geometry
+    plain = model_of(open_model(str(tmp_path / "m"))).geometry
     edit_json(tmp_path / "m" / "config.json", **{key: value})
-    assert Subject.of(open_model(str(tmp_path / "m"))).geometry == plain
+    assert model_of(open_model(str(tmp_path / "m"))).geometry == plain
 
 
 @pytest.mark.parametrize(
@@ -250,4 +250,4 @@ def test_keys_that_the_family_reads_must_fit(tmp_path, model_type, key, value):
     save_tiny(model_type, tmp_path / "m")
     edit_json(tmp_path / "m" / "config.json", **{key: value})
     with pytest.raises(CheckpointError, match=key):
-        Subject.of(open_model(str(tmp_path / "m")))
+        model_of(open_model(str(tmp_path / "m")))

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_models import attentions_of, geometry_of_folder, make_map, tiny_config, write_recipe
 
-from sa_convert.runtime.shared_attention_families import FAMILIES
+from sa_convert.families.table import FAMILIES
 
 IMAGE = 120  # the token in whose place an image's features stand
 TYPES = {"gemma3": ("image_token_index",), "qwen2_5_vl": ("image_token_id",)}

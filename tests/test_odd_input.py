@@ -10,20 +10,20 @@ from make_checkpoint import tiny_llama, write_raw
 
 from sa_convert.console.printable import LONGEST, one_line, printable
 from sa_convert.errors import CheckpointError, UnsupportedModelError
-from sa_convert.plan.plan import Subject
+from sa_convert.families.table import FAMILIES
 from sa_convert.present.files.card_metadata import inherited
 from sa_convert.read.folder import open_folder, read_json
-from sa_convert.read.geometry import attention_kinds
+from sa_convert.read.geometry_of import attention_kinds
 from sa_convert.read.header import read_shard
+from sa_convert.read.model_of import model_of
 from sa_convert.rewrite.shards import write_shards
-from sa_convert.runtime.shared_attention_families import FAMILIES
 
 RECIPE = "sharing: {spans: [{layers: 3, source: 2}]}\n"
 
 
 def said(folder):
     with pytest.raises(CheckpointError) as error:
-        Subject.of(open_folder(folder))
+        model_of(open_folder(folder))
     return str(error.value)
 
 
@@ -117,7 +117,7 @@ def test_projections_without_rows(tmp_path, side):
     with pytest.raises(
         UnsupportedModelError, match=rf"layers\.1\.self_attn\.{side}_proj\.weight' is empty \(shape \[0, 32\]"
     ):
-        Subject.of(open_folder(folder))
+        model_of(open_folder(folder))
 
 
 HALF = r"\ud83d"

@@ -10,7 +10,7 @@ from make_checkpoint import Fake, tiny_llama, write_raw, write_safetensors
 
 from sa_convert.errors import CheckpointError, UnsupportedModelError
 from sa_convert.read.folder import open_folder
-from sa_convert.read.model import open_model
+from sa_convert.read.open_model import open_model
 
 
 def refused(folder, message, error=CheckpointError):
@@ -194,7 +194,7 @@ def test_hub_names_are_told_from_paths(tmp_path, monkeypatch):
 def test_reading_headers_loads_no_heavy_library(tmp_path):
     folder = tiny_llama(tmp_path / "m", 2)
     code = (
-        "import sys; from sa_convert.read.model import open_model; open_model(sys.argv[1]); "
+        "import sys; from sa_convert.read.open_model import open_model; open_model(sys.argv[1]); "
         "print([name for name in ('torch', 'numpy', 'transformers', 'safetensors') if name in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True)

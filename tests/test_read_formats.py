@@ -10,7 +10,7 @@ from make_checkpoint import tiny_llama
 
 from sa_convert.errors import CheckpointError, UnsupportedModelError
 from sa_convert.read import gguf as gguf_module
-from sa_convert.read.model import open_model
+from sa_convert.read.open_model import open_model
 
 torch = pytest.importorskip("torch")
 

@@ -13,7 +13,7 @@ from gguf_files import VOCABULARY, llama3_tensor, rope_keys, write_gguf
 
 from sa_convert.errors import CheckpointError, SaConvertError, UnsupportedModelError
 from sa_convert.read.gguf_architectures import ARCHITECTURES
-from sa_convert.read.model import open_model
+from sa_convert.read.open_model import open_model
 
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0}
@@ -667,7 +667,7 @@ def test_inspection_reads_the_header_alone(tmp_path):
     model, keys = made("llama", vocab_size=1 << 18, hidden_size=16, num_hidden_layers=1)
     file = write_gguf(tmp_path / "x.gguf", "llama", model, keys)
     code = (
-        "import sys, time; from sa_convert.read.model import open_model; "
+        "import sys, time; from sa_convert.read.open_model import open_model; "
         "from sa_convert.jobs.inspecting import inspect_checkpoint; "
         f"found = inspect_checkpoint(open_model({str(file)!r})); "
         "print(found.parameters, time.process_time(), 'torch' in sys.modules, 'transformers' in sys.modules)"

@@ -11,8 +11,8 @@ from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.heal.refit import fit_layers, refit
 from sa_convert.observe.session import open_session
 from sa_convert.observe.tried import Reference
-from sa_convert.plan.plan import Subject
-from sa_convert.read.model import open_model
+from sa_convert.read.model_of import model_of
+from sa_convert.read.open_model import open_model
 
 HEADS = 8
 
@@ -42,7 +42,7 @@ def base(request, tmp_path_factory):
 
 
 def open_base(folder):
-    subject = Subject.of(open_model(str(folder)))
+    subject = model_of(open_model(str(folder)))
     calibration = Calibration(sequences=16, length=48)
     return open_session(subject.checkpoint, subject.family, subject.geometry, calibration, device="cpu")
 
@@ -74,7 +74,7 @@ def test_held_out_samples_are_never_worse_with_the_refit(base, name):
             pytest.skip("layers of two kinds alternate")  # such maps are refused before
         reference = Reference(session.probe, session.samples.held_out)
         found = refit(session, sharing.layers, reference)
-        samples, output = session.samples.held_out, session.family.output
+        samples, output = session.samples.held_out, session.family.modules.output
     model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
     rows = {layer: list(row) for layer, row in sharing.layers.items()}
     before = divergence(model, rows, samples, {}, output)
@@ -101,7 +101,7 @@ def test_each_kept_layer_lowers_the_error_on_text_and_on_repetition(base):
 def test_a_layer_whose_error_is_random_keeps_its_projection(tmp_path):
     """Where sharing changes nothing, there is nothing to fit."""
     folder = save_planted(tmp_path / "base", {0: 0})
-    subject = Subject.of(open_model(str(folder)))
+    subject = model_of(open_model(str(folder)))
     calibration = Calibration(sequences=8, length=48)
     exact = SharingMap({1: ((0, 0), (0, 1), *[None] * 6)})
     with open_session(subject.checkpoint, subject.family, subject.geometry, calibration, device="cpu") as session:

@@ -14,7 +14,7 @@ from sa_convert.errors import RecipeError
 from sa_convert.search.budget import check_budget, most_removable
 from sa_convert.search.choose import Step, rounds
 from sa_convert.search.costs import Costs, Offer, shortlists
-from sa_convert.search.rounds import Sharing, State
+from sa_convert.search.rounds import SharingMoves, State
 from sa_convert.search.within import _longest
 
 LAYER = LayerGeometry(heads=4, groups=2, head_dim=16)
@@ -130,7 +130,7 @@ class Halved:
 @pytest.mark.parametrize(("cost", "halved"), [(1e-9, 8), (1e9, 0)])
 def test_another_treatment_competes_for_the_same_budget(cost, halved):
     costs = make_costs(ModelGeometry((LAYER,) * 8))
-    state = State(costs, SharingMap({}), (Sharing(), Halved(cost)))
+    state = State(costs, SharingMap({}), (SharingMoves(), Halved(cost)))
     assert state.extend(0.25)
     assert state.removed == pytest.approx(0.25)
     assert sum(not offer.sources for offer in state.chosen.values()) == halved

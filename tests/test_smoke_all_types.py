@@ -12,11 +12,11 @@ from smoke_models import NOT_BUILT, causal_types, smoke_map, smoke_model
 from tiny_models import geometry_of_folder, make_map, save_tiny, with_cache, write_recipe
 
 from sa_convert.errors import UnsupportedModelError
-from sa_convert.jobs.converting import Options, convert, plan
+from sa_convert.families.refusals import NO_ENTRY
+from sa_convert.families.table import FAMILIES
+from sa_convert.jobs.converting import ConvertOptions, convert, plan
 from sa_convert.models.arguments import cache_of
 from sa_convert.plan.recipe_file import load_recipe
-from sa_convert.read.refusals import NO_ENTRY
-from sa_convert.runtime.shared_attention_families import FAMILIES
 
 TYPES = causal_types()
 # How many of them have an entry at least, and so must convert (of 196 types in transformers 5.24).
@@ -95,7 +95,7 @@ def refusal(folder, recipe_file):
     Other errors than UnsupportedModelError would blame the user for files that transformers wrote itself.
     """
     try:
-        plan(str(folder), load_recipe(str(recipe_file)), Options())
+        plan(str(folder), load_recipe(str(recipe_file)), ConvertOptions())
     except UnsupportedModelError as error:
         return str(error)
     return None
@@ -135,7 +135,7 @@ def test_type(model_type, tmp_path, record_property):
         assert "\n" not in reason
         assert NO_ENTRY not in reason  # it names what this type has that others have not
         with pytest.raises(UnsupportedModelError):
-            convert(str(folder), load_recipe(str(recipe)), output, Options(validate=False))
+            convert(str(folder), load_recipe(str(recipe)), output, ConvertOptions(validate=False))
         assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "recipe.json"]
         entry = FAMILIES.get(base.config.model_type)
         assert entry is None or entry.default_class != type(base).__name__ or model_type in REFUSED_HERE, reason
@@ -143,7 +143,7 @@ def test_type(model_type, tmp_path, record_property):
         record_property("reason", reason.partition(" Supported types:")[0])
         return
 
-    convert(str(folder), load_recipe(str(recipe)), output, Options(validate=False))
+    convert(str(folder), load_recipe(str(recipe)), output, ConvertOptions(validate=False))
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
     seen = mask.bool()

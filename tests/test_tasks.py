@@ -17,7 +17,7 @@ from validation_models import tokenizer as byte_tokenizer
 from sa_convert.domain.report import BaseModel, Change, PerplexityReport, Report, Savings
 from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.errors import CheckpointError, DataError, SaConvertError
-from sa_convert.jobs.evaluating import Options, evaluate
+from sa_convert.jobs.evaluating import EvaluateOptions, evaluate
 from sa_convert.measure.quality.cache_bytes import cache_bytes_per_token
 from sa_convert.measure.quality.decode import decode_check
 from sa_convert.measure.quality.perplexity import perplexity
@@ -33,7 +33,7 @@ from sa_convert.present.files.report_file import render_report
 from sa_convert.texts.text import load_text
 
 SMALL = ["--sequences", 2, "--length", 64, "--device", "cpu"]
-OPTIONS = Options(sequences=2, length=64, device="cpu")
+OPTIONS = EvaluateOptions(sequences=2, length=64, device="cpu")
 SIZES = {
     "bert": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
              "max_position_embeddings": 96, "pad_token_id": 0},
@@ -413,11 +413,15 @@ def test_without_a_mask_token(folders, tmp_path):
 
 def test_positions_counted_from_behind_the_padding_token(folders):
     assert positions(folders["roberta"]) == 64
-    found = evaluate(str(folders["roberta"]), None, load_text("builtin"), Options(sequences=1, device="cpu"))
+    found = evaluate(str(folders["roberta"]), None, load_text("builtin"), EvaluateOptions(sequences=1, device="cpu"))
     assert found.length == 64
     with pytest.raises(SaConvertError, match="--length 66 is more than the 64 positions"):
-        evaluate(str(folders["roberta"]), None, load_text("builtin"), Options(sequences=1, length=66, device="cpu"))
-    long = evaluate(str(folders["bert"]), None, load_text("builtin"), Options(sequences=1, length=96, device="cpu"))
+        evaluate(
+            str(folders["roberta"]), None, load_text("builtin"), EvaluateOptions(sequences=1, length=66, device="cpu")
+        )
+    long = evaluate(
+        str(folders["bert"]), None, load_text("builtin"), EvaluateOptions(sequences=1, length=96, device="cpu")
+    )
     assert long.length == 96
 
 

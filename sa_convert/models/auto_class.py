@@ -5,10 +5,10 @@ from typing import Any
 
 from sa_convert.domain.report import PredictionTask
 from sa_convert.errors import DataError
-from sa_convert.families.auto_classes import HEADS, auto_class_of, ending_of
 from sa_convert.families.family import CLASS_PREFIX, PREFIX
+from sa_convert.families.model_classes import HEADS, auto_class_of, ending_of
 from sa_convert.families.table import FAMILIES
-from sa_convert.read.family import unwrapped
+from sa_convert.read.family_of import unwrapped
 
 CAUSAL = "AutoModelForCausalLM"
 SEQ2SEQ = "AutoModelForSeq2SeqLM"

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from sa_convert.families import auto_classes
+from sa_convert.families import model_classes
 
 
 def model_classes_of(family: Any, architecture: str) -> dict[str, str]:
     """For an entry of the carried code's table as well."""
-    return auto_classes.model_classes_of(family, architecture)
+    return model_classes.model_classes_of(family, architecture)

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sa_convert.errors import CheckpointError, UnsupportedModelError
-from sa_convert.families.auto_classes import auto_class_of, ending_of
 from sa_convert.families.family import PREFIX, Family
+from sa_convert.families.model_classes import auto_class_of, ending_of
 from sa_convert.families.refusals import reason_for
 from sa_convert.families.table import FAMILIES
 

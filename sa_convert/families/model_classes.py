@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sa_convert.families.family import Family
 
-FILE = Path(__file__).with_suffix(".json")
+FILE = Path(__file__).with_name("auto_classes.json")
 
 HEADS = {
     "ForCausalLM": "AutoModelForCausalLM",
