@@ -10,11 +10,11 @@ from sa_convert.domain.model import Model
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.treated import Inspected
 from sa_convert.errors import UnsupportedModelError
+from sa_convert.families.family import PREFIX
 from sa_convert.plan.converted import converted_parts
 from sa_convert.plan.savings import bytes_per_token
 from sa_convert.read.family_of import family_of
 from sa_convert.read.geometry_of import geometry_of
-from sa_convert.runtime.shared_attention_families import PREFIX
 from sa_convert.treatments.registry import treatments
 
 

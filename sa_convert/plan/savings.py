@@ -53,10 +53,10 @@ def cache_at(model: Model, plan: Plan, tokens: int) -> int:
 def value_size(model: Model, index: int) -> int:
     """Elements of one head's value, which may be of another size than its key."""
     layer = model.geometry.layers[index]
-    if model.family.fused:
+    if model.family.modules.fused:
         return layer.head_dim
     shape = model.checkpoint.tensors[_value_name(model, index)].shape
-    return shape[1 if model.family.transposed else 0] // layer.groups
+    return shape[1 if model.family.modules.transposed else 0] // layer.groups
 
 
 def _value_name(model: Model, index: int) -> str:

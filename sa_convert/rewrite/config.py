@@ -4,10 +4,10 @@ from typing import Any
 
 from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.domain.plan import Plan
-from sa_convert.read.auto_classes import model_classes_of
+from sa_convert.families.family import CLASS_PREFIX, PREFIX, Family
+from sa_convert.families.model_classes import model_classes_of
 from sa_convert.read.family_of import architecture_of
 from sa_convert.read.geometry_of import geometry_of
-from sa_convert.runtime.shared_attention_families import CLASS_PREFIX, PREFIX, Family
 
 
 def converted_config(checkpoint: Checkpoint, family: Family, plan: Plan) -> dict[str, Any]:
@@ -33,10 +33,16 @@ def attention_entry(checkpoint: Checkpoint, family: Family, plan: Plan) -> dict[
 
     Version 1, which lists whole layers, until the code that travels reads version 2.
     """
-    return _version_1(checkpoint, family, plan)
+    return version_1(checkpoint, family, plan)
 
 
-def _version_1(checkpoint: Checkpoint, family: Family, plan: Plan) -> dict[str, Any]:
+def version_2(family: Family, plan: Plan) -> dict[str, Any]:
+    """{"layers": {"27": {"0": {"share": [[26, 4], null]}}}}: treatments by KV group; and what the code that travels has
+    to know of the family."""
+    return {"version": 2, "modules": family.modules.to_json(), "layers": plan.to_json()}
+
+
+def version_1(checkpoint: Checkpoint, family: Family, plan: Plan) -> dict[str, Any]:
     """{"layers": {"27": [[26, 4], null, ...]}}: the sources of all heads of a layer. For plans that only share."""
     layers = {}
     geometry = geometry_of(checkpoint, family) if plan else None

@@ -12,7 +12,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sa_convert.runtime.shared_attention_families import FAMILIES
+from sa_convert.families.table import FAMILIES
 from support.forced_softmax import forced
 from support.processes import ROOT, run_cli
 from support.tiny_models import attentions_of, geometry_of_folder, make_map, tiny_config, write_recipe

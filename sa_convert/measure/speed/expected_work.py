@@ -13,8 +13,10 @@ Left out: softmax, norms and other work on each element, the copy that a dynamic
 and everything that a kernel does beyond what is needed.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
 
+from sa_convert.domain.answers import Answers
 from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.domain.plan import Plan
 from sa_convert.errors import UnsupportedModelError
@@ -27,9 +29,12 @@ from sa_convert.treatments.plan_answers import layer_answers
 
 @dataclass(frozen=True)
 class Attention:
-    """Attention of one KV group. heads: query heads that put something out, `own` of which compute probabilities; the
-    others read those of other heads. size: elements of a head's query and of its key; value_size: of its value. window:
-    tokens in view, or None for all. causal: a token sees none after it. cached: a decoding step runs it."""
+    """Attention of the KV groups of one layer that see as many tokens.
+
+    heads: query heads that put something out, `own` of which compute probabilities; the others read those of other
+    heads. size: elements of a head's query and of its key; value_size: of its value. window: tokens in view, or None
+    for all. causal: a token sees none after it. cached: a decoding step runs it.
+    """
 
     heads: int
     own: int
@@ -48,7 +53,7 @@ class Attention:
 
 
 def attention_layers(checkpoint: Checkpoint, converted: bool) -> tuple[Attention, ...] | None:
-    """All KV groups of layers with softmax attention, or None in a family that sa-convert does not know.
+    """All layers with softmax attention, KV groups of different windows apart; None in a family that is not known.
 
     Chunks, of layers that attend within those, are taken to be longer than the context.
     """
@@ -59,15 +64,18 @@ def attention_layers(checkpoint: Checkpoint, converted: bool) -> tuple[Attention
     cross = {stack.name for stack in model.family.all_stacks if stack.cross}
     found = []
     for index, layer in enumerate(model.geometry.layers):
+        by_window: dict[int | None, list[Answers]] = defaultdict(list)
         for answers in layer_answers(plan, model.geometry, index) if layer.heads else ():
             limits = [limit for limit in (layer.window, answers.reach) if limit is not None]
+            by_window[min(limits, default=None)].append(answers)
+        for window, groups in by_window.items():
             found.append(
                 Attention(
-                    heads=len(answers.heads),
-                    own=len(answers.scores),
+                    heads=sum(len(answers.heads) for answers in groups),
+                    own=sum(len(answers.scores) for answers in groups),
                     size=layer.head_dim,
                     value_size=value_size(model, index),
-                    window=min(limits, default=None),
+                    window=window,
                     causal=layer.cached and layer.stack not in cross,
                     cached=layer.cached,
                 )
