@@ -9,11 +9,11 @@ from sa_convert.domain.geometry import ModelGeometry
 from sa_convert.domain.inspection import Inspection, Kind
 from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.errors import UnsupportedModelError
+from sa_convert.families.family import PREFIX
 from sa_convert.plan.converted import converted_parts
 from sa_convert.read.family_of import family_of
 from sa_convert.read.geometry_of import geometry_of
 from sa_convert.read.open_model import open_model
-from sa_convert.runtime.shared_attention_families import PREFIX
 from sa_convert.treatments.share.rules import layer_difference
 from sa_convert.treatments.share.savings import cache_bytes
 

@@ -13,16 +13,16 @@ def replace(probe: "Probe") -> None:
     """Give every attention module of the probe's model our class, with all its own heads, and the probe's function."""
     from sa_convert.runtime.shared_attention_apply import shape_of, shared_class
 
-    family, stack = probe.family, probe.family.all_stacks[0]
+    modules, stack = probe.family.modules, probe.family.all_stacks[0]
     for layer, attention in enumerate(probe.attentions):
         config = getattr(attention, "config", probe.model.config)
-        heads, attention.group, attention.size = shape_of(attention, family, stack, config)
+        heads, attention.group, attention.size = shape_of(attention, modules, stack, config)
         attention.plan = _whole(layer, heads, attention.group)
-        attention.names, attention.stack = family, ""
+        attention.names, attention.stack = modules, ""
         attention.model_config, attention.num_key_value_groups = config, attention.group
         own: Any = type(attention)
         with _unhooked(attention):
-            attention.__class__ = _probed(shared_class(own, family))
+            attention.__class__ = _probed(shared_class(own, modules))
 
 
 def _whole(layer: int, heads: int, group: int) -> "LayerPlan":

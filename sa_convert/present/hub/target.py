@@ -7,9 +7,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from sa_convert.errors import OutputError
+from sa_convert.families.family import PREFIX
 from sa_convert.present.hub.upload_errors import no_token, offline, push_errors
 from sa_convert.read.folder import read_json
-from sa_convert.runtime.shared_attention_families import PREFIX
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
