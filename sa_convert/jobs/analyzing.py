@@ -17,7 +17,6 @@ from sa_convert.models.trust import trusting
 from sa_convert.output.staging import staging
 from sa_convert.present.files.analysis_folder import write_analysis
 from sa_convert.present.files.report_file import installed_versions
-from sa_convert.read.model_of import model_of
 from sa_convert.read.work_on import bytes_to_read, describe, source_of, with_weights
 
 if TYPE_CHECKING:
@@ -64,19 +63,19 @@ def analyze(reference: str, output: Path, options: AnalyzeOptions) -> Analysis:
     tell is refused before any weight is read.
     """
     # 1. What the model is, and what of the budget cannot be.
-    described = describe(reference, options)
-    model = model_of(described)
+    model = describe(reference, options)
+    described = model.checkpoint
     _check_budget(Units(model.geometry), options.key_cache)
 
     # 2. A folder beside the output, which becomes it at the end.
     space = _HEADROOM + bytes_to_read(described)
     with staging(output, options.overwrite, space, source_of(described, reference)) as stage:
         # 3. All weights, as safetensors.
-        checkpoint = with_weights(described, reference, stage.root / "workspace", options)
+        model = with_weights(model, reference, stage.root / "workspace", options)
 
         # 4. The pass: attention, costs, and a search that measures each of its steps.
-        with trusting(checkpoint.folder, checkpoint.trusted):
-            analysis = _analysis(model_of(checkpoint), options)
+        with trusting(model.checkpoint.folder, model.checkpoint.trusted):
+            analysis = _analysis(model, options)
 
         # 5. Tables, figures, and a recipe.
         announce("drawing figures")

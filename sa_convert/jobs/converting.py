@@ -16,7 +16,6 @@ from sa_convert.models.trust import trusting
 from sa_convert.output.staging import Stage, staging
 from sa_convert.plan.plan import ConversionPlan, plan_conversion
 from sa_convert.present.files.report_file import installed_versions, write_report
-from sa_convert.read.model_of import model_of
 from sa_convert.read.remote_code import left_out
 from sa_convert.read.work_on import bytes_to_read, describe, source_of, with_weights
 from sa_convert.rewrite.refitted import check_refittable, refit_edits
@@ -48,13 +47,14 @@ def plan(reference: str, recipe: "Recipe", options: ConvertOptions) -> Conversio
     """What `convert` would do. From headers alone, unless the recipe asks for a search, which then runs."""
     # 1. What the model is, and what of the recipe cannot be.
     recipe = _with_text(recipe, options)
-    model = _described(reference, options)
+    model = describe(reference, options)
+    notes(model.checkpoint.identity, left_out(model.checkpoint))
     if recipe.sharing.search is None:
         return plan_conversion(model, recipe)
     _check_calibration(model, recipe)
     # 2. The search.
     with TemporaryDirectory(prefix="sa-convert-") as workspace:
-        loaded = _complete(model, reference, Path(workspace), options)
+        loaded = with_weights(model, reference, Path(workspace), options)
         calibrated = _calibrate(loaded, recipe, None, options, refits=False)
     # 3. The plan that it has found.
     return plan_conversion(model, recipe, calibrated.sharing)
@@ -71,7 +71,8 @@ def convert(
     """
     # 1. What the model is, from headers alone. What these tell is refused before any weight is read.
     recipe = _with_text(recipe, options)
-    model = _described(reference, options)
+    model = describe(reference, options)
+    notes(model.checkpoint.identity, left_out(model.checkpoint))
     described = model.checkpoint
     if options.validate:
         prediction_task(described.config, reference)
@@ -84,7 +85,7 @@ def convert(
     space = needed_bytes(described, conversion.edits if conversion else {}) + bytes_to_read(described)
     with staging(output, options.overwrite, space, source_of(described, reference)) as stage:
         # 4. All weights, as safetensors.
-        model = _complete(model, reference, stage.root / "workspace", options)
+        model = with_weights(model, reference, stage.root / "workspace", options)
 
         # 5. What the recipe leaves to be found on text: its map, its refitted matrices.
         calibrated = None
@@ -112,17 +113,6 @@ def convert(
         report = replace(report, refit=calibrated.refit.report if calibrated and calibrated.refit else None)
         _publish(report, conversion, recipe, stage)
     return report
-
-
-def _described(reference: str, options: ConvertOptions) -> Model:
-    described = describe(reference, options)
-    notes(described.identity, left_out(described))
-    return model_of(described)
-
-
-def _complete(model: Model, reference: str, workspace: Path, options: ConvertOptions) -> Model:
-    checkpoint = with_weights(model.checkpoint, reference, workspace, options)
-    return model if checkpoint is model.checkpoint else model_of(checkpoint)
 
 
 def _with_text(recipe: "Recipe", options: ConvertOptions) -> "Recipe":
