@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from sa_convert.families.table import HOME, Families
+from sa_convert.families.table import HOME, families_in
 from support.forced_softmax import forced
 from support.processes import ROOT
 from support.tiny_models import attentions_of, load_converted, save_tiny, write_recipe
@@ -16,8 +16,8 @@ from support.tiny_models import attentions_of, load_converted, save_tiny, write_
 RUN = """
 import sys
 from pathlib import Path
-from sa_convert.families.table import FAMILIES, Families
-vars(FAMILIES).update(vars(Families(Path(sys.argv.pop(1)))))
+from sa_convert.families.table import FAMILIES, families_in
+vars(FAMILIES).update(vars(families_in(Path(sys.argv.pop(1)))))
 from sa_convert.commands.main import run
 sys.exit(run())
 """
@@ -66,7 +66,7 @@ def test_a_copied_neighbour_converts(families, tmp_path):
 
     ids = torch.arange(3, 60).reshape(3, 19)
     with torch.no_grad():
-        with forced(base, attentions_of(base, Families(families)["qwen3"]), ROWS):
+        with forced(base, attentions_of(base, families_in(families)["qwen3"]), ROWS):
             expected = base(ids).logits
         assert (expected - base(ids).logits).abs().max() > 1e-3
         logits = load_converted(tmp_path / "out", dtype=torch.float32)(ids).logits
