@@ -62,7 +62,7 @@ def _all(subjects: Subjects, folder: Path) -> Disks:
             except PermissionError:
                 result.not_run.append(told)
     for reserving in (True, False):
-        told = "pages of a file" + ("" if reserving else ", where no room can be reserved")
+        told = "pages of a file" + ("" if reserving else ", if no room can be reserved")
         _series(result, told, subjects, partial(_file_size, folder), reserving)
     return result
 
