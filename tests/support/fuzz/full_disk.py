@@ -119,7 +119,7 @@ def _convert(subjects: Subjects, place: Path, reserving: bool) -> tuple[int | No
 
 @contextmanager
 def _mounted(disk: Path, option: str, unit: int, limit: int) -> Iterator[Path]:
-    """A file system in memory of this size; raises PermissionError where mounting is not allowed."""
+    """A file system in memory of this size; raises PermissionError if mounting is not allowed."""
     command = ["mount", "-t", "tmpfs", "-o", f"{option}={limit * unit}", "tmpfs", str(disk)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
