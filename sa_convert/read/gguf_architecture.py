@@ -27,7 +27,7 @@ class Architecture:
     """Config keys by metadata key, which is told without the architecture's name. If two metadata keys stand for one
     config key, they must agree."""
     tensors: Mapping[str, str]
-    """Module names by GGUF name, without ".weight" or ".bias". {} is the number of the layer, [] that of the expert, one
+    """Module names by GGUF name, without ".weight" or ".bias". {} is the number of the layer, [] of the expert, one
     for each matrix of the tensor. Data files list those of layers ("blk.{}...") as `layers`: see `_architecture`."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Config values that the architecture implies."""
