@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sa_convert.families.entries import Entries, made
-from sa_convert.families.family import Family, Modules, Stack, Tokenizer, Windows
+from sa_convert.families.family import Family, Modules, Processor, Stack, Tokenizer, Windows
 
 HOME = Path(__file__).parent / "models"
 
-_PARTS: dict[str, type] = {"modules": Modules, "windows": Windows, "tokenizer": Tokenizer}
+_PARTS: dict[str, type] = {"modules": Modules, "windows": Windows, "tokenizer": Tokenizer, "processor": Processor}
 
 
 def families_in(home: Path) -> Entries[Family]:

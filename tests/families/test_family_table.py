@@ -28,25 +28,14 @@ EXCHANGE = {"keyword": "kwargs", "thread": "context"}
 
 def as_carried(family: Family) -> carried.Family:
     """The entry that the carried table has for it. Goes when that table does."""
-    parts = (family.modules, family.windows, family.tokenizer)
-    found = {RENAMED.get(each.name, each.name): getattr(part, each.name) for part in parts for each in fields(part)}
-    own = (
-        "model_type",
-        "config_class",
-        "default_class",
-        "text",
-        "files",
-        "depth",
-        "groups",
-        "mixed",
-        "refuses",
-        "transformers_5",
-    )
-    found |= {name: getattr(family, name) for name in own}
+    parts = (family.modules, family.windows, family.tokenizer, family)
+    values = {RENAMED.get(each.name, each.name): getattr(part, each.name) for part in parts for each in fields(part)}
+    found = {each.name: values[each.name] for each in fields(carried.Family)}
+    found["tokenizer"] = family.tokenizer.registered
     found["exchange"] = EXCHANGE.get(family.modules.exchange, family.modules.exchange)
+    stacks = family.modules.stacks
     found["stacks"] = tuple(
-        carried.Stack(**{each.name: getattr(stack, each.name) for each in fields(Stack)})
-        for stack in family.modules.stacks
+        carried.Stack(**{each.name: getattr(of, each.name) for each in fields(Stack)}) for of in stacks
     )
     if family.one_group:
         found["groups"] = "num_key_value_heads"  # the carried code counts the rows of a fused projection instead
