@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from sa_convert.console.amounts import human_bytes, human_count
 
 if TYPE_CHECKING:
-    from sa_convert.plan.plan import ConversionPlan
+    from sa_convert.plan.conversion import ConversionPlan
 
 
 def plan_json(plan: "ConversionPlan") -> dict[str, Any]:
