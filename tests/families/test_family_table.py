@@ -66,9 +66,7 @@ def paths(entry: dict, before: tuple = ()) -> Iterator[tuple]:
     for key, value in entry.items():
         if isinstance(value, dict):
             yield from paths(value, (*before, key))
-        elif (*before, key) not in (
-            (name,) for name in ("like", "note", "config_class", "default_class", "model_type")
-        ):
+        elif before or key not in ("like", "note", "config_class", "default_class", "model_type"):
             yield (*before, key)
 
 
@@ -76,11 +74,13 @@ def paths(entry: dict, before: tuple = ()) -> Iterator[tuple]:
 def test_a_file_says_only_what_counts(file, tmp_path):
     """Every value changes the entry: what an entry is like, and what is usual (of families, Llama), is not repeated."""
     entries_in, known = (families_in, FAMILIES) if file.parent == HOME else (architectures_in, ARCHITECTURES)
-    for other in file.parent.glob("*.json"):
-        (tmp_path / other.name).symlink_to(other)
-    (tmp_path / file.name).unlink()
-    for path in paths(json.loads(file.read_text(encoding="utf-8"))):
-        without = inner = json.loads(file.read_text(encoding="utf-8"))
+    said = other = json.loads(file.read_text(encoding="utf-8"))
+    while "like" in other:
+        neighbour = file.with_name(f"{other['like']}.json")
+        shutil.copy(neighbour, tmp_path)
+        other = json.loads(neighbour.read_text(encoding="utf-8"))
+    for path in paths(said):
+        without = inner = json.loads(json.dumps(said))
         for key in path[:-1]:
             inner = inner[key]
         del inner[path[-1]]
@@ -88,7 +88,8 @@ def test_a_file_says_only_what_counts(file, tmp_path):
         try:
             assert entries_in(tmp_path)[file.stem] != known[file.stem], path
         except ValueError as error:  # an entry without what every entry has
-            assert "is missing" in str(error)
+            if "is missing" not in str(error):
+                raise
 
 
 def test_classes_end_as_the_table_of_heads_knows():
