@@ -56,7 +56,7 @@ def architecture_of(config: Mapping[str, Any]) -> str | None:
 def prediction_task(config: Mapping[str, Any], who: str) -> PredictionTask:
     """How a model with this config.json predicts text. who: what messages call it.
 
-    Raises DataError where it has no language-modelling head, or one that cannot be measured.
+    Raises DataError if it has no language-modelling head, or one that cannot be measured.
     """
     auto_class, architecture = auto_class_name(config), architecture_of(config)
     if auto_class not in TASKS:
