@@ -66,7 +66,7 @@ def cells(drawings: Sequence[Drawing], geometry: ModelGeometry) -> tuple[Cell, .
 
 @dataclass(frozen=True)
 class Band:
-    """Layers that are drawn side by side. first: the number of the first in its stack. name: of the stack, "" where
+    """Layers that are drawn side by side. first: the number of the first in its stack. name: of the stack, "" if
     there is one. top: pixels above the cells. groups: KV groups of the layer that has most. numbered: the columns whose
     numbers are drawn."""
 
@@ -174,7 +174,7 @@ def _text(canvas: "ImageDraw", place: tuple[float, float], text: str, anchor: st
 
 @cache
 def _font(size: int) -> "FreeTypeFont":
-    """The scalable font that Pillow brings. Raises ImportError where Pillow was built without FreeType."""
+    """The scalable font that Pillow brings. Raises ImportError if Pillow was built without FreeType."""
     from PIL import ImageFont
 
     return cast("FreeTypeFont", ImageFont.load_default(size))
