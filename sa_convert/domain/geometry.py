@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from sa_convert.domain.stacks import Stacks, layer_label
 
+Head = tuple[int, int]
+"""A layer and a query head in it."""
+
 
 @dataclass(frozen=True)
 class LayerGeometry:

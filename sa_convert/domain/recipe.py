@@ -148,6 +148,7 @@ class Recipe(_Frozen):
     description: StrictStr = ""
     sharing: Sharing | None = None
     plan: dict[int | str, dict[int, dict[str, Any]] | str] | None = None
+    treatments: Annotated[tuple[StrictStr, ...], Field(min_length=1)] | None = None
     refit: Literal["none", "ridge"] = "none"
     calibration: Calibration = Calibration()
     gate: Gate = Gate()
@@ -199,7 +200,7 @@ class Recipe(_Frozen):
 
     def resolved(self, substance: Mapping[str, Any]) -> "Recipe":
         """The same recipe with what came of it. substance: the one of its keys `sharing` and `plan` that says it."""
-        return self.model_copy(update={"sharing": None, "plan": None, **substance})
+        return self.model_copy(update={"sharing": None, "plan": None, "treatments": None, **substance})
 
 
 def _exactly_one(model: BaseModel, name: str, keys: tuple[str, ...]) -> None:

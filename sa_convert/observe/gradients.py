@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from sa_convert.domain.plan import Plan
 from sa_convert.models.arguments import first_argument
 from sa_convert.observe.finite import not_finite
-from sa_convert.observe.probe import Probe, Rows, Seen
+from sa_convert.observe.probe import Probe, Seen
 from sa_convert.observe.sequences import Sample
 
 if TYPE_CHECKING:
@@ -15,9 +16,9 @@ Gradients = dict[int, "torch.Tensor"]
 
 
 def fisher_gradients(
-    probe: Probe, sample: Sample, rows: Rows, observe: Callable[[Seen], None], generator: "torch.Generator"
+    probe: Probe, sample: Sample, plan: Plan, observe: Callable[[Seen], None], generator: "torch.Generator"
 ) -> Iterator[tuple[str, Gradients]]:
-    """Gradients (T, H, D) for each layer: of the divergence from the base under a map, then of sampled labels."""
+    """Gradients (T, H, D) for each layer: of the divergence from the base under a plan, then of sampled labels."""
     import torch
     from torch.nn import functional
 
@@ -32,10 +33,10 @@ def fisher_gradients(
         seen[layer.layer] = layer.output
 
     base = None
-    if rows:
+    if plan:
         with torch.no_grad():
             base = functional.log_softmax(inputs.logits(model)[0].float(), dim=-1)
-    with torch.enable_grad(), probe.sharing(rows), probe.observing(note):
+    with torch.enable_grad(), probe.trying(plan), probe.observing(note):
         chances = functional.log_softmax(inputs.logits(model)[0].float(), dim=-1)  # (P, vocabulary)
         if not bool(torch.isfinite(chances.sum())):
             raise not_finite(model)
@@ -54,7 +55,7 @@ def fisher_gradients(
 def output_directions(
     probe: Probe,
     sample: Sample,
-    rows: Rows,
+    plan: Plan,
     observe: Callable[[Seen], None],
     generator: "torch.Generator",
     seen: dict[int, Seen],
@@ -102,7 +103,7 @@ def output_directions(
         observe(layer)
 
     try:
-        with torch.enable_grad(), probe.sharing(rows), probe.observing(note):
+        with torch.enable_grad(), probe.trying(plan), probe.observing(note):
             # Without the language-modelling head, where the model has a part without it.
             probe.model.base_model(**sample.inputs(probe.model).kwargs)
     finally:

@@ -1,4 +1,4 @@
-"""Attention of a base model, seen and replaced while the model runs: any sharing map can be tried without a conversion.
+"""Attention of a base model, seen and replaced while the model runs: any plan can be tried without a conversion.
 
 Letters in shape comments: B sequences, H query heads, G KV groups, T tokens, D head size.
 """
@@ -7,11 +7,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from sa_convert.domain.sharing_map import Source
+from sa_convert.domain.plan import Plan
 from sa_convert.families.family import Family, Stack
 from sa_convert.observe import own_attention
+from sa_convert.treatments.registry import used_in
+from sa_convert.treatments.trial import Trial
 
 if TYPE_CHECKING:
     import torch
@@ -19,13 +22,10 @@ if TYPE_CHECKING:
 NAME = "sa_convert_probe"
 """Of our attention function in the attention interface of transformers."""
 
-Rows = Mapping[int, tuple[Source | None, ...]]
-"""As `SharingMap.layers`."""
-
 
 @dataclass(frozen=True)
 class Kept:
-    """A loan of attention weights (B, H, T, T)."""
+    """Probabilities (B, H, T, T) of a layer that later ones ask for."""
 
     kept: "torch.Tensor"
 
@@ -35,7 +35,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Recomputed:
-    """A loan from which the weights are computed again: query (B, H, T, D), key (B, G, T, D), and the module as it was.
+    """What they are computed from again: query (B, H, T, D), key (B, G, T, D), and the module as it was.
 
     own: its own parameters (sinks), which may since have left the memory.
     """
@@ -61,14 +61,14 @@ class Recomputed:
 
 
 Loans = dict[int, Kept | Recomputed]
-"""What source layers have lent, by layer."""
+"""What layers have left for later ones, by layer."""
 
 
 @dataclass(frozen=True)
 class Seen:
     """One layer's attention in one forward pass.
 
-    weights: (B, H, T, T) of the layer's own heads; used: the same, with those of the sources where heads reuse;
+    weights: (B, H, T, T) of the layer's own heads; used: the same, as a plan changes them;
     value: (B, G, T, D); output: (B, T, H, D), used times value.
     """
 
@@ -88,10 +88,10 @@ class Block:
 
 
 class Probe:
-    """Lets a base model run with its heads' attention observed, or replaced by that of a sharing map.
+    """Lets a base model run with its heads' attention observed, or changed as a plan has it.
 
     model: a base model of `family`, which keeps every weight. Afterwards it runs through our attention function; its
-    results without a map are those of eager attention. attentions: the attention module of every layer as layers are
+    results without a plan are those of eager attention. attentions: the attention module of every layer as layers are
     numbered, None where there is none; output_projections: likewise. blocks: the layers as they run.
     """
 
@@ -102,8 +102,8 @@ class Probe:
         self.attentions: list[Any] = []
         self.output_projections: list[Any] = []
         self.blocks: list[Block] = []
-        self._rows: Rows = {}
-        self._sources: frozenset[int] = frozenset()
+        self._trials: tuple[Trial, ...] = ()
+        self._lenders: frozenset[int] = frozenset()
         self._observer: Callable[[Seen], None] | None = None
         self._loans: Loans = {}
         self._keep_weights = True
@@ -152,15 +152,15 @@ class Probe:
         return [number for block in self.blocks for number in block.attentions]
 
     @contextmanager
-    def sharing(self, rows: Rows) -> Iterator[None]:
-        """While open, heads use the attention weights of their sources in this map."""
-        before = self._rows, self._sources
-        self._rows = rows
-        self._sources = frozenset(source[0] for row in rows.values() for source in row if source is not None)
+    def trying(self, plan: Plan) -> Iterator[None]:
+        """While open, attention is changed as this plan has it."""
+        before = self._trials, self._lenders
+        self._trials = tuple(treatment.trial(plan) for treatment in used_in(plan))
+        self._lenders = frozenset(layer for trial in self._trials for layer in trial.lenders)
         try:
             yield
         finally:
-            self._rows, self._sources = before
+            self._trials, self._lenders = before
 
     @contextmanager
     def observing(self, observer: Callable[[Seen], None]) -> Iterator[None]:
@@ -173,7 +173,7 @@ class Probe:
 
     @contextmanager
     def lending(self, loans: "Loans") -> Iterator[None]:
-        """While open, layers that run one by one find and leave the attention of source layers in `loans`, as queries
+        """While open, layers that run one by one find and leave what later ones ask for in `loans`, as queries
         and keys, which take less memory than weights."""
         before, self._loans, self._keep_weights = self._loans, loans, False
         try:
@@ -185,19 +185,15 @@ class Probe:
         import torch
 
         layer = module.sa_convert_layer
-        row = self._rows.get(layer)
+        for trial in self._trials:
+            key, value = trial.key(layer, key), trial.value(layer, value)
         weights = _weights(module, query, key, mask, arguments)
-        if layer in self._sources:
+        if layer in self._lenders:
             keep = self._keep_weights
             self._loans[layer] = Kept(weights) if keep else Recomputed.of(module, query, key, mask, arguments)
-        used = weights
-        if row is not None:
-            lent = {source[0]: self._loans[source[0]].weights() for source in row if source is not None}
-            heads = [
-                weights[:, head] if source is None else lent[source[0]][:, source[1]].to(weights.device)
-                for head, source in enumerate(row)
-            ]
-            used = torch.stack(heads, dim=1)
+        used, lent = weights, cache(lambda lender: self._loans[lender].weights())
+        for trial in self._trials:
+            used = trial.probabilities(layer, used, lent)
         batch, total, tokens, length = used.shape
         grouped = used.reshape(batch, value.shape[1], -1, length)
         output = torch.matmul(grouped, value).view(batch, total, tokens, -1).transpose(1, 2)

@@ -86,6 +86,13 @@ def resolved_recipe(recipe: "Recipe", plan: Plan, geometry: ModelGeometry) -> "R
     return recipe.resolved(told)
 
 
+def layers_in_recipe(plan: Plan, geometry: ModelGeometry) -> dict[str, Any]:
+    """The layers of a plan as the treatment's own grammar has them, or as in config.json."""
+    used = used_in(plan)
+    told = used[0].layers_in_recipe(plan, geometry) if len(used) == 1 else None
+    return plan.to_json() if told is None else told
+
+
 def _by_number(groups: Any) -> Any:
     return groups if isinstance(groups, str) else {int(group): told for group, told in groups.items()}
 

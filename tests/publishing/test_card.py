@@ -12,13 +12,13 @@ from PIL import Image, ImageColor
 
 from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
 from sa_convert.domain.report import BaseModel, Change
-from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.present.charts import plan_figure
 from sa_convert.present.charts.plan_figure import CELL, OWN, _font, drawings_of
 from sa_convert.present.charts.plan_figure import FILE as FIGURE
 from sa_convert.present.files.card import write_card
 from sa_convert.treatments.share.drawing import LOOKS, told
 from sa_convert.treatments.share.plans import plan_of
+from sa_convert.treatments.share.sharing_map import SharingMap
 from support.measured_report import MEASURED, UNMEASURED
 from support.processes import ROOT
 

@@ -8,10 +8,10 @@ import pytest
 from sa_convert.console.amounts import format_percent
 from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
 from sa_convert.domain.recipe import Recipe
-from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.errors import RecipeError
 from sa_convert.plan.recipe_file import dump_recipe, load_recipe, parse_recipe, shipped_recipes
 from sa_convert.treatments.share.plans import recipe_of
+from sa_convert.treatments.share.sharing_map import SharingMap
 from sa_convert.treatments.share.spans import sharing_of
 
 ROOT = Path(__file__).parents[2]

@@ -3,9 +3,9 @@
 import pytest
 
 from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
-from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.errors import PlanError
 from sa_convert.treatments.share.rules import check_map
+from sa_convert.treatments.share.sharing_map import SharingMap
 
 FULL = LayerGeometry(heads=4, groups=2, head_dim=8)
 UNIFORM = ModelGeometry((FULL,) * 4)

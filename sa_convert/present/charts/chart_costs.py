@@ -61,13 +61,13 @@ def _scale(costs: list[float]) -> "LogNorm":
 
 
 def _mark_removed(axes: "Axes", analysis: Analysis, groups: int) -> None:
-    """A dot on each unit that the recipe's map removes."""
+    """A dot on each unit that the recipe treats."""
     layers = shown_layers(analysis)
     columns: Counter[int] = Counter()
     removed: list[tuple[int, int]] = []
     for unit in (cost.unit for cost in analysis.costs):
-        row = analysis.sharing.layers.get(unit.layer)
-        if row is not None and all(row[head] is not None for head in unit.heads):
+        planned = analysis.plan.layers.get(unit.layer, {})
+        if isinstance(planned, str) or all(group in planned for group in unit.groups):
             removed.append((layers.index(unit.layer), columns[unit.layer]))
         columns[unit.layer] += 1
     size = max(9.0, min(60.0, 3600 / (len(layers) * max(1.0, groups / 8))))

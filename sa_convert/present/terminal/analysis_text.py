@@ -36,8 +36,8 @@ def _rows(analysis: Analysis) -> Iterator[tuple[str, str]]:
         label = f"{analysis.keys_name.capitalize()} removed" if number == 0 else ""
         yield label, f"{point.key_cache_removed:5.1%}: {change}, {point.groups} groups reuse"
     yield "", "measured on held-out sequences, without refit"
-    layers = layer_names(analysis.stacks, analysis.sharing.layers)
-    plural = "layer" if len(analysis.sharing.layers) == 1 else "layers"
+    layers = layer_names(analysis.stacks, analysis.plan.layers)
+    plural = "layer" if len(analysis.plan.layers) == 1 else "layers"
     removed = f"{analysis.key_cache_removed:.1%} of the {analysis.keys_name}"
     yield "Recipe", f"removes {removed}; heads of {plural} {layers} reuse"
     yield "Peak memory", human_bytes(analysis.peak_memory)

@@ -5,9 +5,9 @@ from dataclasses import replace
 from itertools import groupby
 
 from sa_convert.domain.geometry import ModelGeometry
-from sa_convert.domain.sharing_map import SharingMap, Source
 from sa_convert.domain.stacks import Stacks, layer_label, layer_names, place_of
 from sa_convert.domain.treated import Drawing, Look, Treated
+from sa_convert.treatments.share.sharing_map import SharingMap, Source
 
 PAPER = "https://arxiv.org/abs/2407.12866"
 

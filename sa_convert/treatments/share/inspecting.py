@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sa_convert.domain.geometry import ModelGeometry
-from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.domain.stacks import layer_names, place_of
 from sa_convert.domain.treated import Inspected
 from sa_convert.treatments.share.rules import layer_difference
+from sa_convert.treatments.share.sharing_map import SharingMap
 
 FIRST_OF_ITS_KIND = "no earlier layer of its kind"
 

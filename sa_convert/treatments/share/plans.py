@@ -1,11 +1,13 @@
 """A sharing map as the part of a plan that it is, and back; and as recipes have it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from sa_convert.domain.geometry import ModelGeometry
-from sa_convert.domain.plan import Plan
-from sa_convert.domain.sharing_map import SharingMap, Source
+from sa_convert.domain.plan import GroupPlan, Plan
 from sa_convert.domain.stacks import layer_of, place_of
+from sa_convert.domain.units import Unit
+from sa_convert.treatments.share.sharing_map import SharingMap, Source
 
 NAME = "share"
 
@@ -34,6 +36,13 @@ def map_of(plan: Plan, geometry: ModelGeometry) -> SharingMap:
             for head, source in zip(layer.heads_of(group), sources, strict=True):
                 row[head] = source and (layer_of(geometry.stacks, stack, source[0]), source[1])
     return SharingMap({index: tuple(row) for index, row in rows.items()}, geometry.stacks)
+
+
+def plan_of_unit(unit: Unit, sources: Sequence[Source], geometry: ModelGeometry) -> dict[int, GroupPlan]:
+    """The plan of a unit's KV groups, of whose heads each has one of the sources."""
+    told = [[place_of(geometry.stacks, layer)[1], head] for layer, head in sources]
+    size = geometry.layers[unit.layer].group_size
+    return {group: {NAME: told[at * size : (at + 1) * size]} for at, group in enumerate(unit.groups)}
 
 
 def recipe_of(sharing: SharingMap) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The rules of sharing: which map a model can run. One violation raises, naming the layer and the head, and why."""
 
 from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
-from sa_convert.domain.sharing_map import SharingMap, Source
 from sa_convert.errors import PlanError
+from sa_convert.treatments.share.sharing_map import SharingMap, Source
 
 
 def check_map(sharing: SharingMap, geometry: ModelGeometry) -> None:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
 from sa_convert.domain.layer_range import LayerRange
 from sa_convert.domain.recipe_map import HeadSource
-from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.domain.stacks import parse_label, stack_ranges
 from sa_convert.errors import PlanError, RecipeError
 from sa_convert.treatments.share.rules import layer_difference
+from sa_convert.treatments.share.sharing_map import SharingMap
 
 if TYPE_CHECKING:
     from sa_convert.domain.recipe import Origin, Recipe, Span
