@@ -1,26 +1,23 @@
 """What a change of a head's output does to the loss, or to the layer's output where gradients do not fit."""
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch.nn import functional
 
 from sa_convert.models.arguments import first_argument
 from sa_convert.observe.finite import not_finite
 from sa_convert.observe.probe import Probe, Rows, Seen
 from sa_convert.observe.sequences import Sample
 
-if TYPE_CHECKING:
-    import torch
-
-Gradients = dict[int, "torch.Tensor"]
+Gradients = dict[int, torch.Tensor]
 
 
 def fisher_gradients(
-    probe: Probe, sample: Sample, rows: Rows, observe: Callable[[Seen], None], generator: "torch.Generator"
+    probe: Probe, sample: Sample, rows: Rows, observe: Callable[[Seen], None], generator: torch.Generator
 ) -> Iterator[tuple[str, Gradients]]:
     """Gradients (T, H, D) for each layer: of the divergence from the base under a map, then of sampled labels."""
-    import torch
-    from torch.nn import functional
-
     model, seen = probe.model, {}
     inputs = sample.inputs(model)
 
@@ -56,12 +53,10 @@ def output_directions(
     sample: Sample,
     rows: Rows,
     observe: Callable[[Seen], None],
-    generator: "torch.Generator",
+    generator: torch.Generator,
     seen: dict[int, Seen],
 ) -> Iterator[tuple[str, Gradients]]:
     """Random directions (T, H, D) for each layer, so that the mean square of e is the relative squared output error."""
-    import torch
-
     gradients: Gradients = {}
     sizes: dict[int, float] = {}
 
@@ -80,7 +75,7 @@ def output_directions(
     def direct(index: int) -> Callable[..., None]:
         """After the output projection: what a random direction of its output is at the head outputs."""
 
-        def hook(_: Any, args: Any, output: "torch.Tensor") -> None:
+        def hook(_: Any, args: Any, output: torch.Tensor) -> None:
             if not bool(torch.isfinite(output.sum())):
                 raise not_finite(probe.model, f" in layer {index}")
             z = torch.randn(output.shape, generator=generator).to(output.device, output.dtype)

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from sa_convert.observe.probe import Probe
     from sa_convert.runtime.shared_attention_plan import LayerPlan
@@ -46,8 +48,6 @@ def _probed(shared: type) -> type:
 
 def _eager_mask(mask: Any, query: Any, key: Any) -> Any:
     """A mask that is added to scores, from what a causal model hands to its kernel: boolean, or none at all."""
-    import torch
-
     from sa_convert.runtime.shared_attention_weights import additive
 
     tokens, length = query.shape[-2], key.shape[-2]

@@ -7,14 +7,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from sa_convert.domain.sharing_map import Source
 from sa_convert.families.family import Family, Stack
 from sa_convert.observe import own_attention
-
-if TYPE_CHECKING:
-    import torch
 
 NAME = "sa_convert_probe"
 """Of our attention function in the attention interface of transformers."""
@@ -27,9 +26,9 @@ Rows = Mapping[int, tuple[Source | None, ...]]
 class Kept:
     """A loan of attention weights (B, H, T, T)."""
 
-    kept: "torch.Tensor"
+    kept: torch.Tensor
 
-    def weights(self) -> "torch.Tensor":
+    def weights(self) -> torch.Tensor:
         return self.kept
 
 
@@ -41,10 +40,10 @@ class Recomputed:
     """
 
     module: Any
-    own: Mapping[str, "torch.Tensor"]
-    query: "torch.Tensor"
-    key: "torch.Tensor"
-    mask: "torch.Tensor | None"
+    own: Mapping[str, torch.Tensor]
+    query: torch.Tensor
+    key: torch.Tensor
+    mask: torch.Tensor | None
     arguments: Mapping[str, Any]
 
     @classmethod
@@ -56,7 +55,7 @@ class Recomputed:
         own = self.__dict__["own"]
         return own[name] if name in own else getattr(self.__dict__["module"], name)
 
-    def weights(self) -> "torch.Tensor":
+    def weights(self) -> torch.Tensor:
         return _weights(self, self.query, self.key, self.mask, self.arguments)
 
 
@@ -73,10 +72,10 @@ class Seen:
     """
 
     layer: int
-    weights: "torch.Tensor"
-    used: "torch.Tensor"
-    value: "torch.Tensor"
-    output: "torch.Tensor"
+    weights: torch.Tensor
+    used: torch.Tensor
+    value: torch.Tensor
+    output: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ class Probe:
             self._observer = before
 
     @contextmanager
-    def lending(self, loans: "Loans") -> Iterator[None]:
+    def lending(self, loans: Loans) -> Iterator[None]:
         """While open, layers that run one by one find and leave the attention of source layers in `loans`, as queries
         and keys, which take less memory than weights."""
         before, self._loans, self._keep_weights = self._loans, loans, False
@@ -182,8 +181,6 @@ class Probe:
             self._loans, self._keep_weights = before, True
 
     def attend(self, module: Any, query: Any, key: Any, value: Any, mask: Any, arguments: dict[str, Any]) -> Any:
-        import torch
-
         layer = module.sa_convert_layer
         row = self._rows.get(layer)
         weights = _weights(module, query, key, mask, arguments)
@@ -219,7 +216,7 @@ def _has_stack(model: Any, family: Family, stack: Stack) -> bool:
     return not family.encoder_decoder or path_in(model, stack.layers) is not None
 
 
-def _weights(module: Any, query: Any, key: Any, mask: Any, arguments: Mapping[str, Any]) -> "torch.Tensor":
+def _weights(module: Any, query: Any, key: Any, mask: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
     """Attention weights (B, H, T, S) by the family's own eager function, which applies its softcap and sinks."""
     # Zero-width values: only the weights are wanted here.
     nothing = key[..., :0]

@@ -14,7 +14,8 @@ their best-matching heads in another layer (column), averaged over heads.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import torch
 
 from sa_convert.console.progress import progress
 from sa_convert.domain.analysis import AttentionStatistics
@@ -24,9 +25,6 @@ from sa_convert.observe.finite import not_finite
 from sa_convert.observe.probe import Probe, Seen
 from sa_convert.observe.sequences import Sample
 
-if TYPE_CHECKING:
-    import torch
-
 
 def attention_statistics(
     probe: Probe, units: Units, samples: Sequence[Sample], description: str = "similarity of layers"
@@ -35,8 +33,6 @@ def attention_statistics(
 
     samples: of one length. Raises DataError where none of them is text, CheckpointError where weights are not finite.
     """
-    import torch
-
     text = [sample for sample in samples if not sample.repetition]
     if not text:
         raise DataError("Comparing the attention of layers needs at least one sequence of text; give more sequences.")
@@ -74,16 +70,14 @@ def attention_statistics(
     return AttentionStatistics(similarity, matched, mean, _isotropy(similarity), len(text))
 
 
-def _pairs(weights: "torch.Tensor") -> "torch.Tensor":
+def _pairs(weights: torch.Tensor) -> torch.Tensor:
     """(T, T) bool: which pairs of tokens weights (H, T, T) are of: the causal ones, unless a token sees later ones."""
-    import torch
-
     pairs = torch.ones(weights.shape[1:], dtype=torch.bool)
     causal = weights.shape[1] == weights.shape[2] and not bool(weights.triu(1).any())
     return pairs.tril() if causal else pairs
 
 
-def _variance(weights: "torch.Tensor", seen: "torch.Tensor") -> "torch.Tensor":
+def _variance(weights: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     """Scalar, of weights (H, T, T): the variance over the tokens seen, averaged over tokens and heads."""
     count = seen.sum(-1)
     mean = weights.sum(-1) / count
@@ -91,7 +85,7 @@ def _variance(weights: "torch.Tensor", seen: "torch.Tensor") -> "torch.Tensor":
 
 
 def _by_layer(
-    cosines: "torch.Tensor", units: Units
+    cosines: torch.Tensor, units: Units
 ) -> tuple[tuple[tuple[float | None, ...], ...], tuple[tuple[float | None, ...], ...]]:
     """(L, L) twice, from (J, J): same index, and best match. None for layers that are not compared."""
     same: list[tuple[float | None, ...]] = []

@@ -1,7 +1,8 @@
 """The pass that fills `Costs`: attention of every layer, gradients, and sums over tokens."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+
+import torch
 
 from sa_convert.console.progress import progress
 from sa_convert.domain.calibrated import Measure
@@ -12,9 +13,6 @@ from sa_convert.observe.probe import Probe, Rows, Seen
 from sa_convert.observe.sequences import Sample
 from sa_convert.search.costs import Costs, shortlists
 from sa_convert.treatments.share.rules import layer_difference
-
-if TYPE_CHECKING:
-    import torch
 
 SHORTLIST = 24
 """Sources that are kept for each head. More changed no choice on SmolLM2-135M."""
@@ -39,8 +37,6 @@ def collect(
     count by their `weight`. known: costs whose pairs choose the shortlists, instead of a first look at some samples.
     Raises CheckpointError where a loss or an activation is not finite.
     """
-    import torch
-
     rows: Rows = sharing.layers
     costs = Costs(units, measure, without_map=not rows)
     screen = [] if known else _screen(samples)
@@ -73,18 +69,14 @@ def collect(
     return costs
 
 
-def _moments(
-    costs: Costs, unit: Unit, changes: "torch.Tensor", first: "torch.Tensor"
-) -> "tuple[torch.Tensor, torch.Tensor]":
+def _moments(costs: Costs, unit: Unit, changes: torch.Tensor, first: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Half the second moments, and the first-order term, over a unit's shortlist. changes: (T, J, H); first: (J, H)."""
-    import torch
-
     short = costs.shortlist[unit.layer]
     e = torch.cat([changes[:, short[head], head] for head in unit.heads], dim=1)  # (T, heads * K)
     return (e.T @ e).mul_(0.5), torch.cat([first[short[head], head] for head in unit.heads])
 
 
-def _certain(slopes: "torch.Tensor") -> "torch.Tensor":
+def _certain(slopes: torch.Tensor) -> torch.Tensor:
     """The sum of slopes (samples, n) over samples, a standard error nearer to 0.
 
     A search picks what looks best among thousands of choices; with few samples that is mostly what is noisiest.
@@ -102,10 +94,8 @@ def _screen(samples: Sequence[Sample]) -> list[Sample]:
     return text[:: max(1, len(text) // _SCREENED)][:_SCREENED] + [s for s in samples if s.repetition][:1]
 
 
-def _allowed(units: Units, layer: int, rows: Rows) -> "torch.Tensor":
+def _allowed(units: Units, layer: int, rows: Rows) -> torch.Tensor:
     """(J,) bool: whether a head of this or an earlier layer may be a source for the layer, under a map."""
-    import torch
-
     layers = units.geometry.layers
     allowed = torch.zeros(units.offsets[layer + 1], dtype=torch.bool)
     for source in range(layer):
@@ -121,12 +111,10 @@ def _pass(
     sample: Sample,
     rows: Rows,
     measure: Measure,
-    generator: "torch.Generator",
-    allowed: "dict[int, torch.Tensor]",
-) -> Iterator[tuple[int, "torch.Tensor", "torch.Tensor"]]:
+    generator: torch.Generator,
+    allowed: dict[int, torch.Tensor],
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """For each layer, e (T, J, H) at the scored tokens, and the summed first-order term (J, H)."""
-    import torch
-
     layers = units.geometry.layers
     stacks: dict[str, torch.Tensor] = {}  # (T, J, S) weights of all heads, in each stack
     seen: dict[int, Seen] = {}
@@ -157,10 +145,8 @@ def _pass(
             yield layer, e, first.get(layer, torch.zeros(e.shape[1:]))
 
 
-def _changes(stack: "torch.Tensor", seen: Seen, gradient: "torch.Tensor") -> "torch.Tensor":
+def _changes(stack: torch.Tensor, seen: Seen, gradient: torch.Tensor) -> torch.Tensor:
     """e (T, J, H) of one layer. stack (T, J, T); gradient (T, H, D) at the layer's head outputs."""
-    import torch
-
     value = seen.value.detach()[0].float()  # (G, T, D)
     value = value.repeat_interleave(gradient.shape[1] // value.shape[0], dim=0)
     u = gradient.float().transpose(0, 1)  # (H, T, D)
