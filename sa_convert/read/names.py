@@ -15,7 +15,7 @@ OTHER_BASE = "transformer"
 def attention_config(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
     """The part of config.json that describes the attention: the language model's of a multimodal model.
 
-    Raises CheckpointError where it is missing.
+    Raises CheckpointError if it is missing.
     """
     if family.text is None:
         return config
@@ -42,7 +42,7 @@ def attention_prefix(checkpoint: Checkpoint, family: Family, stacks: Stacks, lay
 
 
 def layers_prefix(checkpoint: Checkpoint, family: Family, stack: Stack) -> str:
-    """How tensor names of the layers begin: "model.layers", or "layers" where the base prefix was not saved."""
+    """How tensor names of the layers begin: "model.layers", or "layers" if the base prefix was not saved."""
     candidates = prefixes(family, stack)
     wanted = projection(family, "query")
     module = f".{stack.attention}.{wanted}."  # with a weight or, quantised, with parts of one

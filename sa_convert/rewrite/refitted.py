@@ -19,7 +19,7 @@ _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float
 
 
 def check_refittable(checkpoint: Checkpoint, family: Family, geometry: ModelGeometry) -> None:
-    """Raises CheckpointError where the output projections are not plain float tensors, as in quantised models."""
+    """Raises CheckpointError if the output projections are not plain float tensors, as in quantised models."""
     for layer in (index for index, attention in enumerate(geometry.layers) if attention.heads):
         name = output_name(checkpoint, family, geometry.stacks, layer)
         if name not in checkpoint.tensors or checkpoint.tensors[name].dtype not in _DTYPES:
