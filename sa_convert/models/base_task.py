@@ -1,7 +1,7 @@
 """What a task is: it says which tokens of a sequence are scored, and makes of sequences and scored tokens what a model
 is called with. What is scored depends on the sequence and the seed alone, so that all models are asked the same.
 
-Letters in shape comments: B sequences, L tokens of a sequence, P places of the logits, N predictions that are scored.
+Letters in shape comments: B sequences, L tokens of a sequence, P positions of the logits, N scored predictions.
 """
 
 from abc import ABC, abstractmethod
@@ -25,7 +25,7 @@ MASKED_PART = 0.15
 @dataclass(frozen=True)
 class Inputs:
     """A batch. kwargs: what the model is called with, tensors on its device, no cache. labels: (B, P) int64 and scored:
-    (B, P) bool, both on the CPU: what the logits at each place predict, and whether that counts."""
+    (B, P) bool, both on the CPU: what the logits at each position predict, and whether that counts."""
 
     kwargs: Mapping[str, Any]
     labels: torch.Tensor
@@ -38,7 +38,7 @@ class Inputs:
         found: torch.Tensor = output.prediction_logits if hasattr(output, "prediction_logits") else output.logits
         return found
 
-    def rows(self, logits: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def scored_logits(self, logits: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """For each sequence the scored logits (N, vocabulary) and their labels (N), both where the logits are."""
         for row, labels, scored in zip(logits, self.labels, self.scored, strict=True):
             yield row[scored.to(row.device)], labels[scored].to(row.device)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sa_convert.observe.attention_call import Call
+
 if TYPE_CHECKING:
     from sa_convert.observe.probe import Probe
     from sa_convert.runtime.shared_attention_plan import LayerPlan
@@ -41,7 +43,9 @@ def _probed(shared: type) -> type:
     def attend(
         self: Any, exchange: Any, implementation: str, query: Any, key: Any, value: Any, mask: Any, arguments: Any
     ) -> Any:
-        return self.sa_convert_probe.attend(self, query, key, value, _eager_mask(mask, query, key), arguments)
+        added = _eager_mask(mask, query, key)
+        call = Call(module=self, query=query, key=key, mask=added, arguments=arguments)
+        return self.sa_convert_probe.attend(call, value)
 
     return type(f"Probed{shared.__name__}", (shared,), {"attend": attend})
 

@@ -46,7 +46,7 @@ def perplexity(
     with torch.inference_mode(), progress(len(sequences), description, unit="seq") as bar:
         for chunk in sequences.split(batch):
             inputs = task.batch(model, chunk)
-            for predictions, targets in inputs.rows(inputs.logits(model)):
+            for predictions, targets in inputs.scored_logits(inputs.logits(model)):
                 losses = functional.cross_entropy(predictions.float(), targets, reduction="none")
                 total += losses.cpu().double().sum().item()
                 tokens += losses.numel()
