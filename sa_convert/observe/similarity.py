@@ -75,7 +75,7 @@ def attention_statistics(
 
 
 def _pairs(attention: torch.Tensor) -> torch.Tensor:
-    """(T, T) bool: of which pairs of tokens there are probabilities (H, T, T): the causal ones, unless one sees later ones."""
+    """(T, T) bool: the pairs of tokens of probabilities (H, T, T): the causal ones, unless one sees later ones."""
     pairs = torch.ones(attention.shape[1:], dtype=torch.bool)
     causal = attention.shape[1] == attention.shape[2] and not bool(attention.triu(1).any())
     return pairs.tril() if causal else pairs
