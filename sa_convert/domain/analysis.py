@@ -20,7 +20,7 @@ class AttentionStatistics:
 
     similarity: (L, L), heads of the same index; None for layers of different numbers of heads, of different stacks, and
     without softmax attention. matched: (L, L), for each layer (row) its heads' best-matching heads in another (column).
-    variance, isotropy: of each layer; isotropy is None where no other layer has as many heads. sequences: how many of
+    variance, isotropy: of each layer; isotropy is None if no other layer has as many heads. sequences: how many of
     text they are averages of.
     """
 
@@ -44,7 +44,7 @@ class AttentionStatistics:
 class UnitCost:
     """What it costs that a unit alone gives up its attention: in nats per token, or relative output error.
 
-    sources: the best for each of its heads. Both are None where it has no possible source.
+    sources: the best for each of its heads. Both are None if it has no possible source.
     """
 
     unit: Unit
@@ -109,7 +109,7 @@ class Analysis:
     """All of analysis.json. measure: of the costs, "fisher" or "output error". dtype: in which the model was computed.
 
     heads: query heads of each layer. sharing: the map of recipe.yaml, which removes `key_cache_removed` (0 to 1).
-    peak_memory: bytes that the process had in use at most. caches: whether the model caches keys; where it does not,
+    peak_memory: bytes that the process had in use at most. caches: whether the model caches keys; if it does not,
     the key cache means the keys that are computed.
     """
 
@@ -145,7 +145,7 @@ class Analysis:
 
     @property
     def cost_matrix(self) -> Matrix:
-        """(L, G): the cost of each KV group, None without a source; of a whole layer in its first column where only
+        """(L, G): the cost of each KV group, None without a source; of a whole layer in its first column if only
         whole layers can reuse."""
         rows: list[list[float | None]] = [[] for _ in self.heads]
         for cost in self.costs:

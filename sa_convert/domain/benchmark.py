@@ -43,7 +43,7 @@ class Spread:
 class Speed:
     """One model at one context and batch.
 
-    prefill: seconds of a pass over the context. step: seconds of decoding one token for each sequence, or None where
+    prefill: seconds of a pass over the context. step: seconds of decoding one token for each sequence, or None if
     the model caches nothing. cache_bytes: of the whole batch, once the context is cached. peak_memory: bytes.
     prefill_flops, step_bytes: what the work is expected to be, see `sa_convert.measure.speed.expected_work`.
     """

@@ -12,7 +12,7 @@ Measure = Literal["fisher", "output error"]
 
 @dataclass(frozen=True)
 class LayerRefit:
-    """strength: of the ridge, or None where no strength helped. text, repetition: the squared error that is left on
+    """strength: of the ridge, or None if no strength helped. text, repetition: the squared error that is left on
     held-out samples, as a part of that without a refit (1 without a refit; repetition is None without such samples)."""
 
     strength: float | None
@@ -48,7 +48,7 @@ class Distance:
 
 @dataclass(frozen=True)
 class RefitReport:
-    """share: the part of the way from the base's matrices to the fitted ones, 0 where they did not help.
+    """share: the part of the way from the base's matrices to the fitted ones, 0 if they did not help.
 
     layers: of every reusing layer. before, after: the divergence from the base on held-out samples. text, sequences,
     length: what it was fitted on.

@@ -29,7 +29,7 @@ NO_MEMORY: Mapping[int | str, int] = {"cpu": 1}
 class Placement:
     """device: "cpu", "cuda", "cuda:1", "mps". dtype: of the computation. stored: dtype of the weights in the files.
 
-    max_memory: bytes by device as accelerate takes it, or None where the whole model fits on `device`.
+    max_memory: bytes by device as accelerate takes it, or None if the whole model fits on `device`.
     """
 
     device: str
@@ -48,9 +48,9 @@ def place(
     """Decide where the checkpoint in `folder` runs.
 
     device: "auto" takes CUDA, then MPS, then the CPU. dtype: "auto" takes the dtype of the weights; on a CPU it takes
-    float32 instead of float16, and instead of bfloat16 where that fits into memory (few CPUs are fast at either, and
+    float32 instead of float16, and instead of bfloat16 if that fits into memory (few CPUs are fast at either, and
     the decode check is stricter). max_memory: given, the model is always placed by accelerate within these bounds
-    (`{"cpu": bytes}`), and what does not fit stays on disk; None: that is done only where the weights do not fit into
+    (`{"cpu": bytes}`), and what does not fit stays on disk; None: that is done only if the weights do not fit into
     free memory. Raises SaConvertError for a device or dtype that torch does not have.
     """
     import torch

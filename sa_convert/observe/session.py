@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 WRITTEN_PART = 3
-"""One sequence in so many is written by the model, where the text is built-in and the model fits in memory."""
+"""One sequence in so many is written by the model, if the text is built-in and the model fits in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ FILE, PAGE, FIGURE = "bench.json", "bench.md", "bench.png"
 
 
 class Row(NamedTuple):
-    """One measure of both models, as people read it; "" where there is nothing."""
+    """One measure of both models, as people read it; "" if there is nothing."""
 
     measure: str
     model: str

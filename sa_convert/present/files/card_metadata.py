@@ -37,7 +37,7 @@ _MISSING = "The licence of the base model applies; see its own page."
 
 
 def inherited(base_card: Path | None, base_url: str | None, folder: Path) -> tuple[dict[str, Any], str | None]:
-    """Licence and language of the base model, and what to say where its card does not tell them.
+    """Licence and language of the base model, and what to say if its card does not tell them.
 
     base_url: the base model's page on the Hub. A link to a licence file that is not in `folder` becomes one to there.
     """
