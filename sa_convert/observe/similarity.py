@@ -1,13 +1,17 @@
-"""How alike the attention weights of a model's layers are: the observation that Shared Attention started from.
+"""How alike the attention probabilities of a model's layers are: the observation that Shared Attention started from.
 
-Similarity of two layers (arXiv 2407.12866): the cosine between the weight matrices of their heads, those of the same
-index, averaged over heads and sequences. Isotropy of a layer: the mean of its similarity to all other layers; so the
-authors use the word ("attention weight isotropy: high similarity in attention distributions across layers", abstract of
-the journal version, Neurocomputing 648, 2025, 130587). It is not the isotropy of embeddings (Mu and Viswanath, 2018).
-Variance of a layer: that of the weights which a token gives to the tokens that it may see (itself and those before it;
-in an encoder and in cross-attention, all), averaged over tokens and heads; attention spread evenly has none. It falls
-with the length of the sequences. Layers of different stacks of an encoder-decoder attend to other pairs of tokens, and
-are not compared.
+Similarity of two layers (arXiv 2407.12866): the cosine between the matrices of probabilities of their heads, those of
+the same index, averaged over heads and sequences.
+
+Isotropy of a layer: the mean of its similarity to all other layers. So the authors use the word ("attention weight
+isotropy: high similarity in attention distributions across layers", abstract of the journal version, Neurocomputing
+648, 2025, 130587). It is not the isotropy of embeddings (Mu and Viswanath, 2018).
+
+Variance of a layer: that of the probabilities which a token gives to the tokens that it may see, averaged over tokens
+and heads. It may see itself and those before it; in an encoder and in cross-attention, all. Attention spread evenly has
+none. It falls with the length of the sequences.
+
+Layers of different stacks of an encoder-decoder attend to other pairs of tokens, and are not compared.
 
 Heads are not aligned across layers, so there is a second matrix: for each layer (row), the cosine between its heads and
 their best-matching heads in another layer (column), averaged over heads.
@@ -33,7 +37,7 @@ def attention_statistics(
 ) -> AttentionStatistics:
     """Over the samples of text; random repetition is left out. Weights of one sequence are in memory at a time.
 
-    samples: of one length. Raises DataError where none of them is text, CheckpointError where weights are not finite.
+    samples: of one length. Raises DataError if none of them is text, CheckpointError if probabilities are not finite.
     """
     import torch
 
@@ -41,8 +45,8 @@ def attention_statistics(
     if not text:
         raise DataError("Comparing the attention of layers needs at least one sequence of text; give more sequences.")
     heads, layers = units.offsets[-1], units.geometry.layers
-    seen: dict[int, torch.Tensor] = {}  # by layer (T, T) bool, the pairs of tokens whose weights may differ from 0
-    weights: dict[int, torch.Tensor] = {}  # by layer (H, pairs), of norm 1
+    seen: dict[int, torch.Tensor] = {}  # by layer (T, T) bool, the pairs of tokens that may attend
+    probabilities: dict[int, torch.Tensor] = {}  # by layer (H, pairs), of norm 1
     cosines = torch.full((heads, heads), torch.nan, dtype=torch.float64)
     variance = torch.zeros(len(layers), dtype=torch.float64)
     places = _slices(units)
@@ -53,14 +57,14 @@ def attention_statistics(
             raise not_finite(probe.model)
         pairs = seen.setdefault(layer.layer, _pairs(own))
         found = own[:, pairs]
-        weights[layer.layer] = found.div_(found.norm(dim=1, keepdim=True).clamp_min_(1e-30))
+        probabilities[layer.layer] = found.div_(found.norm(dim=1, keepdim=True).clamp_min_(1e-30))
         variance[layer.layer] += float(_variance(own, pairs))
 
     with progress(len(text), description, unit="seq") as bar, torch.no_grad(), probe.observing(observe):
         for number, sample in enumerate(text):
             probe.model(**sample.inputs(probe.model).kwargs)
-            for row, one in weights.items():
-                for column, other in weights.items():
+            for row, one in probabilities.items():
+                for column, other in probabilities.items():
                     if column <= row and layers[row].stack == layers[column].stack:
                         block = (one @ other.T).double()
                         if number:
@@ -74,20 +78,20 @@ def attention_statistics(
     return AttentionStatistics(similarity, matched, mean, _isotropy(similarity), len(text))
 
 
-def _pairs(weights: "torch.Tensor") -> "torch.Tensor":
-    """(T, T) bool: which pairs of tokens weights (H, T, T) are of: the causal ones, unless a token sees later ones."""
+def _pairs(probabilities: "torch.Tensor") -> "torch.Tensor":
+    """(T, T) bool: pairs that probabilities (H, T, T) are of: the causal ones, unless a token sees later ones."""
     import torch
 
-    pairs = torch.ones(weights.shape[1:], dtype=torch.bool)
-    causal = weights.shape[1] == weights.shape[2] and not bool(weights.triu(1).any())
+    pairs = torch.ones(probabilities.shape[1:], dtype=torch.bool)
+    causal = probabilities.shape[1] == probabilities.shape[2] and not bool(probabilities.triu(1).any())
     return pairs.tril() if causal else pairs
 
 
-def _variance(weights: "torch.Tensor", seen: "torch.Tensor") -> "torch.Tensor":
-    """Scalar, of weights (H, T, T): the variance over the tokens seen, averaged over tokens and heads."""
+def _variance(probabilities: "torch.Tensor", seen: "torch.Tensor") -> "torch.Tensor":
+    """Scalar, of probabilities (H, T, T): the variance over the tokens seen, averaged over tokens and heads."""
     count = seen.sum(-1)
-    mean = weights.sum(-1) / count
-    return (weights.square().sum(-1) / count - mean.square()).double().mean()
+    mean = probabilities.sum(-1) / count
+    return (probabilities.square().sum(-1) / count - mean.square()).double().mean()
 
 
 def _by_layer(
