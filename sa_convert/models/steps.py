@@ -2,8 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from sa_convert.families.family import PREFIX
-from sa_convert.families.table import FAMILIES
+from sa_convert.families.table import family_named
 from sa_convert.models.arguments import cache_keyword, cache_of, dynamic_cache
 from sa_convert.models.device import input_device
 from sa_convert.models.task import Decoding
@@ -23,9 +22,8 @@ class Steps:
     def __init__(self, model: Any, decoding: Decoding) -> None:
         self.model = model
         self.tokens = decoding.tokens[None].to(input_device(model))
-        # As generate() tells them; Bamba counts from 0 in every pass that is not told.
-        family = FAMILIES.get(model.config.model_type.removeprefix(PREFIX))
-        self._told_positions = family is not None and family.mixed and family.modules.rotary != "none"
+        family = family_named(model.config.model_type)
+        self._told_positions = family is not None and family.told_positions
         self._source = None if decoding.source is None else decoding.source[None].to(input_device(model))
 
     def whole(self, tokens: "torch.Tensor") -> "torch.Tensor":

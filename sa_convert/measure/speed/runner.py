@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sa_convert.domain.report import PredictionTask
 from sa_convert.errors import SaConvertError
-from sa_convert.families.family import PREFIX
-from sa_convert.families.table import FAMILIES
+from sa_convert.families.table import family_named
 from sa_convert.models.arguments import cache_keyword, cache_of, caches_in, dynamic_cache
 from sa_convert.models.device import input_device
 from sa_convert.models.load import embedded_tokens
@@ -28,9 +27,8 @@ class Runner:
     def __init__(self, model: Any, task: PredictionTask, static: bool, seed: int) -> None:
         self.model, self.caches, self._static, self._seed = model, task != "masked-token", static, seed
         self._reads_source = task == "teacher-forced"
-        family = FAMILIES.get(model.config.model_type.removeprefix(PREFIX))
-        # As generate() tells them; Bamba counts from 0 in every pass that is not told.
-        self._told_positions = family is not None and family.mixed and family.modules.rotary != "none"
+        family = family_named(model.config.model_type)
+        self._told_positions = family is not None and family.told_positions
         self.keeps_one = "logits_to_keep" in signature(model.forward).parameters
         self._hands_cache = static  # rather than let the model make its own
         self._cache: Any = None
