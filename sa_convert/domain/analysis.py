@@ -16,7 +16,7 @@ Matrix = tuple[tuple[float | None, ...], ...]
 
 @dataclass(frozen=True)
 class AttentionStatistics:
-    """How alike the attention weights of layers are; see `sa_convert.observe.similarity` for the definitions.
+    """How alike the attention probabilities of layers are; see `sa_convert.observe.similarity` for the definitions.
 
     similarity: (L, L), heads of the same index; None for layers of different numbers of heads, of different stacks, and
     without softmax attention. matched: (L, L), for each layer (row) its heads' best-matching heads in another (column).

@@ -3,17 +3,18 @@
 Similarity of two layers (arXiv 2407.12866): the cosine between the matrices of probabilities of their heads, those of
 the same index, averaged over heads and sequences.
 
-Isotropy of a layer: the mean of its similarity to all other layers; so the authors use the word ("attention weight
+Isotropy of a layer: the mean of its similarity to all other layers. So the authors use the word ("attention weight
 isotropy: high similarity in attention distributions across layers", abstract of the journal version, Neurocomputing
 648, 2025, 130587). It is not the isotropy of embeddings (Mu and Viswanath, 2018).
 
-Variance of a layer: that of the probabilities which a token gives to the tokens that it may see (itself and those
-before it; in an encoder and in cross-attention, all), averaged over tokens and heads; attention spread evenly has none.
-It falls with the length of the sequences.
+Variance of a layer: that of the probabilities which a token gives to the tokens that it may see, averaged over tokens
+and heads. It may see itself and those before it; in an encoder and in cross-attention, all. Attention spread evenly has
+none. It falls with the length of the sequences.
 
-Layers of different stacks of an encoder-decoder attend to other pairs of tokens, and are not compared. Heads are not
-aligned across layers, so there is a second matrix: for each layer (row), the cosine between its heads and their
-best-matching heads in another layer (column), averaged over heads.
+Layers of different stacks of an encoder-decoder attend to other pairs of tokens, and are not compared.
+
+Heads are not aligned across layers, so there is a second matrix: for each layer (row), the cosine between its heads and
+their best-matching heads in another layer (column), averaged over heads.
 """
 
 from collections.abc import Sequence
@@ -34,8 +35,7 @@ def attention_statistics(
 ) -> AttentionStatistics:
     """Over the samples of text; random repetition is left out. Probabilities of one sequence are in memory at a time.
 
-    samples: of one length. Raises DataError where none of them is text, CheckpointError where one is
-    not finite.
+    samples: of one length. Raises DataError if none of them is text, CheckpointError if probabilities are not finite.
     """
     text = [sample for sample in samples if not sample.repetition]
     if not text:
