@@ -31,6 +31,7 @@ from sa_convert.measure.speed.turns import block_sizes
 from sa_convert.measure.speed.worker import _explained
 from sa_convert.models.arguments import cache_keyword, cache_of
 from sa_convert.models.subject import open_subject
+from sa_convert.read.folder import read_config
 from sa_convert.read.open_model import open_model
 from support.cli_cases import refused
 from support.processes import ROOT, run_cli
@@ -350,7 +351,13 @@ def test_what_goes_wrong_in_a_process(base, tmp_path):
 
 
 def load_request(folder: Path) -> dict:
-    subject = {"name": "base", "folder": str(folder), "converted": False, "trusted": False}
+    subject = {
+        "name": "base",
+        "folder": str(folder),
+        "config": read_config(folder),
+        "converted": False,
+        "trusted": False,
+    }
     return {"subject": subject, "options": {"device": "cpu", "threads": 1}}
 
 

@@ -28,10 +28,11 @@ from sa_convert.models.load import (
     refuse_foreign_tokens,
     release_memory,
 )
-from sa_convert.models.placement import Placement, placed, positions, read_config
+from sa_convert.models.placement import Placement, placed, positions
 from sa_convert.models.quiet import keep_module_cache_clean
 from sa_convert.models.task import Task, task_of
 from sa_convert.models.tokens import token_sequences
+from sa_convert.read.folder import read_config
 from sa_convert.texts.text import Text
 
 SEQUENCES = 16
@@ -69,9 +70,10 @@ def validate(
     """
     keep_module_cache_clean()
     held_out = text.split("validation", KINDS)
-    limit = positions(base)
+    config = read_config(base)
+    limit = positions(config)
     tokenizer = load_tokenizer(base)
-    task = task_of(read_config(base), tokenizer, f"The model in {base}")
+    task = task_of(config, tokenizer, f"The model in {base}")
     tokens = token_sequences(tokenizer, held_out, sequences, min(length, limit or length), task.frame)
     other = load_tokenizer(converted, True)
     same = task == task_of(read_config(converted), other, "The converted model")
