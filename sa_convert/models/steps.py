@@ -21,8 +21,6 @@ class Steps:
     def __init__(self, model: Any, decoding: Decoding) -> None:
         self.model = model
         self.tokens = decoding.tokens[None].to(input_device(model))
-        family = family_named(model.config.model_type)
-        self._told_positions = family is not None and family.told_positions
         self._source = None if decoding.source is None else decoding.source[None].to(input_device(model))
 
     def whole(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -39,20 +37,10 @@ class Steps:
             output = self.model(**self._named(tokens), **{cache_keyword(self.model): self.cache}, use_cache=True)
         return output
 
-    def next(self, output: Any, place: int) -> Any:
-        """The model's output for the token at `place`, with the cache and the `output` for all before."""
-        from transformers.modeling_outputs import BaseModelOutput
-
-        token = self.tokens[:, place : place + 1]
-        inputs: dict[str, Any]
-        if self._source is None:
-            inputs = {"input_ids": token, "attention_mask": torch.ones_like(self.tokens[:, : place + 1])}
-            if self._told_positions:
-                inputs["position_ids"] = torch.full_like(token, place)
-        else:
-            read = BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)
-            inputs = {"decoder_input_ids": token, "encoder_outputs": read}
-        return self.model(**inputs, **{cache_keyword(self.model): self.cache}, use_cache=True)
+    def next(self, output: Any, position: int) -> Any:
+        """The model's output for the token at `position`, with the cache and the `output` for all before."""
+        read = None if self._source is None else output.encoder_last_hidden_state
+        return self.model(**step_inputs(self.model, self.tokens, position, self.cache, read))
 
     def generate(self, prompt: torch.Tensor, tokens: int, streamer: Any) -> torch.Tensor:
         """The prompt (1, T) and `tokens` greedy ones after it, decoded with a cache as transformers does it."""
@@ -81,3 +69,21 @@ class Steps:
         if self._source is None:
             return {"input_ids": tokens}
         return {"input_ids": self._source, "decoder_input_ids": tokens}
+
+
+def step_inputs(model: Any, tokens: torch.Tensor, position: int, cache: Any, read: Any = None) -> dict[str, Any]:
+    """What `model` is called with for the token at `position` of tokens (B, T), once those before are in the cache.
+
+    read: the encoder's last hidden state, of an encoder-decoder.
+    """
+    from transformers.modeling_outputs import BaseModelOutput
+
+    token = tokens[:, position : position + 1]
+    inputs = {cache_keyword(model): cache, "use_cache": True}
+    if read is not None:
+        return inputs | {"decoder_input_ids": token, "encoder_outputs": BaseModelOutput(last_hidden_state=read)}
+    inputs |= {"input_ids": token, "attention_mask": torch.ones_like(tokens[:, : position + 1])}
+    family = family_named(model.config.model_type)
+    if family is not None and family.told_positions:  # as generate() tells them
+        inputs["position_ids"] = torch.full_like(token, position)
+    return inputs

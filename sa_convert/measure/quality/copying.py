@@ -49,7 +49,7 @@ class Probes:
 
     def tokens(self, period: int) -> torch.Tensor:
         """Probes (PROBES, length) of this period."""
-        return copying_probes(self.vocabulary, period, self.length, PROBES, self.seed, self.start)
+        return copying_probes(self.vocabulary, period=period, length=self.length, seed=self.seed, start=self.start)
 
     def losses(self, model: Any) -> tuple[CopyingLoss, ...]:
         """Of all distances; only that of `period` goes beyond the second occurrence."""
@@ -63,6 +63,7 @@ class Probes:
 
 def copying_probes(
     vocabulary: Sequence[int],
+    *,
     period: int = PERIOD,
     length: int = LENGTH,
     probes: int = PROBES,

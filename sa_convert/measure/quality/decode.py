@@ -134,8 +134,8 @@ def _cached_logits(steps: Steps, bar: Any) -> torch.Tensor:
     length = steps.tokens.shape[1]
     output = steps.first(steps.tokens[:, : length // 2])
     logits = [output.logits[0].float().cpu()]
-    for place in range(length // 2, length):
-        output = steps.next(output, place)
+    for position in range(length // 2, length):
+        output = steps.next(output, position)
         logits.append(output.logits[0].float().cpu())
         bar.update()
     return torch.cat(logits)

@@ -32,6 +32,7 @@ def perplexity(
     model: Any,
     sequences: torch.Tensor,
     description: str = "perplexity",
+    *,
     batch: int = 1,
     observe: Callable[[torch.Tensor], None] = lambda logits: None,
     task: Task = NEXT_TOKEN,

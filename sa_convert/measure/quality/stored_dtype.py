@@ -27,10 +27,10 @@ def is_wider(placement: Placement) -> bool:
 
 def first(model: object, tokens: torch.Tensor, task: Task, who: str) -> Perplexity:
     """Perplexity on the few sequences that are compared."""
-    return perplexity(model, tokens[:SEQUENCES], f"perplexity of the {who} model, first sequences", 1, task=task)
+    return perplexity(model, tokens[:SEQUENCES], f"perplexity of the {who} model, first sequences", task=task)
 
 
-def in_stored_dtype(load: Load, placement: Placement, tokens: torch.Tensor, task: Task, who: str) -> Perplexity:
+def in_stored_dtype(load: Load, placement: Placement, *, tokens: torch.Tensor, task: Task, who: str) -> Perplexity:
     """As `first`, with the model loaded in the dtype of its files."""
     with load(replace(placement, dtype=placement.stored)) as loaded:
         found = first(loaded.model, tokens, task, who)

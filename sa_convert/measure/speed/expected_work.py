@@ -95,7 +95,13 @@ def prefill_flops(weights: Weights, layers: tuple[Attention, ...] | None, contex
 
 
 def step_bytes(
-    weights: Weights, layers: tuple[Attention, ...] | None, cache: int | None, context: int, batch: int, itemsize: int
+    weights: Weights,
+    layers: tuple[Attention, ...] | None,
+    *,
+    cache: int | None,
+    context: int,
+    batch: int,
+    itemsize: int,
 ) -> int | None:
     """Bytes that a decoding step reads, or None without a cache. cache: bytes of it, of all sequences. itemsize: bytes
     of a probability."""

@@ -9,10 +9,10 @@ import torch
 
 from sa_convert.domain.report import PredictionTask
 from sa_convert.errors import SaConvertError
-from sa_convert.families.table import family_named
 from sa_convert.models.arguments import cache_keyword, cache_of, caches_in, dynamic_cache
 from sa_convert.models.device import input_device
 from sa_convert.models.load import embedded_tokens
+from sa_convert.models.steps import step_inputs
 
 
 class Runner:
@@ -26,8 +26,6 @@ class Runner:
     def __init__(self, model: Any, task: PredictionTask, static: bool, seed: int) -> None:
         self.model, self.caches, self._static, self._seed = model, task != "masked-token", static, seed
         self._reads_source = task == "teacher-forced"
-        family = family_named(model.config.model_type)
-        self._told_positions = family is not None and family.told_positions
         self.keeps_one = "logits_to_keep" in signature(model.forward).parameters
         self._hands_cache = static  # rather than let the model make its own
         self._cache: Any = None
@@ -36,7 +34,7 @@ class Runner:
     def begin(self, context: int, batch: int, steps: int) -> None:
         """Forget everything, and take new tokens for prefills of `context` and at most so many steps after each."""
         self.forget()
-        self._context, self._room, self._place = context, context + steps, context
+        self._context, self._room, self._position = context, context + steps, context
         special = _special_tokens(self.model.config)
         ordinary = torch.tensor([token for token in range(embedded_tokens(self.model)) if token not in special])
         generator = torch.Generator().manual_seed(self._seed)
@@ -46,13 +44,13 @@ class Runner:
     def prefill(self) -> float:
         """Seconds of a pass over the context, with a new cache."""
         self.forget()  # the old cache would count as memory that the pass needs
-        self._place = self._context
+        self._position = self._context
         tokens = self._tokens[:, : self._context]
         inputs: dict[str, Any] = {"input_ids": tokens}
         if self._reads_source:
             inputs["decoder_input_ids"] = tokens.flip(1)
         else:
-            inputs["attention_mask"] = _ones(tokens)
+            inputs["attention_mask"] = torch.ones_like(tokens)
         if self.caches:
             inputs["use_cache"] = True
             if self._hands_cache:
@@ -67,17 +65,9 @@ class Runner:
 
     def step(self) -> float:
         """Seconds of a pass over one more token of each sequence."""
-        tokens = self._tokens[:, self._place : self._place + 1]
-        inputs: dict[str, Any] = {cache_keyword(self.model): self._cache, "use_cache": True}
-        if self._reads_source:
-            from transformers.modeling_outputs import BaseModelOutput
-
-            inputs |= {"decoder_input_ids": tokens, "encoder_outputs": BaseModelOutput(last_hidden_state=self._read)}
-        else:
-            inputs |= {"input_ids": tokens, "attention_mask": _ones(self._tokens[:, : self._place + 1])}
-            if self._told_positions:
-                inputs["position_ids"] = _ones(tokens) * self._place
-        self._place += 1
+        read = self._read if self._reads_source else None
+        inputs = step_inputs(self.model, self._tokens, self._position, self._cache, read)
+        self._position += 1
         return self._timed(inputs)
 
     def cache_bytes(self) -> int:
@@ -133,10 +123,6 @@ def _special_tokens(config: Any) -> set[int]:
             if key.endswith(("_token_id", "_token_index")):
                 found |= {token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)}
     return found
-
-
-def _ones(tokens: torch.Tensor) -> torch.Tensor:
-    return torch.ones_like(tokens)
 
 
 def _synchronize(device: torch.device) -> None:
