@@ -60,7 +60,7 @@ class UnitCost:
             "layer": layer,
             "groups": list(self.unit.groups),
             "heads": list(self.unit.heads),
-            "cost": None if self.cost is None else digits(self.cost),
+            "cost": digits(self.cost),
             "sources": sources,
         }
 
@@ -90,7 +90,7 @@ class CurvePoint:
             "estimated_loss": digits(self.estimated_loss),
             "measured_loss": digits(self.measured_loss),
             "measured_divergence": digits(self.measured_divergence),
-            "measured_repetition_divergence": None if repetition is None else digits(repetition),
+            "measured_repetition_divergence": digits(repetition),
         }
 
 
@@ -188,4 +188,4 @@ class Analysis:
 
 
 def _rounded(row: tuple[float | None, ...]) -> list[float | None]:
-    return [None if value is None else digits(value) for value in row]
+    return [digits(value) for value in row]
