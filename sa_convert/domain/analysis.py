@@ -155,8 +155,8 @@ class Analysis:
     @property
     def best_sources(self) -> Counter[tuple[int, int]]:
         """(layer, source layer) and for how many heads the best source is there."""
-        found = ((cost.unit.layer, layer) for cost in self.costs for layer, _ in cost.sources or ())
-        return Counter(found)
+        pairs = ((cost.unit.layer, layer) for cost in self.costs for layer, _ in cost.sources or ())
+        return Counter(pairs)
 
     @property
     def used_sources(self) -> Counter[tuple[int, int]]:

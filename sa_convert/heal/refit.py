@@ -77,7 +77,7 @@ def _fit_in_replay(
     chunks = [slice(start, start + replay.batch) for start in range(0, len(samples), replay.batch)]
     loans: list[Loans] = [{} for _ in chunks]
     first, last = min(sources, default=0), max(sources, default=-1)
-    found: dict[int, LayerRefit] = {}
+    fits: dict[int, LayerRefit] = {}
     changes: dict[int, torch.Tensor] = {}
     with progress(last + 1, "refit", unit="layer") as bar, torch.no_grad():
         for layer in range(last + 1):
@@ -91,7 +91,7 @@ def _fit_in_replay(
                         with probe.sharing(sources), probe.lending(dict(loan)):
                             replay.run(layer, shared[chunk])
                     work.add(samples, chunk)
-                change, found[layer] = work.solve()
+                change, fits[layer] = work.solve()
                 if change is not None:
                     changes[layer] = change
             elif layer > first:
@@ -103,7 +103,7 @@ def _fit_in_replay(
                     with probe.lending(loan):
                         shared[chunk] = replay.run(layer, shared[chunk])
             bar.update()
-    return changes, found
+    return changes, fits
 
 
 def _fit_in_passes(
@@ -112,7 +112,7 @@ def _fit_in_passes(
     """Whole passes of the base and of the shared model for every layer: for models in which layers are not one chain,
     but read what an encoder has made of the text."""
     samples = (*fit, *held_out)
-    found: dict[int, LayerRefit] = {}
+    fits: dict[int, LayerRefit] = {}
     changes: dict[int, torch.Tensor] = {}
     order = [layer for layer in probe.order() if layer in sources]
     with progress(len(order), "refit", unit="layer") as bar, torch.no_grad():
@@ -125,11 +125,11 @@ def _fit_in_passes(
                     with probe.sharing(sources), changed(probe, changes):
                         inputs.logits(probe.model)
                 work.add(samples, slice(at, at + 1))
-            change, found[layer] = work.solve()
+            change, fits[layer] = work.solve()
             if change is not None:
                 changes[layer] = change
             bar.update()
-    return changes, found
+    return changes, fits
 
 
 @dataclass

@@ -35,8 +35,8 @@ class Inputs:
         """(B, P, vocabulary), in the model's dtype and on its device."""
         output = model(**self.kwargs)
         # Models with several pretraining heads name that of the masked tokens.
-        found: torch.Tensor = output.prediction_logits if hasattr(output, "prediction_logits") else output.logits
-        return found
+        logits: torch.Tensor = output.prediction_logits if hasattr(output, "prediction_logits") else output.logits
+        return logits
 
     def scored_logits(self, logits: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """For each sequence the scored logits (N, vocabulary) and their labels (N), both where the logits are."""

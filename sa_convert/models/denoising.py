@@ -163,8 +163,8 @@ def shifted_right(model: Any, labels: torch.Tensor) -> torch.Tensor:
     does not say what comes before the first."""
     known = getattr(model.config, "decoder_start_token_id", None)
     if known is not None and hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        found: torch.Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels)
-        return found
+        read: torch.Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        return read
     start = model.generation_config.decoder_start_token_id if known is None else known
     if start is None:
         raise CheckpointError("config.json has no 'decoder_start_token_id', which the decoder starts with: add it.")

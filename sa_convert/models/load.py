@@ -189,7 +189,7 @@ def _model_class(config: Any, folder: Path, who: str) -> Any:
 
 def _refuse_incomplete(who: str, info: dict[str, Any], kinds: tuple[str, ...]) -> None:
     for kind in kinds:
-        if found := info.get(kind):
-            names = sorted(str(name) for name in found)
+        if tensors := info.get(kind):
+            names = sorted(str(name) for name in tensors)
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise CheckpointError(f"{who} has {kind.replace('_', ' ')}: {', '.join(names[:3])}{more}.")

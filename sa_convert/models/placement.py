@@ -93,8 +93,8 @@ def stored_dtype(folder: Path) -> "torch.dtype":
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (not a mapping)
-                if found := _SAFETENSORS_DTYPES.get(tensors.get_slice(key).get_dtype()):
-                    return getattr(torch, found)
+                if dtype := _SAFETENSORS_DTYPES.get(tensors.get_slice(key).get_dtype()):
+                    return getattr(torch, dtype)
     return torch.float32
 
 

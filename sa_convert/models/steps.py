@@ -53,7 +53,7 @@ class Steps:
             config.decoder_start_token_id = int(prompt[0, 0])
         preferred, self.model.generation_config = self.model.generation_config, config
         try:
-            found: torch.Tensor = self.model.generate(
+            text: torch.Tensor = self.model.generate(
                 **inputs,
                 attention_mask=torch.ones_like(inputs["input_ids"]),
                 max_new_tokens=tokens,
@@ -61,7 +61,7 @@ class Steps:
                 use_cache=True,
                 streamer=streamer,
             )
-            return found
+            return text
         finally:
             self.model.generation_config = preferred
 

@@ -54,6 +54,6 @@ def eager_of(module: Any) -> Callable[..., Any]:
     for kind in type(module.module if isinstance(module, _Snapshot) else module).__mro__:
         function = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
         if function is not None:
-            found: Callable[..., Any] = function
-            return found
+            eager: Callable[..., Any] = function
+            return eager
     raise LookupError(f"{type(module).__name__} has no eager attention function")

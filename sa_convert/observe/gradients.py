@@ -44,8 +44,8 @@ def fisher_gradients(
             losses.insert(0, ("first", divergence[scored].sum()))
         for at, (order, loss) in enumerate(losses):
             outputs = list(seen.values())
-            found = torch.autograd.grad(loss, outputs, retain_graph=at + 1 < len(losses))
-            yield order, {layer: gradient[0].cpu() for layer, gradient in zip(seen, found, strict=True)}
+            gradients = torch.autograd.grad(loss, outputs, retain_graph=at + 1 < len(losses))
+            yield order, {layer: gradient[0].cpu() for layer, gradient in zip(seen, gradients, strict=True)}
 
 
 def output_directions(
@@ -79,8 +79,8 @@ def output_directions(
             if not bool(torch.isfinite(output.sum())):
                 raise not_finite(probe.model, f" in layer {index}")
             z = torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
-            (found,) = torch.autograd.grad(output, seen[index].output, z)
-            gradients[index] = found[0].float().cpu() / max(sizes[index], 1e-12)
+            (direction,) = torch.autograd.grad(output, seen[index].output, z)
+            gradients[index] = direction[0].float().cpu() / max(sizes[index], 1e-12)
             # The output projection is the last to need the graph.
             seen[index] = Seen(**{name: _detached(value) for name, value in vars(seen[index]).items()})
 

@@ -90,8 +90,8 @@ class Probe:
         layers: list[Any] = list(submodule(self.model, stacks[0].layers).children())
         numbers: list[list[int]] = [[] for _ in layers]
         for stack in stacks:
-            found: list[Any] = list(attentions_of(self.model, modules, stack))
-            for layer, attention, order in zip(layers, found, numbers, strict=True):
+            attentions: list[Any] = list(attentions_of(self.model, modules, stack))
+            for layer, attention, order in zip(layers, attentions, numbers, strict=True):
                 output = None
                 if attention is not None:
                     order.append(len(self.attentions))

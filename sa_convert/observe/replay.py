@@ -33,12 +33,12 @@ class Replay:
 
     def _trace(self, sample: "Sample", keep: bool) -> torch.Tensor:
         """The input (1, T, hidden) of the first layer; keep: note how every layer is called."""
-        found: list[torch.Tensor] = []
+        states: list[torch.Tensor] = []
 
         def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden, name = first_argument(module, args, kwargs)
-            if not found:
-                found.append(hidden.detach().clone())
+            if not states:
+                states.append(hidden.detach().clone())
                 if not keep:
                     raise _Enough
             self._calls.append((args[1:], {key: value for key, value in kwargs.items() if key != name}))
@@ -52,7 +52,7 @@ class Replay:
         finally:
             for hook in hooks:
                 hook.remove()
-        return found[0]
+        return states[0]
 
     def run(self, layer: int, states: torch.Tensor) -> torch.Tensor:
         """States (B, T, hidden) after a layer."""

@@ -108,8 +108,8 @@ def _slices(units: Units) -> list[slice]:
 
 
 def _isotropy(similarity: tuple[tuple[float | None, ...], ...]) -> tuple[float | None, ...]:
-    found: list[float | None] = []
+    means: list[float | None] = []
     for layer, row in enumerate(similarity):
         others = [value for other, value in enumerate(row) if other != layer and value is not None]
-        found.append(sum(others) / len(others) if others else None)
-    return tuple(found)
+        means.append(sum(others) / len(others) if others else None)
+    return tuple(means)

@@ -49,10 +49,10 @@ class Reference:
             ((predictions, labels),) = inputs.scored_logits(inputs.logits(self.probe.model))
             return torch.log_softmax(predictions.float(), dim=-1).cpu(), labels.cpu()
 
-    def _distance(self, found: Iterable[torch.Tensor]) -> Distance:
+    def _distance(self, predictions: Iterable[torch.Tensor]) -> Distance:
         losses: list[float] = []
         sums = {False: [0.0, 0.0, 0.0], True: [0.0, 0.0, 0.0]}  # loss, divergence, tokens; True: of repetition
-        for sample, labels, base, chances in zip(self.samples, self._labels, self._base, found, strict=True):
+        for sample, labels, base, chances in zip(self.samples, self._labels, self._base, predictions, strict=True):
             chances = chances.float()
             loss = -chances.gather(1, labels[:, None]).double().mean().item()
             certain = base.float()

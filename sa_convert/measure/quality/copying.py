@@ -53,12 +53,12 @@ class Probes:
 
     def losses(self, model: Any) -> tuple[CopyingLoss, ...]:
         """Of all distances; only that of `period` goes beyond the second occurrence."""
-        found = []
+        losses = []
         for distance in self.distances:
             stop = self.length if distance == self.period else len(self.start) + 2 * distance
             probes = self.tokens(distance)[:, :stop]
-            found.append(copying_loss(model, probes, distance, f"copying over {distance} tokens"))
-        return tuple(found)
+            losses.append(copying_loss(model, probes, distance, f"copying over {distance} tokens"))
+        return tuple(losses)
 
 
 def copying_probes(

@@ -33,10 +33,10 @@ def first(model: object, tokens: torch.Tensor, task: Task, who: str) -> Perplexi
 def in_stored_dtype(load: Load, placement: Placement, *, tokens: torch.Tensor, task: Task, who: str) -> Perplexity:
     """As `first`, with the model loaded in the dtype of its files."""
     with load(replace(placement, dtype=placement.stored)) as loaded:
-        found = first(loaded.model, tokens, task, who)
+        measured = first(loaded.model, tokens, task, who)
         del loaded
     release_memory()
-    return found
+    return measured
 
 
 def compared(
@@ -55,7 +55,7 @@ def compared(
             f"The converted model's perplexity is not finite in {name}, the dtype of its files, though the base "
             f"model's is, and in {placement.dtype_name} both are: convert the model in a wider dtype."
         )
-    report = StoredPerplexity(name, stored[0].tokens, *(found.perplexity for pair in (stored, exact) for found in pair))
+    report = StoredPerplexity(name, stored[0].tokens, *(one.perplexity for pair in (stored, exact) for one in pair))
     if report.rounding > ROUNDING:
         raise GateRefused(
             f"In {name}, the dtype of its files, the converted model loses {report.rounding:.1%} of perplexity more by "

@@ -77,10 +77,10 @@ def contexts_of(options: BenchOptions, subjects: Sequence[Subject], steps: int) 
             check_context(max(options.contexts), steps, limit, subject.name)
         return list(options.contexts), []
     limit, subject = min(limits, key=lambda item: item[0], default=(max(CONTEXTS) + steps, subjects[0]))
-    found = [context for context in CONTEXTS if context + steps <= limit]
-    if not found:
+    contexts = [context for context in CONTEXTS if context + steps <= limit]
+    if not contexts:
         check_context(CONTEXTS[0], steps, limit, subject.name)
-    return found, [context for context in CONTEXTS if context not in found]
+    return contexts, [context for context in CONTEXTS if context not in contexts]
 
 
 def check_context(context: int, steps: int, limit: int, name: str) -> None:

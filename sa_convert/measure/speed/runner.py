@@ -86,8 +86,8 @@ class Runner:
         _synchronize(device)
         seconds = perf_counter() - start
         if self.caches:
-            found = cache_of(output)
-            self._cache = self._cache if found is None else found
+            cache = cache_of(output)
+            self._cache = self._cache if cache is None else cache
             self._read = getattr(output, "encoder_last_hidden_state", None)
         return seconds
 
@@ -117,12 +117,14 @@ def _states_of_layers(layers: Iterable[Any]) -> Iterator[torch.Tensor]:
 
 def _special_tokens(config: Any) -> set[int]:
     """Tokens that mean something to the model's code, such as padding or the place of an image."""
-    found: set[int] = set()
+    special: set[int] = set()
     for part in (config, config.get_text_config(decoder=True)):
         for key, value in part.to_dict().items():
             if key.endswith(("_token_id", "_token_index")):
-                found |= {token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)}
-    return found
+                special |= {
+                    token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)
+                }
+    return special
 
 
 def _synchronize(device: torch.device) -> None:

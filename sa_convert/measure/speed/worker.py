@@ -106,8 +106,8 @@ def _answer(timer: Timer, request: dict[str, Any]) -> dict[str, Any]:
     do, name = request.pop("do"), request.pop("of")
     try:
         with torch.inference_mode():
-            found: dict[str, Any] = getattr(timer, do)(**request)
-        return found
+            answer: dict[str, Any] = getattr(timer, do)(**request)
+        return answer
     except SaConvertError as error:
         traceback.print_exc()
         return {"error": str(error), "kind": type(error).__name__}

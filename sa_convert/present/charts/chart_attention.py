@@ -44,7 +44,7 @@ def isotropy_chart(analysis: Analysis) -> "Figure":
     matched = array(analysis.attention.matched)
     # A head can only reuse what an earlier layer computes. Layers that are not compared are NaN.
     earlier = [
-        None if numpy.isnan(found := matched[layer, :layer]).all() else float(numpy.nanmax(found))
+        None if numpy.isnan(similar := matched[layer, :layer]).all() else float(numpy.nanmax(similar))
         for layer in range(layers)
     ]
     figure = paper(f"{analysis.base_model.id}: isotropy and variance of attention probabilities by layer", 9, 6)
