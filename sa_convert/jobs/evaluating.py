@@ -4,7 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from sa_convert.domain.evaluation import CopyingLoss, Evaluation, ModelQuality
 from sa_convert.domain.model import RunOptions
@@ -22,9 +24,6 @@ from sa_convert.models.task import Task, task_of
 from sa_convert.models.tokens import token_sequences
 from sa_convert.output.signals import termination_as_exit
 from sa_convert.texts.text import Text
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,14 +124,12 @@ class _Asked:
     """What every model is asked. tokens: (sequences, length). probe_length: tokens of a copying probe."""
 
     tokenizer: Any
-    tokens: "torch.Tensor"
+    tokens: torch.Tensor
     task: Task
     probe_length: int
     options: EvaluateOptions
 
-    def measure(
-        self, subject: Subject, observe: "Callable[[torch.Tensor], None]" = lambda logits: None
-    ) -> ModelQuality:
+    def measure(self, subject: Subject, observe: Callable[[torch.Tensor], None] = lambda logits: None) -> ModelQuality:
         """observe: called with the scored logits of each sequence of the text."""
         placement = placed(subject.folder, self.options)
         with subject.load(placement) as loaded:

@@ -1,14 +1,13 @@
 """A model that decodes: in one pass without a cache, step by step with one, and by generate()."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from sa_convert.families.table import family_named
 from sa_convert.models.arguments import cache_keyword, cache_of, dynamic_cache
 from sa_convert.models.device import input_device
 from sa_convert.models.task import Decoding
-
-if TYPE_CHECKING:
-    import torch
 
 
 class Steps:
@@ -26,12 +25,12 @@ class Steps:
         self._told_positions = family is not None and family.told_positions
         self._source = None if decoding.source is None else decoding.source[None].to(input_device(model))
 
-    def whole(self, tokens: "torch.Tensor") -> "torch.Tensor":
+    def whole(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits (T, vocabulary) of tokens (1, T), without a cache."""
         logits: torch.Tensor = self.model(**self._named(tokens), use_cache=False).logits[0]
         return logits
 
-    def first(self, tokens: "torch.Tensor") -> Any:
+    def first(self, tokens: torch.Tensor) -> Any:
         """The model's output for tokens (1, T), with a new cache."""
         output = self.model(**self._named(tokens), use_cache=True)
         self.cache = cache_of(output)
@@ -42,7 +41,6 @@ class Steps:
 
     def next(self, output: Any, place: int) -> Any:
         """The model's output for the token at `place`, with the cache and the `output` for all before."""
-        import torch
         from transformers.modeling_outputs import BaseModelOutput
 
         token = self.tokens[:, place : place + 1]
@@ -56,9 +54,8 @@ class Steps:
             inputs = {"decoder_input_ids": token, "encoder_outputs": read}
         return self.model(**inputs, **{cache_keyword(self.model): self.cache}, use_cache=True)
 
-    def generate(self, prompt: "torch.Tensor", tokens: int, streamer: Any) -> "torch.Tensor":
+    def generate(self, prompt: torch.Tensor, tokens: int, streamer: Any) -> torch.Tensor:
         """The prompt (1, T) and `tokens` greedy ones after it, decoded with a cache as transformers does it."""
-        import torch
         from transformers import GenerationConfig
 
         inputs = self._named(prompt)
@@ -80,7 +77,7 @@ class Steps:
         finally:
             self.model.generation_config = preferred
 
-    def _named(self, tokens: "torch.Tensor") -> "dict[str, torch.Tensor]":
+    def _named(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         if self._source is None:
             return {"input_ids": tokens}
         return {"input_ids": self._source, "decoder_input_ids": tokens}

@@ -18,7 +18,8 @@ their best-matching heads in another layer (column), averaged over heads.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import torch
 
 from sa_convert.console.progress import progress
 from sa_convert.domain.analysis import AttentionStatistics
@@ -28,43 +29,38 @@ from sa_convert.observe.finite import not_finite
 from sa_convert.observe.probe import Probe, Seen
 from sa_convert.observe.sequences import Sample
 
-if TYPE_CHECKING:
-    import torch
-
 
 def attention_statistics(
     probe: Probe, units: Units, samples: Sequence[Sample], description: str = "similarity of layers"
 ) -> AttentionStatistics:
-    """Over the samples of text; random repetition is left out. Weights of one sequence are in memory at a time.
+    """Over the samples of text; random repetition is left out. Probabilities of one sequence are in memory at a time.
 
     samples: of one length. Raises DataError if none of them is text, CheckpointError if probabilities are not finite.
     """
-    import torch
-
     text = [sample for sample in samples if not sample.repetition]
     if not text:
         raise DataError("Comparing the attention of layers needs at least one sequence of text; give more sequences.")
     heads, layers = units.offsets[-1], units.geometry.layers
-    seen: dict[int, torch.Tensor] = {}  # by layer (T, T) bool, the pairs of tokens that may attend
-    probabilities: dict[int, torch.Tensor] = {}  # by layer (H, pairs), of norm 1
+    seen: dict[int, torch.Tensor] = {}  # by layer (T, T) bool, the pairs of tokens that may differ from 0
+    unit: dict[int, torch.Tensor] = {}  # by layer (H, pairs), probabilities of norm 1
     cosines = torch.full((heads, heads), torch.nan, dtype=torch.float64)
     variance = torch.zeros(len(layers), dtype=torch.float64)
     places = _slices(units)
 
     def observe(layer: Seen) -> None:
-        own = layer.weights[0].detach().to("cpu", torch.float32)
+        own = layer.probabilities[0].detach().to("cpu", torch.float32)
         if not bool(torch.isfinite(own.sum())):
             raise not_finite(probe.model)
         pairs = seen.setdefault(layer.layer, _pairs(own))
-        found = own[:, pairs]
-        probabilities[layer.layer] = found.div_(found.norm(dim=1, keepdim=True).clamp_min_(1e-30))
+        chosen = own[:, pairs]
+        unit[layer.layer] = chosen.div_(chosen.norm(dim=1, keepdim=True).clamp_min_(1e-30))
         variance[layer.layer] += float(_variance(own, pairs))
 
     with progress(len(text), description, unit="seq") as bar, torch.no_grad(), probe.observing(observe):
         for number, sample in enumerate(text):
             probe.model(**sample.inputs(probe.model).kwargs)
-            for row, one in probabilities.items():
-                for column, other in probabilities.items():
+            for row, one in unit.items():
+                for column, other in unit.items():
                     if column <= row and layers[row].stack == layers[column].stack:
                         block = (one @ other.T).double()
                         if number:
@@ -78,24 +74,22 @@ def attention_statistics(
     return AttentionStatistics(similarity, matched, mean, _isotropy(similarity), len(text))
 
 
-def _pairs(probabilities: "torch.Tensor") -> "torch.Tensor":
-    """(T, T) bool: pairs that probabilities (H, T, T) are of: the causal ones, unless a token sees later ones."""
-    import torch
-
-    pairs = torch.ones(probabilities.shape[1:], dtype=torch.bool)
-    causal = probabilities.shape[1] == probabilities.shape[2] and not bool(probabilities.triu(1).any())
+def _pairs(attention: torch.Tensor) -> torch.Tensor:
+    """(T, T) bool: the pairs of tokens of probabilities (H, T, T): the causal ones, unless one sees later ones."""
+    pairs = torch.ones(attention.shape[1:], dtype=torch.bool)
+    causal = attention.shape[1] == attention.shape[2] and not bool(attention.triu(1).any())
     return pairs.tril() if causal else pairs
 
 
-def _variance(probabilities: "torch.Tensor", seen: "torch.Tensor") -> "torch.Tensor":
+def _variance(attention: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     """Scalar, of probabilities (H, T, T): the variance over the tokens seen, averaged over tokens and heads."""
     count = seen.sum(-1)
-    mean = probabilities.sum(-1) / count
-    return (probabilities.square().sum(-1) / count - mean.square()).double().mean()
+    mean = attention.sum(-1) / count
+    return (attention.square().sum(-1) / count - mean.square()).double().mean()
 
 
 def _by_layer(
-    cosines: "torch.Tensor", units: Units
+    cosines: torch.Tensor, units: Units
 ) -> tuple[tuple[tuple[float | None, ...], ...], tuple[tuple[float | None, ...], ...]]:
     """(L, L) twice, from (J, J): same index, and best match. None for layers that are not compared."""
     same: list[tuple[float | None, ...]] = []

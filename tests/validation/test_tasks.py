@@ -158,7 +158,7 @@ def test_next_token_counts_what_is_scored(folders):
     late = torch.zeros(3, 60, dtype=torch.bool)
     late[:, 40:] = True
     inputs = task.batch(model, tokens, late)
-    for row, (predictions, labels) in zip(tokens, inputs.rows(inputs.logits(model)), strict=True):
+    for row, (predictions, labels) in zip(tokens, inputs.scored_logits(inputs.logits(model)), strict=True):
         assert labels.tolist() == row[40:].tolist()
         with torch.no_grad():
             assert torch.allclose(predictions, model(row[None]).logits[0, 39:-1], atol=1e-6)

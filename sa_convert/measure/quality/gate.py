@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from sa_convert.domain.evaluation import CopyingLoss
 from sa_convert.domain.model import RunOptions
@@ -31,9 +33,6 @@ from sa_convert.models.quiet import keep_module_cache_clean
 from sa_convert.models.task import Task, task_of
 from sa_convert.models.tokens import token_sequences
 from sa_convert.texts.text import Text
-
-if TYPE_CHECKING:
-    import torch
 
 SEQUENCES = 16
 LENGTH = 512
@@ -100,7 +99,7 @@ def validate(
 class _Questions:
     """What both models are asked. tokens: (sequences, length). predictions: those of the base, kept to be compared."""
 
-    tokens: "torch.Tensor"
+    tokens: torch.Tensor
     task: Task
     placement: Placement
     predictions: Predictions
@@ -182,7 +181,7 @@ class _Base:
     rounding: float
     cache: int
     unexpected: frozenset[str]
-    copying: "tuple[CopyingLoss, torch.Tensor] | None"
+    copying: tuple[CopyingLoss, torch.Tensor] | None
     few: Perplexity | None = None
     stored: Perplexity | None = None
 

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+
+import torch
 
 from sa_convert.domain.report import StoredPerplexity
 from sa_convert.errors import GateRefused
@@ -11,9 +12,6 @@ from sa_convert.measure.quality.perplexity import Perplexity, perplexity
 from sa_convert.models.load import Loaded, release_memory
 from sa_convert.models.placement import Placement
 from sa_convert.models.task import Task
-
-if TYPE_CHECKING:
-    import torch
 
 SEQUENCES = 2
 ROUNDING = 0.01
@@ -27,12 +25,12 @@ def is_wider(placement: Placement) -> bool:
     return placement.dtype != placement.stored
 
 
-def first(model: object, tokens: "torch.Tensor", task: Task, who: str) -> Perplexity:
+def first(model: object, tokens: torch.Tensor, task: Task, who: str) -> Perplexity:
     """Perplexity on the few sequences that are compared."""
     return perplexity(model, tokens[:SEQUENCES], f"perplexity of the {who} model, first sequences", 1, task=task)
 
 
-def in_stored_dtype(load: Load, placement: Placement, tokens: "torch.Tensor", task: Task, who: str) -> Perplexity:
+def in_stored_dtype(load: Load, placement: Placement, tokens: torch.Tensor, task: Task, who: str) -> Perplexity:
     """As `first`, with the model loaded in the dtype of its files."""
     with load(replace(placement, dtype=placement.stored)) as loaded:
         found = first(loaded.model, tokens, task, who)

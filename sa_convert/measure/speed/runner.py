@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Iterator
 from inspect import signature
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from sa_convert.domain.report import PredictionTask
 from sa_convert.errors import SaConvertError
@@ -11,9 +13,6 @@ from sa_convert.families.table import family_named
 from sa_convert.models.arguments import cache_keyword, cache_of, caches_in, dynamic_cache
 from sa_convert.models.device import input_device
 from sa_convert.models.load import embedded_tokens
-
-if TYPE_CHECKING:
-    import torch
 
 
 class Runner:
@@ -36,8 +35,6 @@ class Runner:
 
     def begin(self, context: int, batch: int, steps: int) -> None:
         """Forget everything, and take new tokens for prefills of `context` and at most so many steps after each."""
-        import torch
-
         self.forget()
         self._context, self._room, self._place = context, context + steps, context
         special = _special_tokens(self.model.config)
@@ -112,7 +109,7 @@ class Runner:
         return StaticCache(config=self.model.config.get_text_config(decoder=True), max_cache_len=self._room)
 
 
-def _states(cache: Any) -> "Iterator[torch.Tensor]":
+def _states(cache: Any) -> Iterator[torch.Tensor]:
     """Keys, values, and states of layers without softmax attention."""
     for part in caches_in(cache):
         if not hasattr(part, "layers"):
@@ -120,9 +117,7 @@ def _states(cache: Any) -> "Iterator[torch.Tensor]":
         yield from _states_of_layers(part.layers)
 
 
-def _states_of_layers(layers: "Iterable[Any]") -> "Iterator[torch.Tensor]":
-    import torch
-
+def _states_of_layers(layers: Iterable[Any]) -> Iterator[torch.Tensor]:
     for layer in layers:
         for value in vars(layer).values():
             for states in value.values() if isinstance(value, dict) else [value]:
@@ -140,15 +135,11 @@ def _special_tokens(config: Any) -> set[int]:
     return found
 
 
-def _ones(tokens: "torch.Tensor") -> "torch.Tensor":
-    import torch
-
+def _ones(tokens: torch.Tensor) -> torch.Tensor:
     return torch.ones_like(tokens)
 
 
-def _synchronize(device: "torch.device") -> None:
+def _synchronize(device: torch.device) -> None:
     """Wait for the device, which computes while Python goes on."""
-    import torch
-
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
