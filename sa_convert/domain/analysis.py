@@ -17,7 +17,7 @@ Matrix = tuple[tuple[float | None, ...], ...]
 
 @dataclass(frozen=True)
 class AttentionStatistics:
-    """How alike the attention weights of layers are; see `sa_convert.observe.similarity` for the definitions.
+    """How alike the attention probabilities of layers are; see `sa_convert.observe.similarity` for the definitions.
 
     similarity: (L, L), heads of the same index; None for layers of different numbers of heads, of different stacks, and
     without softmax attention. matched: (L, L), for each layer (row) its heads' best-matching heads in another (column).
@@ -61,7 +61,7 @@ class UnitCost:
             "layer": layer,
             "groups": list(self.unit.groups),
             "heads": list(self.unit.heads),
-            "cost": None if self.cost is None else digits(self.cost),
+            "cost": digits(self.cost),
             "sources": sources,
         }
 
@@ -91,7 +91,7 @@ class CurvePoint:
             "estimated_loss": digits(self.estimated_loss),
             "measured_loss": digits(self.measured_loss),
             "measured_divergence": digits(self.measured_divergence),
-            "measured_repetition_divergence": None if repetition is None else digits(repetition),
+            "measured_repetition_divergence": digits(repetition),
         }
 
 
@@ -159,8 +159,8 @@ class Analysis:
     @property
     def best_sources(self) -> Counter[tuple[int, int]]:
         """(layer, source layer) and for how many heads the best source is there."""
-        found = ((cost.unit.layer, layer) for cost in self.costs for layer, _ in cost.sources or ())
-        return Counter(found)
+        pairs = ((cost.unit.layer, layer) for cost in self.costs for layer, _ in cost.sources or ())
+        return Counter(pairs)
 
     def to_json(self) -> dict[str, Any]:
         """As in analysis.json. Floats are rounded to the digits that mean something."""
@@ -186,4 +186,4 @@ class Analysis:
 
 
 def _rounded(row: tuple[float | None, ...]) -> list[float | None]:
-    return [None if value is None else digits(value) for value in row]
+    return [digits(value) for value in row]

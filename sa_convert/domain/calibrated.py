@@ -69,11 +69,11 @@ class RefitReport:
             "divergence": {"before": self.before.to_json(), "after": self.after.to_json()},
             "layers": {
                 layer_label(stacks, layer): {
-                    "strength": found.strength,
-                    "text": round(found.text, 4),
-                    "repetition": None if found.repetition is None else round(found.repetition, 4),
+                    "strength": fit.strength,
+                    "text": round(fit.text, 4),
+                    "repetition": None if fit.repetition is None else round(fit.repetition, 4),
                 }
-                for layer, found in sorted(self.layers.items())
+                for layer, fit in sorted(self.layers.items())
             },
             "calibration": {"text": self.text, "sequences": self.sequences, "length": self.length},
         }

@@ -28,21 +28,21 @@ def layer_label(stacks: Stacks, layer: int) -> str:
 
 def stack_ranges(stacks: Stacks, depth: int) -> list[tuple[str, range]]:
     """Name and layers of each stack; "" and all `depth` layers if there is one kind."""
-    found, first = [], 0
+    ranges, first = [], 0
     for name, layers in stacks or (("", depth),):
-        found.append((name, range(first, first + layers)))
+        ranges.append((name, range(first, first + layers)))
         first += layers
-    return found
+    return ranges
 
 
 def layer_names(stacks: Stacks, layers: Iterable[int]) -> str:
     """Such as "1-29", "2, 4-6", "3-41 (every 2nd)" or "encoder.1-5, decoder.3"."""
     places = [place_of(stacks, layer) for layer in layers]
-    found = []
+    names = []
     for stack in dict.fromkeys(name for name, _ in places):
         runs = _runs([number for name, number in places if name == stack])
-        found += [f"{stack}.{run}" if stack else run for run in runs]
-    return ", ".join(found)
+        names += [f"{stack}.{run}" if stack else run for run in runs]
+    return ", ".join(names)
 
 
 def _runs(numbers: Sequence[int]) -> list[str]:

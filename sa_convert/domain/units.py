@@ -38,10 +38,10 @@ class Units:
     @cached_property
     def offsets(self) -> tuple[int, ...]:
         """The number of each layer's first head, and at last the number of all heads."""
-        found = [0]
+        numbers = [0]
         for layer in self.geometry.layers:
-            found.append(found[-1] + layer.heads)
-        return tuple(found)
+            numbers.append(numbers[-1] + layer.heads)
+        return tuple(numbers)
 
     @cached_property
     def _unit_of(self) -> dict[Head, Unit]:

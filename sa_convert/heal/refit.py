@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch.nn import functional
+
 from sa_convert.console.progress import progress
 from sa_convert.domain.calibrated import LayerRefit, RefitReport
 from sa_convert.domain.plan import Plan
@@ -22,8 +25,6 @@ from sa_convert.observe.sequences import Sample
 from sa_convert.observe.tried import Reference
 
 if TYPE_CHECKING:
-    import torch
-
     from sa_convert.observe.session import Session
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -36,7 +37,7 @@ SHARES = (1.0, 0.5)
 class Refit:
     """changes: (output, input) by layer, float32: what to add to the weight of its output projection."""
 
-    changes: "Mapping[int, torch.Tensor]"
+    changes: Mapping[int, torch.Tensor]
     report: RefitReport
 
 
@@ -60,7 +61,7 @@ def refit(session: "Session", plan: Plan, reference: Reference) -> Refit:
 
 def fit_layers(
     probe: Probe, plan: Plan, fit: tuple[Sample, ...], held_out: tuple[Sample, ...]
-) -> "tuple[dict[int, torch.Tensor], dict[int, LayerRefit]]":
+) -> tuple[dict[int, torch.Tensor], dict[int, LayerRefit]]:
     """The changes (output, input) that help on held-out samples, by layer, and what was found for every layer."""
     if probe.family.encoder_decoder:
         return _fit_in_passes(probe, plan, fit, held_out)
@@ -69,17 +70,15 @@ def fit_layers(
 
 def _fit_in_replay(
     probe: Probe, plan: Plan, fit: tuple[Sample, ...], held_out: tuple[Sample, ...]
-) -> "tuple[dict[int, torch.Tensor], dict[int, LayerRefit]]":
+) -> tuple[dict[int, torch.Tensor], dict[int, LayerRefit]]:
     """Base and changed model side by side, layer by layer."""
-    import torch
-
     samples = (*fit, *held_out)
     replay = Replay(probe, samples)
     own = base = replay.states
     chunks = [slice(start, start + replay.batch) for start in range(0, len(samples), replay.batch)]
     loans: list[Loans] = [{} for _ in chunks]
     first, last = min(plan.layers, default=0), max(plan.layers, default=-1)
-    found: dict[int, LayerRefit] = {}
+    fits: dict[int, LayerRefit] = {}
     changes: dict[int, torch.Tensor] = {}
     with progress(last + 1, "refit", unit="layer") as bar, torch.no_grad():
         for layer in range(last + 1):
@@ -93,7 +92,7 @@ def _fit_in_replay(
                         with probe.trying(plan), probe.lending(dict(loan)):
                             replay.run(layer, own[chunk])
                     work.add(samples, chunk)
-                change, found[layer] = work.solve()
+                change, fits[layer] = work.solve()
                 if change is not None:
                     changes[layer] = change
             elif layer > first:
@@ -105,18 +104,16 @@ def _fit_in_replay(
                     with probe.lending(loan):
                         own[chunk] = replay.run(layer, own[chunk])
             bar.update()
-    return changes, found
+    return changes, fits
 
 
 def _fit_in_passes(
     probe: Probe, plan: Plan, fit: tuple[Sample, ...], held_out: tuple[Sample, ...]
-) -> "tuple[dict[int, torch.Tensor], dict[int, LayerRefit]]":
+) -> tuple[dict[int, torch.Tensor], dict[int, LayerRefit]]:
     """Whole passes of the base and of the changed model for every layer: for models in which layers are not one chain,
     but read what an encoder has made of the text."""
-    import torch
-
     samples = (*fit, *held_out)
-    found: dict[int, LayerRefit] = {}
+    fits: dict[int, LayerRefit] = {}
     changes: dict[int, torch.Tensor] = {}
     order = [layer for layer in probe.order() if layer in plan.layers]
     with progress(len(order), "refit", unit="layer") as bar, torch.no_grad():
@@ -129,11 +126,11 @@ def _fit_in_passes(
                     with probe.trying(plan), changed(probe, changes):
                         inputs.logits(probe.model)
                 work.add(samples, slice(at, at + 1))
-            change, found[layer] = work.solve()
+            change, fits[layer] = work.solve()
             if change is not None:
                 changes[layer] = change
             bar.update()
-    return changes, found
+    return changes, fits
 
 
 @dataclass
@@ -145,9 +142,9 @@ class _LayerFit:
 
     fitted: int
     sums: dict[tuple[bool, bool], Sums] = field(default_factory=dict)
-    seen: "list[tuple[torch.Tensor, torch.Tensor]]" = field(default_factory=list)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
-    def note(self, inputs: "torch.Tensor", output: "torch.Tensor") -> None:
+    def note(self, inputs: torch.Tensor, output: torch.Tensor) -> None:
         """Input and output of the layer's projection: first in the base model, then in the changed one."""
         self.seen.append((inputs.reshape(*output.shape[:-1], -1).float().cpu(), output.float().cpu()))
 
@@ -162,7 +159,7 @@ class _LayerFit:
                 x, error = x[sample.scored], error[sample.scored]
             self.sums.setdefault(key, Sums()).add(x, error)
 
-    def solve(self) -> "tuple[torch.Tensor | None, LayerRefit]":
+    def solve(self) -> tuple[torch.Tensor | None, LayerRefit]:
         """The change (output, input), or None where no strength helps on all held-out samples."""
         fit = combine([(1.0, sums) for (fitted, _), sums in self.sums.items() if fitted])
         held = {repetition: sums for (fitted, repetition), sums in self.sums.items() if not fitted}
@@ -181,15 +178,14 @@ class _LayerFit:
 
 
 @contextmanager
-def changed(probe: Probe, changes: "Mapping[int, torch.Tensor]") -> Iterator[None]:
+def changed(probe: Probe, changes: Mapping[int, torch.Tensor]) -> Iterator[None]:
     """While open, these layers' output projections have these changes (output, input) added to their weights.
 
     The weights themselves stay, and may be anywhere: they are only in memory while their module runs.
     """
-    from torch.nn import functional
 
-    def hook(change: "torch.Tensor") -> Any:
-        def apply(_: Any, args: Any, output: "torch.Tensor") -> "torch.Tensor":
+    def hook(change: torch.Tensor) -> Any:
+        def apply(_: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
             return output + functional.linear(args[0], change.to(output.device, output.dtype))
 
         return apply

@@ -84,8 +84,8 @@ def _by_ending(architecture: str | None, config: Mapping[str, Any]) -> str:
     ending = ending_of(architecture)
     if ending == "ForConditionalGeneration" and not encoder_decoder and "text_config" in config:
         return MULTIMODAL
-    found = HEADS[ending] if ending else CAUSAL
-    return SEQ2SEQ if found == CAUSAL and encoder_decoder else found
+    auto_class = HEADS[ending] if ending else CAUSAL
+    return SEQ2SEQ if auto_class == CAUSAL and encoder_decoder else auto_class
 
 
 def _shares(config: Mapping[str, Any]) -> bool:

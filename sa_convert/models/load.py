@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from sa_convert.errors import CheckpointError, DataError
 from sa_convert.families.model_classes import MAPPINGS
 from sa_convert.models.auto_class import auto_class_name, headless, prediction_task
-from sa_convert.models.placement import NO_MEMORY, Placement, read_config
+from sa_convert.models.placement import NO_MEMORY, Placement
 from sa_convert.models.quiet import keep_module_cache_clean, quiet
 from sa_convert.models.trust import is_trusted
+from sa_convert.read.folder import read_config
 
 if TYPE_CHECKING:
     import torch
@@ -188,7 +189,7 @@ def _model_class(config: Any, folder: Path, who: str) -> Any:
 
 def _refuse_incomplete(who: str, info: dict[str, Any], kinds: tuple[str, ...]) -> None:
     for kind in kinds:
-        if found := info.get(kind):
-            names = sorted(str(name) for name in found)
+        if tensors := info.get(kind):
+            names = sorted(str(name) for name in tensors)
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise CheckpointError(f"{who} has {kind.replace('_', ' ')}: {', '.join(names[:3])}{more}.")

@@ -4,6 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from sa_convert.observe.attention_call import Call
+
 if TYPE_CHECKING:
     from sa_convert.observe.probe import Probe
     from sa_convert.runtime.shared_attention_plan import LayerPlan
@@ -39,15 +43,15 @@ def _probed(shared: type) -> type:
     def attend(
         self: Any, exchange: Any, implementation: str, query: Any, key: Any, value: Any, mask: Any, arguments: Any
     ) -> Any:
-        return self.sa_convert_probe.attend(self, query, key, value, _eager_mask(mask, query, key), arguments)
+        added = _eager_mask(mask, query, key)
+        call = Call(module=self, query=query, key=key, mask=added, arguments=arguments)
+        return self.sa_convert_probe.attend(call, value)
 
     return type(f"Probed{shared.__name__}", (shared,), {"attend": attend})
 
 
 def _eager_mask(mask: Any, query: Any, key: Any) -> Any:
     """A mask that is added to scores, from what a causal model hands to its kernel: boolean, or none at all."""
-    import torch
-
     from sa_convert.runtime.shared_attention_weights import additive
 
     tokens, length = query.shape[-2], key.shape[-2]

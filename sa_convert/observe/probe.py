@@ -3,80 +3,41 @@
 Letters in shape comments: B sequences, H query heads, G KV groups, T tokens, D head size.
 """
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from sa_convert.domain.plan import Plan
 from sa_convert.families.family import Family, Stack
 from sa_convert.observe import own_attention
+from sa_convert.observe.attention_call import Call, eager_of
 from sa_convert.treatments.registry import used_in
 from sa_convert.treatments.trial import Trial
-
-if TYPE_CHECKING:
-    import torch
 
 NAME = "sa_convert_probe"
 """Of our attention function in the attention interface of transformers."""
 
-
-@dataclass(frozen=True)
-class Kept:
-    """Probabilities (B, H, T, T) of a layer that later ones ask for."""
-
-    kept: "torch.Tensor"
-
-    def weights(self) -> "torch.Tensor":
-        return self.kept
+Loans = dict[int, torch.Tensor | Call]
+"""What layers have left for later ones: probabilities (B, H, T, S), or the call that they are computed from."""
 
 
-@dataclass(frozen=True)
-class Recomputed:
-    """What they are computed from again: query (B, H, T, D), key (B, G, T, D), and the module as it was.
-
-    own: its own parameters (sinks), which may since have left the memory.
-    """
-
-    module: Any
-    own: Mapping[str, "torch.Tensor"]
-    query: "torch.Tensor"
-    key: "torch.Tensor"
-    mask: "torch.Tensor | None"
-    arguments: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, module: Any, query: Any, key: Any, mask: Any, arguments: Mapping[str, Any]) -> "Recomputed":
-        own = {name: parameter.detach().clone() for name, parameter in module.named_parameters(recurse=False)}
-        return cls(module, own, query, key, mask, arguments)
-
-    def __getattr__(self, name: str) -> Any:
-        own = self.__dict__["own"]
-        return own[name] if name in own else getattr(self.__dict__["module"], name)
-
-    def weights(self) -> "torch.Tensor":
-        return _weights(self, self.query, self.key, self.mask, self.arguments)
-
-
-Loans = dict[int, Kept | Recomputed]
-"""What layers have left for later ones, by layer."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Seen:
     """One layer's attention in one forward pass.
 
-    weights: (B, H, T, T) of the layer's own heads; used: the same, as a plan changes them;
-    value: (B, G, T, D); output: (B, T, H, D), used times value.
+    probabilities: (B, H, T, T) of the layer's own heads; used: the same, as a plan changes them; value: (B, G, T, D);
+    output: (B, T, H, D), used times value.
     """
 
     layer: int
-    weights: "torch.Tensor"
-    used: "torch.Tensor"
-    value: "torch.Tensor"
-    output: "torch.Tensor"
+    probabilities: torch.Tensor
+    used: torch.Tensor
+    value: torch.Tensor
+    output: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -106,7 +67,7 @@ class Probe:
         self._lenders: frozenset[int] = frozenset()
         self._observer: Callable[[Seen], None] | None = None
         self._loans: Loans = {}
-        self._keep_weights = True
+        self._keep_probabilities = True
         model.requires_grad_(False)
         paths = dict.fromkeys(stack.layers for stack in family.all_stacks if _has_stack(model, family, stack))
         for path in paths:
@@ -128,8 +89,8 @@ class Probe:
         layers: list[Any] = list(submodule(self.model, stacks[0].layers).children())
         numbers: list[list[int]] = [[] for _ in layers]
         for stack in stacks:
-            found: list[Any] = list(attentions_of(self.model, modules, stack))
-            for layer, attention, order in zip(layers, found, numbers, strict=True):
+            attentions: list[Any] = list(attentions_of(self.model, modules, stack))
+            for layer, attention, order in zip(layers, attentions, numbers, strict=True):
                 output = None
                 if attention is not None:
                     order.append(len(self.attentions))
@@ -172,40 +133,43 @@ class Probe:
             self._observer = before
 
     @contextmanager
-    def lending(self, loans: "Loans") -> Iterator[None]:
-        """While open, layers that run one by one find and leave what later ones ask for in `loans`, as queries
-        and keys, which take less memory than weights."""
-        before, self._loans, self._keep_weights = self._loans, loans, False
+    def lending(self, loans: Loans) -> Iterator[None]:
+        """While open, layers that run one by one find and leave what later ones ask for in `loans`, as queries and
+        keys, which take less memory than probabilities."""
+        before, self._loans, self._keep_probabilities = self._loans, loans, False
         try:
             yield
         finally:
-            self._loans, self._keep_weights = before, True
+            self._loans, self._keep_probabilities = before, True
 
-    def attend(self, module: Any, query: Any, key: Any, value: Any, mask: Any, arguments: dict[str, Any]) -> Any:
-        import torch
-
-        layer = module.sa_convert_layer
+    def attend(self, call: Call, value: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """The output (B, T, H, D) of one layer, as the plan has it and told to the observer."""
+        layer = call.module.sa_convert_layer
         for trial in self._trials:
-            key, value = trial.key(layer, key), trial.value(layer, value)
-        weights = _weights(module, query, key, mask, arguments)
+            call, value = replace(call, key=trial.key(layer, call.key)), trial.value(layer, value)
+        used = probabilities = call.probabilities()
         if layer in self._lenders:
-            keep = self._keep_weights
-            self._loans[layer] = Kept(weights) if keep else Recomputed.of(module, query, key, mask, arguments)
-        used, lent = weights, cache(lambda lender: self._loans[lender].weights())
+            self._loans[layer] = probabilities if self._keep_probabilities else call.lasting()
+        lent = cache(self._lent)
         for trial in self._trials:
             used = trial.probabilities(layer, used, lent)
         batch, total, tokens, length = used.shape
         grouped = used.reshape(batch, value.shape[1], -1, length)
         output = torch.matmul(grouped, value).view(batch, total, tokens, -1).transpose(1, 2)
         if self._observer is not None:
-            self._observer(Seen(layer, weights, used, value, output))
+            self._observer(Seen(layer=layer, probabilities=probabilities, used=used, value=value, output=output))
         return output.contiguous(), None
+
+    def _lent(self, layer: int) -> torch.Tensor:
+        loan = self._loans[layer]
+        return loan.probabilities() if isinstance(loan, Call) else loan
 
 
 def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **arguments: Any) -> Any:
     if not hasattr(module, "sa_convert_probe"):  # such as an image encoder's
-        return _eager(module)(module, query, key, value, attention_mask, **arguments)
-    return module.sa_convert_probe.attend(module, query, key, value, attention_mask, arguments)
+        return eager_of(module)(module, query, key, value, attention_mask, **arguments)
+    call = Call(module=module, query=query, key=key, mask=attention_mask, arguments=arguments)
+    return module.sa_convert_probe.attend(call, value)
 
 
 def _has_stack(model: Any, family: Family, stack: Stack) -> bool:
@@ -213,23 +177,3 @@ def _has_stack(model: Any, family: Family, stack: Stack) -> bool:
     from sa_convert.runtime.shared_attention_apply import path_in
 
     return not family.encoder_decoder or path_in(model, stack.layers) is not None
-
-
-def _weights(module: Any, query: Any, key: Any, mask: Any, arguments: Mapping[str, Any]) -> "torch.Tensor":
-    """Attention weights (B, H, T, S) by the family's own eager function, which applies its softcap and sinks."""
-    # Zero-width values: only the weights are wanted here.
-    nothing = key[..., :0]
-    weights: torch.Tensor = _eager(module)(module, query, key, nothing, mask, **arguments)[1]
-    return weights
-
-
-def _eager(module: Any) -> Callable[..., Any]:
-    ours: Callable[..., Any] | None = getattr(module, "family_eager", None)
-    if ours is not None:
-        return ours
-    for kind in type(module.module if isinstance(module, Recomputed) else module).__mro__:
-        function = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
-        if function is not None:
-            found: Callable[..., Any] = function
-            return found
-    raise LookupError(f"{type(module).__name__} has no eager attention function")

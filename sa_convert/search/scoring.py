@@ -1,7 +1,8 @@
 """The passes that fill ledgers: attention of every layer, gradients, and sums over tokens."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+
+import torch
 
 from sa_convert.console.progress import progress
 from sa_convert.domain.calibrated import Measure
@@ -12,9 +13,6 @@ from sa_convert.observe.probe import Probe, Seen
 from sa_convert.observe.sequences import Sample
 from sa_convert.treatments.base import Treatment
 from sa_convert.treatments.ledger import Ledger, Observed
-
-if TYPE_CHECKING:
-    import torch
 
 Ledgers = Mapping[str, Ledger]
 """One for each treatment, by its name."""
@@ -40,8 +38,6 @@ def collect(
     Sequences count by their `weight`. known: the ledgers that were filled without a plan. Raises CheckpointError if a
     loss or an activation is not finite.
     """
-    import torch
-
     known = known or {}
     ledgers = {found.name: found.ledger(units, plan, measure, known.get(found.name)) for found in treatments}
     screening = [ledger for ledger in ledgers.values() if ledger.screens]
@@ -80,13 +76,11 @@ def observe(
     sample: Sample,
     plan: Plan,
     measure: Measure,
-    generator: "torch.Generator",
+    generator: torch.Generator,
     total: float = 1.0,
 ) -> Iterator[Observed]:
     """Every layer in a pass over a sequence: first, under a plan, with the slope of the divergence from the base, then
     with the gradient of the loss. total: weight of all sequences."""
-    import torch
-
     layers = units.geometry.layers
     stacks: dict[str, torch.Tensor] = {}  # (T, J, S) probabilities of all heads, in each stack
     seen: dict[int, Seen] = {}
@@ -95,9 +89,9 @@ def observe(
         start, stop = units.offsets[layer.layer : layer.layer + 2]
         name = layers[layer.layer].stack
         if name not in stacks:
-            _, _, tokens, length = layer.weights.shape
+            _, _, tokens, length = layer.probabilities.shape
             stacks[name] = torch.zeros(tokens, units.offsets[-1], length)
-        stacks[name][:, start:stop] = layer.weights.detach()[0].transpose(0, 1).float()
+        stacks[name][:, start:stop] = layer.probabilities.detach()[0].transpose(0, 1).float()
         layer.output.retain_grad()
         seen[layer.layer] = layer
 

@@ -63,7 +63,7 @@ def _allowed_name(api: "HfApi", repo_id: str) -> str:
     namespace, _, name = repo_id.rpartition("/")
     namespace = namespace or who["name"]
     organisations = [organisation.get("name") for organisation in who.get("orgs") or ()]
-    known = [str(found) for found in (who["name"], *organisations) if found]
+    known = [str(one) for one in (who["name"], *organisations) if one]
     token = (who.get("auth") or {}).get("accessToken") or {}
     scopes = token.get("fineGrained")
     if token.get("role") == "read" or (scopes is not None and "repo.write" not in str(scopes)):
@@ -71,7 +71,7 @@ def _allowed_name(api: "HfApi", repo_id: str) -> str:
             f"{repo_id}: your token may only read; make one with write access on "
             "https://huggingface.co/settings/tokens and log in with 'hf auth login'."
         )
-    if namespace.lower() not in [found.lower() for found in known]:
+    if namespace.lower() not in [one.lower() for one in known]:
         raise OutputError(
             f"{repo_id}: '{namespace}' is neither your account nor one of your organisations, as far as your token "
             f"shows ({', '.join(known)}); use another REPO_ID or token."

@@ -1,12 +1,13 @@
-"""What it costs a head to use another head's attention weights, for all pairs, from one pass over each sequence.
+"""What it costs a head to use another head's probabilities, for all pairs, from one pass over each sequence.
 
 Let u[h, t] be the gradient of a loss at the output of head h (before the output projection) at token t. Giving head h
-the weights of head j changes the loss by e[h, j, t] = (P_j V - P_h V)[t] . u[h, t] to first order. With labels that the
-model itself samples, the loss is -log p(label), and half the expected square of the change is the KL divergence to the
-unchanged model (the Fisher information): cost of a unit = 1/2 sum_t (sum_h e[h, j_h, t])^2, in nats a token. Where a
-map is in use already, the divergence from the base has a gradient as well, which gives a signed term of first order.
+the probabilities of head j changes the loss by e[h, j, t] = (P_j V - P_h V)[t] . u[h, t] to first order. With labels
+that the model itself samples, the loss is -log p(label), and half the expected square of the change is the KL
+divergence to the unchanged model (the Fisher information): cost of a unit = 1/2 sum_t (sum_h e[h, j_h, t])^2, in nats
+a token. If a plan is in use already, the divergence from the base has a gradient as well, which gives a signed term of
+first order.
 
-Where gradients do not fit, u is W_O[h]' z / r with random z ~ N(0, 1): the same sum is then the squared error of the
+If gradients do not fit, u is W_O[h]' z / r with random z ~ N(0, 1). The same sum is then the squared error of the
 attention's output, r being the size of the residual stream at that layer, so that layers can be compared.
 
 P_j V is never formed: with M[h] = u[h] V', e[h, j, t] is the product of the rows P_j[t] and M[h][t], and one batched
@@ -256,8 +257,8 @@ def changes_of(observed: Observed) -> "torch.Tensor":
 
     gradient = observed.gradient.float()
     value = observed.value.float().repeat_interleave(gradient.shape[1] // observed.value.shape[0], dim=0)  # (H, S, D)
-    weights = torch.matmul(gradient.transpose(0, 1), value.transpose(1, 2))  # (H, T, S)
-    e: torch.Tensor = torch.bmm(observed.probabilities, weights.permute(1, 2, 0).contiguous())
+    products = torch.matmul(gradient.transpose(0, 1), value.transpose(1, 2))  # (H, T, S)
+    e: torch.Tensor = torch.bmm(observed.probabilities, products.permute(1, 2, 0).contiguous())
     return e.sub_((observed.output.float() * gradient).sum(-1)[:, None])
 
 
