@@ -132,7 +132,9 @@ def test_changes_of_the_loss_are_what_heads_outputs_and_gradients_say(tmp_path):
             for source in ((0, 2), (layer - 1, 5), (layer, head)):
                 change = (weights[source[0]][source[1]] - weights[layer][head]) @ value
                 expected = (change * gradient[:, head]).sum(-1)
-                torch.testing.assert_close(found[layer][:, units.number(source), head], expected, atol=1e-6, rtol=1e-4)
+                torch.testing.assert_close(
+                    found[layer][:, units.number_of(source), head], expected, atol=1e-6, rtol=1e-4
+                )
 
 
 def test_output_errors_have_the_mean_square_that_the_outputs_have(tmp_path):
@@ -156,7 +158,7 @@ def test_output_errors_have_the_mean_square_that_the_outputs_have(tmp_path):
                 list(observe(probe, units, sample(tokens), Plan(), measure="output error", generator=generator))[2]
             )
             .square()
-            .mean(0)[units.number((1, 6)), 3]
+            .mean(0)[units.number_of((1, 6)), 3]
             for _ in range(300)
         ]
     ).mean()
@@ -175,7 +177,7 @@ def test_costs_under_a_map_say_what_the_divergence_from_the_base_says(tmp_path):
     base = model(tokens[None], use_cache=False).logits[0, :-1].log_softmax(-1).detach()
     unit, step = units.all[4 * 4 + 1], 1e-2
     place = costs.shortlist[4][unit.heads[0]].tolist()
-    source = units.place(place[0])
+    source = units.head(place[0])
 
     def divergence(amount):
         def blend(_, args):

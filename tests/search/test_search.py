@@ -52,7 +52,7 @@ def cheapest(costs, unit, removed):
     options = []
     for choice in itertools.product(range(count), repeat=len(unit.heads)):
         places = [
-            costs.units.place(int(costs.shortlist[unit.layer][h][k])) for h, k in zip(unit.heads, choice, strict=True)
+            costs.units.head(int(costs.shortlist[unit.layer][h][k])) for h, k in zip(unit.heads, choice, strict=True)
         ]
         if all(place[0] < unit.layer and costs.units.unit_of(place) not in removed for place in places):
             at = [head * count + k for head, k in enumerate(choice)]

@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import groupby
 
 from sa_convert.domain.geometry import ModelGeometry
-from sa_convert.domain.stacks import Stacks, layer_label, layer_names, place_of
+from sa_convert.domain.stacks import Stacks, in_stack, layer_label, layer_names
 from sa_convert.domain.treated import Drawing, Look, Treated
 from sa_convert.treatments.share.sharing_map import SharingMap, Source
 
@@ -63,7 +63,7 @@ def _table(sharing: SharingMap) -> Iterator[str]:
     rows = [(layer, _heads(row), _sources(row, stacks)) for layer, row in sharing.layers.items()]
     # Layers of a stack that follow each other and share alike are one line.
     indexed = groupby(
-        enumerate(rows), lambda item: (place_of(stacks, item[1][0])[0], item[1][0] - item[0], item[1][1:])
+        enumerate(rows), lambda item: (in_stack(stacks, item[1][0]).stack, item[1][0] - item[0], item[1][1:])
     )
     for (_, _, (heads, sources)), group in indexed:
         yield f"| {layer_names(stacks, [row[0] for _, row in group])} | {heads} | {sources} |"
@@ -112,7 +112,7 @@ def drawing(sharing: SharingMap, geometry: ModelGeometry) -> Drawing:
             elif (index, group) in lenders:
                 state = SOURCE
             if state != OWN:
-                numbers = sorted(place_of(geometry.stacks, source)[1] for source in used)
+                numbers = sorted(in_stack(geometry.stacks, source).number for source in used)
                 # The source layer, or the first and the last of several.
                 label = "\n".join(map(str, dict.fromkeys((numbers[0], numbers[-1])))) if numbers else ""
                 looks[index, group] = replace(LOOKS[state], label=label)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sa_convert.domain.geometry import ModelGeometry
-from sa_convert.domain.stacks import layer_names, place_of
+from sa_convert.domain.stacks import in_stack, layer_names
 from sa_convert.domain.treated import Inspected
 from sa_convert.treatments.share.rules import layer_difference
 from sa_convert.treatments.share.sharing_map import SharingMap
@@ -82,7 +82,7 @@ def _most(kinds: tuple[Kind, ...], reason: str | None) -> int:
 def _kind_json(kind: Kind, geometry: ModelGeometry | None) -> dict[str, Any]:
     """Layers by their numbers in the stack."""
     stacks = geometry.stacks if geometry else ()
-    numbers = {key: [place_of(stacks, layer)[1] for layer in getattr(kind, key)] for key in ("layers", "reusing")}
+    numbers = {key: [in_stack(stacks, layer).number for layer in getattr(kind, key)] for key in ("layers", "reusing")}
     return {**asdict(kind), **numbers}
 
 
