@@ -10,7 +10,8 @@ from sa_convert.domain.report import (
     CopyingReport,
     DecodeCheck,
 )
-from sa_convert.present.files.report_file import installed_versions, render_report, write_report
+from sa_convert.present.files.report_file import installed_versions, write_report
+from sa_convert.present.terminal.report_text import render_report
 from support.measured_report import MEASURED, UNMEASURED
 
 

@@ -123,7 +123,7 @@ def test_changes_of_the_loss_are_what_heads_outputs_and_gradients_say(tmp_path):
     weights = [attention[0].detach() for attention in output.attentions]
     probe = Probe(model, subject.family)
     again = torch.Generator().manual_seed(5)
-    passed = observe(probe, units, sample(tokens), Plan(), "fisher", again)
+    passed = observe(probe, units, sample(tokens), Plan(), measure="fisher", generator=again)
     found = {observed.layer: changes_of(observed) for observed in passed if observed.layer}
     for layer in (1, 4):
         gradient = inputs[layer].grad[0].view(12, 8, 16)
@@ -152,7 +152,9 @@ def test_output_errors_have_the_mean_square_that_the_outputs_have(tmp_path):
     generator = torch.Generator().manual_seed(0)
     mean = torch.stack(
         [
-            changes_of(list(observe(probe, units, sample(tokens), Plan(), "output error", generator))[2])
+            changes_of(
+                list(observe(probe, units, sample(tokens), Plan(), measure="output error", generator=generator))[2]
+            )
             .square()
             .mean(0)[units.number((1, 6)), 3]
             for _ in range(300)
