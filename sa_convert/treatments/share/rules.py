@@ -6,10 +6,10 @@ from sa_convert.treatments.share.sharing_map import SharingMap, Source
 
 
 def check_map(sharing: SharingMap, geometry: ModelGeometry) -> None:
-    """Raise PlanError where the map does not fit the model.
+    """Raise PlanError if the map does not fit the model.
 
     Every source is an own head of an earlier layer with the same attention type, window, head size and treatment of
-    positions; where queries are normalised over all heads together, only whole layers borrow.
+    positions; if queries are normalised over all heads together, only whole layers borrow.
     """
     depth = len(geometry.layers)
     for index, row in sharing.layers.items():
@@ -57,7 +57,7 @@ def source_problem(sharing: SharingMap, geometry: ModelGeometry, index: int, sou
 
 
 def layer_difference(source: LayerGeometry, borrower: LayerGeometry) -> str | None:
-    """Why attention weights of one layer mean nothing in the other, or None where they are of one kind."""
+    """Why probabilities of one layer mean nothing in the other, or None if they are of one kind."""
     if not source.heads or not borrower.heads:
         return f"the {'borrowing' if source.heads else 'source'} layer has no softmax attention"
     if source.stack != borrower.stack:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def sharing_of(recipe: "Recipe", geometry: ModelGeometry) -> SharingMap:
     """The sharing map of a recipe with spans or map. `rules.check_map` tells whether the model can run it.
 
-    Raises RecipeError, naming the line, where a span does not fit the model.
+    Raises RecipeError, naming the line, if a span does not fit the model.
     """
     assert recipe.sharing is not None
     if recipe.sharing.spans is not None:
@@ -32,7 +32,7 @@ def sharing_of(recipe: "Recipe", geometry: ModelGeometry) -> SharingMap:
 def _explicit(
     recipe: "Recipe", rows: Mapping[int | str, tuple[HeadSource | None, ...]], geometry: ModelGeometry
 ) -> SharingMap:
-    """Raises RecipeError, naming the line, where the map names a stack that the model does not have."""
+    """Raises RecipeError, naming the line, if the map names a stack that the model does not have."""
     names = [name for name, _ in geometry.stacks]
     for layer in rows:
         stack, number = parse_label(layer)
