@@ -84,7 +84,7 @@ def test_terminal_shows_every_number_in_aligned_rows():
     text = "\n".join(lines)
     for part in (
         "org/base at 0123abc (llama)",
-        "12 of 90 KV groups reuse, in 2 layers",
+        "12 of 90 KV groups borrow, in 2 layers",
         "134.5 M -> 130.0 M (-3.4%)",
         "538.1 MB -> 520.0 MB (-3.4%)",
         "46,080 bytes -> 43,008 bytes (-6.7%), measured",

@@ -34,10 +34,10 @@ def _rows(analysis: Analysis) -> Iterator[tuple[str, str]]:
     for number, point in enumerate(analysis.curve):
         change = f"loss {point.measured_loss:+.4f} nats ({math.expm1(point.measured_loss):+.2%} perplexity)"
         label = f"{analysis.keys_name.capitalize()} removed" if number == 0 else ""
-        yield label, f"{point.key_cache_removed:5.1%}: {change}, {point.groups} groups reuse"
+        yield label, f"{point.key_cache_removed:5.1%}: {change}, {point.groups} groups borrow"
     yield "", "measured on held-out sequences, without refit"
     layers = layer_names(analysis.stacks, analysis.plan.layers)
     plural = "layer" if len(analysis.plan.layers) == 1 else "layers"
     removed = f"{analysis.key_cache_removed:.1%} of the {analysis.keys_name}"
-    yield "Recipe", f"removes {removed}; heads of {plural} {layers} reuse"
+    yield "Recipe", f"removes {removed}; heads of {plural} {layers} borrow"
     yield "Peak memory", human_bytes(analysis.peak_memory)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def plan_json(plan: "ConversionPlan") -> dict[str, Any]:
-    """The plan in the words of report.json, where it has them."""
+    """The plan in the words of report.json, if it has them."""
     from dataclasses import asdict
 
     return {

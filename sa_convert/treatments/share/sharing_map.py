@@ -14,9 +14,9 @@ Source = tuple[int, int]
 
 @dataclass(frozen=True)
 class SharingMap:
-    """For each reusing layer, per query head, None (own) or the source layer and source head.
+    """For each layer that borrows, per query head, None (own) or the source layer and source head.
 
-    Layers without a reusing head are left out. The map is resolved: a source head is always an own head; that, and
+    Layers without a borrower are left out. The map is resolved: a source head is always an own head; that, and
     everything else a model demands, is checked by `sa_convert.treatments.share.rules.check_map`. stacks: those of the
     model, which name its layers (see `sa_convert.domain.stacks`).
     """
