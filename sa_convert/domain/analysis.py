@@ -9,7 +9,7 @@ from sa_convert.domain.geometry import Head
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.report import BaseModel
 from sa_convert.domain.rounding import digits
-from sa_convert.domain.stacks import Stacks, place_of
+from sa_convert.domain.stacks import Stacks, in_stack
 from sa_convert.domain.units import Unit
 
 Matrix = tuple[tuple[float | None, ...], ...]
@@ -54,8 +54,8 @@ class UnitCost:
 
     def to_json(self, stacks: Stacks = ()) -> dict[str, Any]:
         """stacks: those of the model; layers are then numbered in each."""
-        stack, layer = place_of(stacks, self.unit.layer)
-        sources = self.sources and [[place_of(stacks, source)[1], head] for source, head in self.sources]
+        stack, layer = in_stack(stacks, self.unit.layer)
+        sources = self.sources and [[in_stack(stacks, source).number, head] for source, head in self.sources]
         return {
             **({"stack": stack} if stacks else {}),
             "layer": layer,
@@ -150,7 +150,7 @@ class Analysis:
     @property
     def cost_matrix(self) -> Matrix:
         """(L, G): the cost of each KV group, None without a source; of a whole layer in its first column if only
-        whole layers can reuse."""
+        whole layers can borrow."""
         rows: list[list[float | None]] = [[] for _ in self.heads]
         for cost in self.costs:
             rows[cost.unit.layer].append(cost.cost)

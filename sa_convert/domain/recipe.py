@@ -72,7 +72,7 @@ class _Frozen(BaseModel):
 
 
 class Span(_Frozen):
-    """Consecutive layers that reuse one layer. source: its number; None: the nearest layer before that can serve."""
+    """Consecutive layers that borrow from one. source: its number; None: the nearest layer before that can serve."""
 
     layers: Layers
     source: Annotated[StrictInt, Field(ge=0)] | None = None
@@ -82,7 +82,7 @@ class Span(_Frozen):
         if self.layers.by_depth:
             return self
         if self.layers.first == 0:
-            raise RecipeValueError("layer 0 cannot reuse, since no layer is before it; start at 1 or later", "layers")
+            raise RecipeValueError("layer 0 cannot borrow, since no layer is before it; start at 1 or later", "layers")
         if self.source is not None and self.source >= self.layers.first:
             raise RecipeValueError(
                 f"source {self.source} is not before layers {self.layers}; name an earlier layer", "source"

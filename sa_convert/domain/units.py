@@ -48,19 +48,19 @@ class Units:
         return {(unit.layer, head): unit for unit in self.all for head in unit.heads}
 
     @cached_property
-    def _places(self) -> tuple[Head, ...]:
+    def _heads(self) -> tuple[Head, ...]:
         return tuple((index, head) for index, layer in enumerate(self.geometry.layers) for head in range(layer.heads))
 
-    def number(self, place: Head) -> int:
-        """The number of a head at (layer, head)."""
-        return self.offsets[place[0]] + place[1]
+    def number_of(self, head: Head) -> int:
+        """The number of a head among all of the model."""
+        return self.offsets[head[0]] + head[1]
 
-    def place(self, number: int) -> Head:
-        """(layer, head) of a head by its number."""
-        return self._places[number]
+    def head(self, number: int) -> Head:
+        """A head by its number among all of the model."""
+        return self._heads[number]
 
-    def unit_of(self, place: Head) -> Unit:
-        return self._unit_of[place]
+    def unit_of(self, head: Head) -> Unit:
+        return self._unit_of[head]
 
     def keys_of(self, unit: Unit) -> int:
         """Elements of one token's keys that the unit caches; see `ModelGeometry.keys`."""

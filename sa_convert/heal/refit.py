@@ -3,8 +3,8 @@
 Layer by layer: the base and the changed model run side by side, so that a layer sees what refitted layers before it
 have made of its input. W is the matrix with the least |X W - Y|^2 + s |W - W0|^2, where X is the projection's input in
 the changed model, Y its output in the base, W0 the base's matrix and s the strength that does best on held-out samples.
-A layer's refit is kept only where it lowers the squared error on held-out text and on held-out repetition alike, and
-all of them only where they bring the model's predictions nearer to the base's (`refit`).
+A layer's refit is kept only if it lowers the squared error on held-out text and on held-out repetition alike, and
+all of them only if they bring the model's predictions nearer to the base's (`refit`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -160,7 +160,7 @@ class _LayerFit:
             self.sums.setdefault(key, Sums()).add(x, error)
 
     def solve(self) -> tuple[torch.Tensor | None, LayerRefit]:
-        """The change (output, input), or None where no strength helps on all held-out samples."""
+        """The change (output, input), or None if no strength helps on all held-out samples."""
         fit = combine([(1.0, sums) for (fitted, _), sums in self.sums.items() if fitted])
         held = {repetition: sums for (fitted, repetition), sums in self.sums.items() if not fitted}
         best: tuple[float, float, Any, dict[bool, float]] | None = None

@@ -109,13 +109,13 @@ def _analysis(model: Model, options: AnalyzeOptions) -> Analysis:
     from sa_convert.observe.session import open_session
     from sa_convert.observe.similarity import attention_statistics
     from sa_convert.observe.tried import Reference
-    from sa_convert.search.choose import collect_first
+    from sa_convert.search.choose import costs_under
 
     announce("calibrating")
     with open_session(model, _calibration(options), options, options.seed) as session:
         units, samples = session.units, (*session.samples.fit, *session.samples.held_out)
         attention = attention_statistics(session.probe, units, samples)
-        costs = collect_first(session)
+        costs = costs_under(session)
         reference = Reference(session.probe, session.samples.held_out)
         steps, chosen = _steps(session, options.key_cache, reference, costs)
         return Analysis(

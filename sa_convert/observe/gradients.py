@@ -1,4 +1,4 @@
-"""What a change of a head's output does to the loss, or to the layer's output where gradients do not fit."""
+"""What a change of a head's output does to the loss, or to the layer's output if gradients do not fit."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

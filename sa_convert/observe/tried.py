@@ -16,7 +16,7 @@ MOST_BYTES = 1 << 30
 class Reference:
     """The base model's predictions of some samples, to measure others against.
 
-    They are kept as log-probabilities: 4 bytes for each scored token and each token of the vocabulary, or 2 where that
+    They are kept as log-probabilities: 4 bytes for each scored token and each token of the vocabulary, or 2 if that
     would be more than MOST_BYTES. `probe` must run the unchanged base model when this is made.
     """
 

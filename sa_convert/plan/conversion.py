@@ -44,7 +44,7 @@ def plan_conversion(model: Model, recipe: "Recipe", plan: Plan | None = None) ->
     check_plan(plan, model)
     if not plan:
         raise RecipeError(
-            f"{recipe.origin.at('sharing')}: no head reuses another, so there is nothing to convert; "
+            f"{recipe.origin.at('sharing')}: no head borrows from another, so there is nothing to convert; "
             "name at least one source."
         )
     edits = plan_edits(model, plan)

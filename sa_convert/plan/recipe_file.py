@@ -40,7 +40,7 @@ def load_recipe(name_or_path: str) -> "Recipe":
 
 
 def recipe_text(name_or_path: str) -> str:
-    """What `load_recipe` reads, as it is written, comments included. Raises RecipeError where it is not valid."""
+    """What `load_recipe` reads, as it is written, comments included. Raises RecipeError if it is not valid."""
     text, name = _find(name_or_path)
     parse_recipe(text, name)
     return text

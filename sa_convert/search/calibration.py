@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """plan: the recipe's, or the one that was found. step, refit: None where the recipe asks for none."""
+    """plan: the recipe's, or the one that was found. step, refit: None if the recipe asks for none."""
 
     plan: Plan
     step: Step | None
@@ -56,7 +56,7 @@ def calibrate(model: Model, recipe: "Recipe", plan: Plan | None, run: RunOptions
 def _search(session: Session, search: "Search", reference: Reference, origin: "Origin", refits: bool) -> Step:
     """The plan for a recipe's search. refits: a refit follows, so a limit on perplexity holds for the model after it.
 
-    reference: of the held-out samples. Raises RecipeError where the search cannot reach its aim.
+    reference: of the held-out samples. Raises RecipeError if the search cannot reach its aim.
     """
     if search.key_cache is not None:
         return _for_key_cache(session, search.key_cache, reference, origin)

@@ -24,6 +24,8 @@ SWAPS = 3
 FIRST_SAMPLES, LATER_SAMPLES = 16, 10
 """Samples whose costs are measured in the first round and in each later one."""
 
+NOTHING = Plan()
+
 
 @dataclass(frozen=True)
 class Step:
@@ -45,14 +47,12 @@ def path(session: "Session", parts: list[float], reference: Reference, first: Le
     held-out samples, and the one that diverges least from the base is taken. first: costs without a plan, if they are
     known.
     """
-    first = first or collect_first(session)
-    plan = Plan()
+    first = first or costs_under(session)
+    plan = NOTHING
     for number, part in enumerate(parts):
         states = [State(first, plan)]
         if number:
-            samples = some(session.samples.fit, LATER_SAMPLES, number)
-            description = f"costs, round {number + 1} of {len(parts)}"
-            again = collect_again(session, samples, plan, number, description, first)
+            again = costs_under(session, plan, number, first)
             states += [State(again, plan), State(again, plan)]
             states[-1].rematch()
         reached = [state.extend(part) for state in states]
@@ -72,25 +72,17 @@ def path(session: "Session", parts: list[float], reference: Reference, first: Le
             return
 
 
-def collect_first(session: "Session") -> Ledgers:
-    """Costs of the base as it is."""
-    samples = some(session.samples.fit, FIRST_SAMPLES)
-    return collect_again(session, samples, Plan(), 0, "costs", None)
-
-
-def collect_again(
-    session: "Session", samples: list[Sample], plan: Plan, number: int, description: str, known: Ledgers | None
-) -> Ledgers:
-    """Costs under a plan, in a round of the search."""
+def costs_under(session: "Session", plan: Plan = NOTHING, number: int = 0, known: Ledgers | None = None) -> Ledgers:
+    """Costs under a plan, in a round of the search by its number. known: those of the base as it is."""
     return collect(
         session.probe,
         session.units,
-        samples,
+        some(session.samples.fit, LATER_SAMPLES if number else FIRST_SAMPLES, number),
         plan,
         session.treatments,
         measure=session.measure,
         seed=session.seed + number,
-        description=description,
+        description=f"costs, round {number + 1}",
         known=known,
     )
 

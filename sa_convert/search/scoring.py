@@ -43,16 +43,21 @@ def collect(
     screening = [ledger for ledger in ledgers.values() if ledger.screens]
     screen = _screen(samples) if screening else []
     generator = torch.Generator().manual_seed(seed)
+
+    def passed(sample: Sample, among: Sequence[Sample]) -> Iterator[Observed]:
+        total = sum(one.weight for one in among)
+        return observe(probe, units, sample, plan, measure=measure, generator=generator, total=total)
+
     with progress(len(screen) + len(samples), description, unit="seq") as bar:
         for sample in screen:
-            for observed in observe(probe, units, sample, plan, measure, generator, _total(screen)):
+            for observed in passed(sample, screen):
                 for ledger in screening:
                     ledger.screen(observed)
             bar.update()
         for ledger in screening:
             ledger.screened()
         for sample in samples:
-            for observed in observe(probe, units, sample, plan, measure, generator, _total(samples)):
+            for observed in passed(sample, samples):
                 for ledger in ledgers.values():
                     ledger.add(observed)
             bar.update()
@@ -66,15 +71,12 @@ def _screen(samples: Sequence[Sample]) -> list[Sample]:
     return text[:: max(1, len(text) // _SCREENED)][:_SCREENED] + [s for s in samples if s.repetition][:1]
 
 
-def _total(samples: Sequence[Sample]) -> float:
-    return sum(sample.weight for sample in samples)
-
-
 def observe(
     probe: Probe,
     units: Units,
     sample: Sample,
     plan: Plan,
+    *,
     measure: Measure,
     generator: torch.Generator,
     total: float = 1.0,

@@ -11,9 +11,8 @@ from sa_convert.domain.plan import Plan
 from sa_convert.errors import RecipeError
 from sa_convert.heal.refit import refit
 from sa_convert.observe.tried import Reference
-from sa_convert.search.choose import LATER_SAMPLES, ROUND, Step, collect_again, collect_first, some
+from sa_convert.search.choose import ROUND, Step, costs_under
 from sa_convert.search.rounds import State
-from sa_convert.search.scoring import Ledgers
 
 if TYPE_CHECKING:
     from sa_convert.domain.recipe import Origin
@@ -34,7 +33,7 @@ def within_limit(session: "Session", limit: float, reference: Reference, origin:
     taken = Step(Plan(), 0.0, 0.0, reference.base)
     cheapest, first = None, None
     for number in range(round(1 / ROUND)):
-        costs = _costs(session, taken.plan, number, first)
+        costs = costs_under(session, taken.plan, number, first)
         first = first or costs
         state = State(costs, taken.plan)
         steps = list(_steps(state, taken))
@@ -48,13 +47,6 @@ def within_limit(session: "Session", limit: float, reference: Reference, origin:
     if not taken.plan:
         raise _impossible(limit, cheapest, reference, origin)
     return _further(session, State(costs, taken.plan), taken, limit, reference) if refits else taken
-
-
-def _costs(session: "Session", plan: Plan, number: int, first: Ledgers | None) -> Ledgers:
-    if first is None:
-        return collect_first(session)
-    samples = some(session.samples.fit, LATER_SAMPLES, number)
-    return collect_again(session, samples, plan, number, f"costs, round {number + 1}", first)
 
 
 def _steps(state: State, before: Step) -> Iterator[Step]:

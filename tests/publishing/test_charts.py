@@ -202,12 +202,12 @@ def test_json_of_stacks_has_labels_and_numbers_in_each():
 
 def test_terminal_names_layers_and_what_is_removed():
     text = render_analysis(analysis_of(encoder_decoder(3, 2)))
-    assert "heads of layer decoder.cross.1 reuse" in text
+    assert "heads of layer decoder.cross.1 borrow" in text
     assert "Key cache removed" in text
     assert re.search(r"layer encoder\.\d group \d+: .*, sources \(layer.head\) [01]\.\d", text)
     encoder = Analysis(**{**vars(make_analysis(3, 2, 1)), "caches": False})
     assert "Keys removed" in render_analysis(encoder)
-    assert "of the keys; heads of layer 2 reuse" in render_analysis(encoder)
+    assert "of the keys; heads of layer 2 borrow" in render_analysis(encoder)
     assert drawn("loss.png", encoder)[0].get_xlabel() == "keys removed, %"
 
 

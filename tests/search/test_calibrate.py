@@ -123,7 +123,7 @@ def test_changes_of_the_loss_are_what_heads_outputs_and_gradients_say(tmp_path):
     weights = [attention[0].detach() for attention in output.attentions]
     probe = Probe(model, subject.family)
     again = torch.Generator().manual_seed(5)
-    passed = observe(probe, units, sample(tokens), Plan(), "fisher", again)
+    passed = observe(probe, units, sample(tokens), Plan(), measure="fisher", generator=again)
     found = {observed.layer: changes_of(observed) for observed in passed if observed.layer}
     for layer in (1, 4):
         gradient = inputs[layer].grad[0].view(12, 8, 16)
@@ -132,7 +132,9 @@ def test_changes_of_the_loss_are_what_heads_outputs_and_gradients_say(tmp_path):
             for source in ((0, 2), (layer - 1, 5), (layer, head)):
                 change = (weights[source[0]][source[1]] - weights[layer][head]) @ value
                 expected = (change * gradient[:, head]).sum(-1)
-                torch.testing.assert_close(found[layer][:, units.number(source), head], expected, atol=1e-6, rtol=1e-4)
+                torch.testing.assert_close(
+                    found[layer][:, units.number_of(source), head], expected, atol=1e-6, rtol=1e-4
+                )
 
 
 def test_output_errors_have_the_mean_square_that_the_outputs_have(tmp_path):
@@ -152,9 +154,11 @@ def test_output_errors_have_the_mean_square_that_the_outputs_have(tmp_path):
     generator = torch.Generator().manual_seed(0)
     mean = torch.stack(
         [
-            changes_of(list(observe(probe, units, sample(tokens), Plan(), "output error", generator))[2])
+            changes_of(
+                list(observe(probe, units, sample(tokens), Plan(), measure="output error", generator=generator))[2]
+            )
             .square()
-            .mean(0)[units.number((1, 6)), 3]
+            .mean(0)[units.number_of((1, 6)), 3]
             for _ in range(300)
         ]
     ).mean()
@@ -173,7 +177,7 @@ def test_costs_under_a_map_say_what_the_divergence_from_the_base_says(tmp_path):
     base = model(tokens[None], use_cache=False).logits[0, :-1].log_softmax(-1).detach()
     unit, step = units.all[4 * 4 + 1], 1e-2
     place = costs.shortlist[4][unit.heads[0]].tolist()
-    source = units.place(place[0])
+    source = units.head(place[0])
 
     def divergence(amount):
         def blend(_, args):

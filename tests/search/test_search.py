@@ -52,7 +52,7 @@ def cheapest(costs, unit, removed):
     options = []
     for choice in itertools.product(range(count), repeat=len(unit.heads)):
         places = [
-            costs.units.place(int(costs.shortlist[unit.layer][h][k])) for h, k in zip(unit.heads, choice, strict=True)
+            costs.units.head(int(costs.shortlist[unit.layer][h][k])) for h, k in zip(unit.heads, choice, strict=True)
         ]
         if all(place[0] < unit.layer and costs.units.unit_of(place) not in removed for place in places):
             at = [head * count + k for head, k in enumerate(choice)]
@@ -172,7 +172,7 @@ def test_budgets_that_cannot_be_met_say_what_can():
     check_budget(Units(geometry), searched(), Search(key_cache="75%"), Origin())
     with pytest.raises(RecipeError, match=r"80% of the key cache .* 75\.0% at the most: write 75% or less"):
         check_budget(Units(geometry), searched(), Search(key_cache="80%"), Origin())
-    with pytest.raises(RecipeError, match="No layer of this model can reuse"):
+    with pytest.raises(RecipeError, match="No layer of this model can borrow"):
         check_budget(Units(ModelGeometry((LAYER,))), searched(), Search(key_cache="5%"), Origin())
 
 

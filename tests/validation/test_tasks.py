@@ -22,7 +22,7 @@ from sa_convert.models.placement import positions
 from sa_convert.models.task import NEXT_TOKEN, frame_of, task_of
 from sa_convert.observe.sequences import Sample, calibration_set
 from sa_convert.present.files.card import write_card
-from sa_convert.present.files.report_file import render_report
+from sa_convert.present.terminal.report_text import render_report
 from sa_convert.read.folder import read_config
 from sa_convert.texts.text import load_text
 from sa_convert.treatments.share.drawing import told

@@ -205,7 +205,7 @@ class ShareCosts(Ledger):
         chosen = []
         for head, source in zip(unit.heads, sources, strict=True):
             row = self.shortlist[unit.layer][head].tolist()
-            number = self.units.number(source)
+            number = self.units.number_of(source)
             if number not in row:
                 return float("inf")
             chosen.append(row.index(number))
@@ -213,7 +213,7 @@ class ShareCosts(Ledger):
 
     def _closed(self, unit: Unit, head: int, taken: Taken) -> list[int]:
         """Places in a head's shortlist that cannot be its source."""
-        places = (self.units.place(number) for number in self.shortlist[unit.layer][head].tolist())
+        places = (self.units.head(number) for number in self.shortlist[unit.layer][head].tolist())
         return [at for at, place in enumerate(places) if place[0] >= unit.layer or self.units.unit_of(place) in taken]
 
     def _cost(self, unit: Unit, chosen: list[int]) -> float:
@@ -222,7 +222,7 @@ class ShareCosts(Ledger):
         return float(self.second[unit][at][:, at].sum() + self.first[unit][at].sum())
 
     def _place(self, unit: Unit, at: int, k: int) -> Head:
-        return self.units.place(int(self.shortlist[unit.layer][unit.heads[at]][k]))
+        return self.units.head(int(self.shortlist[unit.layer][unit.heads[at]][k]))
 
 
 def shortlists(
@@ -244,7 +244,7 @@ def shortlists(
         own = torch.arange(len(costs)) + units.offsets[layer]
         for head, source in enumerate(present.get(layer, ())):
             if source is not None:
-                costs[head, units.number(source)] = -float("inf")
+                costs[head, units.number_of(source)] = -float("inf")
         # In the last column of its own, so that a head never takes the place of a source.
         best = costs.argsort(dim=1, stable=True)[:, : min(count, int(allowed[layer].sum()))]
         found[layer] = torch.cat([best, own[:, None]], dim=1)

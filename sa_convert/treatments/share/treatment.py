@@ -50,7 +50,7 @@ class ShareTreatment(Treatment):
         for index, groups in plan.groups_of(self.name).items():
             if not 0 <= index < len(geometry.layers):
                 raise PlanError(
-                    f"Layer {index} reuses attention, but the model has layers 0 to {len(geometry.layers) - 1}."
+                    f"Layer {index} borrows attention, but the model has layers 0 to {len(geometry.layers) - 1}."
                 )
             layer, name = geometry.layers[index], plan.label(index)
             for group, sources in groups.items():
@@ -83,7 +83,7 @@ class ShareTreatment(Treatment):
         scores = tuple(head for head in before.scores if head not in borrowed)
         return replace(before, scores=scores, keys=before.keys if scores else 0)
 
-    impossible = "No layer of this model can reuse the attention of an earlier one, so nothing can be shared."
+    impossible = "No layer of this model can borrow the attention of an earlier one, so nothing can be shared."
 
     def candidates(self, units: Units) -> list[Unit]:
         """All but those in the first layer of every kind, in which no head has a source."""

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from sa_convert.domain.geometry import Head
 from sa_convert.domain.plan import Plan
-from sa_convert.domain.stacks import layer_of, place_of
+from sa_convert.domain.stacks import in_stack, layer_of
 from sa_convert.treatments.share.plans import NAME
 from sa_convert.treatments.trial import Lent, Trial
 
@@ -18,7 +18,7 @@ class ShareTrial(Trial):
     def __init__(self, plan: Plan) -> None:
         self.borrowed: dict[int, dict[int, Head]] = {}
         for layer, groups in plan.groups_of(NAME).items():
-            stack = place_of(plan.stacks, layer)[0]
+            stack = in_stack(plan.stacks, layer).stack
             self.borrowed[layer] = {
                 group * len(sources) + at: (layer_of(plan.stacks, stack, source[0]), source[1])
                 for group, sources in groups.items()
