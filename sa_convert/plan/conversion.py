@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from sa_convert.domain.change import Savings
 from sa_convert.domain.checkpoint import TensorEdit
 from sa_convert.domain.geometry import ModelGeometry
 from sa_convert.domain.model import Model
 from sa_convert.domain.plan import Plan
-from sa_convert.domain.report import Savings
 from sa_convert.domain.stacks import parse_label
 from sa_convert.domain.treated import Treated
 from sa_convert.errors import RecipeError

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from math import prod
 
+from sa_convert.domain.change import Change, Savings
 from sa_convert.domain.checkpoint import DTYPE_BITS, TensorEdit
 from sa_convert.domain.model import Model
 from sa_convert.domain.plan import Plan
-from sa_convert.domain.report import Change, Savings
 from sa_convert.read.names import attention_prefix, projection
 from sa_convert.treatments.plan_answers import layer_answers
 
