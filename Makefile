@@ -19,7 +19,7 @@ demo: $(VENV)/ready
 
 test: lint $(VENV4)/ready
 	$(PYTEST)
-	$(RUN) tests/newest.py
+	$(RUN) tests/support/newest.py
 
 test-newest: $(VENV)/ready $(VENV4)/ready newest-environment
 	$(subst $(RUN),$(NEWEST)/bin/python,$(PYTEST))
@@ -32,7 +32,7 @@ lint: $(VENV)/ready
 
 # Damaged input, kills, full disks, two runs at once: at most ten minutes. FUZZ: options, such as '--page docs/reliability.md'.
 fuzz: $(VENV)/ready
-	PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(RUN) -m fuzz $(FUZZ)
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(RUN) -m support.fuzz $(FUZZ)
 
 docs: $(VENV)/ready
 	$(RUN) docs/generate.py
@@ -44,7 +44,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(VENV)/bin/pip install -q -c constraints.txt -e '.[dev,gguf]'
 	touch $@
 
-$(VENV4)/ready: tests/requirements-transformers-4.txt
+$(VENV4)/ready: tests/support/requirements-transformers-4.txt
 	$(PYTHON) -m venv $(VENV4)
 	$(VENV4)/bin/pip install -q torch==2.13.0
 	$(VENV4)/bin/pip install -q -r $<

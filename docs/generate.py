@@ -11,11 +11,10 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
 
-from tiny_models import kinds_of  # noqa: E402
-
 from sa_convert.read.auto_classes import FILE as AUTO_CLASSES  # noqa: E402
 from sa_convert.read.auto_classes import classes_in_transformers  # noqa: E402
 from sa_convert.runtime.shared_attention_families import FAMILIES, Family  # noqa: E402
+from support.tiny_models import kinds_of  # noqa: E402
 
 PAGE = Path(__file__).parent / "families.md"
 CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
@@ -28,15 +27,15 @@ fails where the two differ. The family is chosen by `model_type` in config.json,
 is converted is the one that config.json names under `architectures` (LlamaForSequenceClassification and BertModel as
 well as those below), and the converted class derives from it.
 
-Every family is converted through the command line by `tests/test_families.py`, from a tiny random model. *Maps* says
-with which: *span* (whole layers, same heads, as in the paper), *layers* (whole layers, other heads), *groups* (whole KV
-groups), *heads* (single heads, the most demanding). In each case the logits equal the unmodified base's under forced
-attention weights (1e-4, float32; with eager attention, and with SDPA where the family has it), cached equals uncached
-decoding where the model caches, and the files hold no query and key rows of reusing heads. *Runs on* says on which
-versions of transformers converted folders were loaded and generated the same tokens (`tests/test_transformers_4.py`);
-[compatibility.md](compatibility.md) has the releases between them.
-`tests/test_calibrate_families.py` runs search and refit in every family. What was tested is the type of model, not
-every published checkpoint of it.
+Every family is converted through the command line by `tests/families/test_families.py`, from a tiny random model.
+*Maps* says with which: *span* (whole layers, same heads, as in the paper), *layers* (whole layers, other heads),
+*groups* (whole KV groups), *heads* (single heads, the most demanding). In each case the logits equal the unmodified
+base's under forced attention weights (1e-4, float32; with eager attention, and with SDPA where the family has it),
+cached equals uncached decoding where the model caches, and the files hold no query and key rows of reusing heads. *Runs
+on* says on which versions of transformers converted folders were loaded and generated the same tokens
+(`tests/ecosystem/test_transformers_4.py`); [compatibility.md](compatibility.md) has the releases between them.
+`tests/search/test_calibrate_families.py` runs search and refit in every family. What was tested is the type of model,
+not every published checkpoint of it.
 
 | `model_type` | class | kind | smallest unit that reuses | attention | maps | runs on | remarks |
 |---|---|---|---|---|---|---|---|
@@ -66,14 +65,15 @@ that transformers knows: converted, or refused and why.
 3. If its own forward fixes the number of heads, or does not call the attention interface, add `plain_forward=True`; if
    it takes steps of its own (ALiBi, tables of positions), a small class in `shared_attention_modules.py`, named by
    `module`.
-4. Run `pytest -k <type> tests/test_families.py tests/test_geometry.py tests/test_rewrite_model.py
-   tests/test_calibrate_families.py`. They find the entry by themselves. If the default config is no small one, or hides
-   what is special, add the options that bring it out to `SPECIAL` in `tests/tiny_models.py`: data, not code.
-5. Run `pytest tests/test_transformers_4.py -k <type>`; where transformers 4.57 computes the family by code of its own,
-   write `transformers_5=True`, and converted folders say so there.
+4. Run `pytest -k <type> tests/families/test_families.py tests/families/test_geometry.py
+   tests/rewriting/test_rewrite_model.py tests/search/test_calibrate_families.py`. They find the entry by themselves. If
+   the default config is no small one, or hides what is special, add the options that bring it out to `SPECIAL` in
+   `tests/support/tiny_models.py`: data, not code.
+5. Run `pytest tests/ecosystem/test_transformers_4.py -k <type>`; where transformers 4.57 computes the family by code of
+   its own, write `transformers_5=True`, and converted folders say so there.
 6. Run `python docs/generate.py` and `python docs/benchmarks/smoke.py`.
 """
-# Types that transformers 4.57 does not have; tests/test_transformers_4.py compares.
+# Types that transformers 4.57 does not have; tests/ecosystem/test_transformers_4.py compares.
 NOT_IN_4 = {
     "cohere_compass_text",
     "cwm",

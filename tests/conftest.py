@@ -1,10 +1,8 @@
-"""What every test may use: an environment that leaves no trace, and the command line as a process."""
+"""What every test may use: an environment that leaves no trace, a small base model, and a recipe."""
 
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -22,22 +20,13 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
 
-from cli_cases import SPAN  # noqa: E402
-from tiny_models import save_tiny, save_tokenizer, write_recipe  # noqa: E402
-
 import sa_convert.registration  # noqa: E402
+from support.cli_cases import SPAN  # noqa: E402
+from support.processes import run_cli  # noqa: E402
+from support.tiny_models import save_tiny, save_tokenizer, write_recipe  # noqa: E402
 
 # Tests load converted folders by the code inside of them, as users do.
 sa_convert.registration.cancel()
-
-ROOT = Path(__file__).parents[1]
-
-
-def run_cli(*arguments: object, python: str = sys.executable, **options) -> subprocess.CompletedProcess:
-    """Run `sa-convert` with these arguments as a process."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}
-    command = [python, "-m", "sa_convert", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=540, **options)
 
 
 @pytest.fixture(scope="session")

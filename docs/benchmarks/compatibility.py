@@ -3,10 +3,10 @@
     python docs/benchmarks/compatibility.py                   # every release, in half an hour or more
     python docs/benchmarks/compatibility.py --only 5.0 5.24   # prints what these do, and writes nothing
 
-Tiny random models of the families that `tests/elsewhere.py` lists are converted once, by maps of spans, groups and
-heads. Then the last release of each minor, from 4.57 on, is installed into a folder (without torch, which is that of
-this environment) and runs `tests/on_transformers.py`, a process that cannot import sa_convert. What it finds is
-compared with what the pinned release finds.
+Tiny random models of the families that `tests/support/elsewhere.py` lists are converted once, by maps of spans, groups
+and heads. Then the last release of each minor, from 4.57 on, is installed into a folder (without torch, which is that
+of this environment) and runs `tests/support/on_transformers.py`, a process that cannot import sa_convert. What it finds
+is compared with what the pinned release finds.
 """
 
 import argparse
@@ -26,7 +26,8 @@ PAGE = ROOT / "docs" / "compatibility.md"
 FIRST = (4, 57)
 sys.path.insert(0, str(ROOT / "tests"))
 
-from elsewhere import KINDS, MINIMUM, Folders, difference, make_folders, make_job, run_elsewhere  # noqa: E402
+import conftest  # noqa: E402, F401 - the environment of tests
+from support.elsewhere import KINDS, MINIMUM, Folders, difference, make_folders, make_job, run_elsewhere  # noqa: E402
 
 SAID = {"refused": "refused", "broken": "broken", "base": "like the base"}
 TITLES = {"span": "spans", "groups": "groups", "heads": "heads"}
@@ -49,12 +50,13 @@ release, or says other things there than on {pinned}. Anything else is *broken*.
 TAIL = """
 ## New releases
 
-`make test` ends with a look at the newest release. `tests/newest.py` asks the registry for it. If it is not the pinned
-one, it is installed into `.venv-newest`, with the newest of everything else but torch. The folders above, made by the
-pinned release, must then run there as they do on the pinned one, and `convert` (with a search, a refit and validation),
-`evaluate` and `bench` must run there themselves. What came out is printed last and written to `build/newest.txt`. It
-does not change the exit status: a release breaks what it breaks, whatever is being landed. Nor does it if the registry
-does not answer, or if the environment cannot be made. Only if the newest release is the pinned one, a failure counts.
+`make test` ends with a look at the newest release. `tests/support/newest.py` asks the registry for it. If it is not the
+pinned one, it is installed into `.venv-newest`, with the newest of everything else but torch. The folders above, made
+by the pinned release, must then run there as they do on the pinned one, and `convert` (with a search, a refit and
+validation), `evaluate` and `bench` must run there themselves. What came out is printed last and written to
+`build/newest.txt`. It does not change the exit status: a release breaks what it breaks, whatever is being landed. Nor
+does it if the registry does not answer, or if the environment cannot be made. Only if the newest release is the pinned
+one, a failure counts.
 
 `make test-newest` runs every test in that environment. To move to a new release, write it into `constraints.txt`, and
 run `python docs/generate.py`, `python docs/benchmarks/smoke.py` and `python docs/benchmarks/compatibility.py`.

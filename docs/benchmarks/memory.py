@@ -40,8 +40,9 @@ def build(folder: Path, gib: float) -> int:
     """Write the model layer by layer; returns its number of layers."""
     import torch
     from safetensors.torch import save_file
-    from tiny_models import save_tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from support.tiny_models import save_tokenizer
 
     layers = round(gib * 1024**3 / LAYER_BYTES)
     config = LlamaConfig(

@@ -39,7 +39,7 @@ from quality_text import LENGTH, NEWS_SKIPPED, SEQUENCES, SHA256, WHEEL, default
 
 from sa_convert.models.load import load_base  # noqa: E402
 from sa_convert.present.files.report_file import installed_versions  # noqa: E402
-from sa_convert.read.model import open_model  # noqa: E402
+from sa_convert.read.open_model import open_model  # noqa: E402
 
 RESULTS = HERE / "quality.json"
 

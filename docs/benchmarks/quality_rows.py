@@ -33,9 +33,9 @@ from sa_convert.measure.quality.copying import Probes, copying_loss
 from sa_convert.models.load import load_base, load_converted, load_tokenizer
 from sa_convert.models.placement import place
 from sa_convert.observe.session import Session, open_session
-from sa_convert.read.family import family_of
-from sa_convert.read.geometry import geometry_of
-from sa_convert.read.model import open_model
+from sa_convert.read.family_of import family_of
+from sa_convert.read.geometry_of import geometry_of
+from sa_convert.read.open_model import open_model
 
 ROOT = Path(__file__).parents[2]
 RECOMMENDED = 4

@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from make_checkpoint import llama_config, llama_tensors, write_model  # noqa: E402
+from support.make_checkpoint import llama_config, llama_tensors, write_model  # noqa: E402
 
 SHARDS = 16
 LAYER_MIB, EMBEDDINGS_MIB = 128, 256

@@ -1,6 +1,6 @@
 """Writes docs/smoke.md: what becomes of every causal language model type of transformers.
 
-python docs/benchmarks/smoke.py     # runs tests/test_smoke_all_types.py (about a minute) and writes what it found
+python docs/benchmarks/smoke.py     # runs tests/families/test_smoke_all_types.py (a minute) and writes what it found
 """
 
 import re
@@ -11,14 +11,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "smoke.md"
-TEST = "tests/test_smoke_all_types.py"
+TEST = "tests/families/test_smoke_all_types.py"
 KINDS = ("converted", "refused", "not built", "failed")
 HEAD = """# Every causal language model type of transformers
 
-This page is written by `python docs/benchmarks/smoke.py` from a run of `tests/test_smoke_all_types.py` on transformers
-{version}. The test walks all {total} types that `AutoModelForCausalLM` knows. Of each it builds a tiny random model
-with every parameter away from its initial value, and converts it by a random map of single heads, whole layers and KV
-groups (only whole layers where the family allows no less).
+This page is written by `python docs/benchmarks/smoke.py` from a run of `tests/families/test_smoke_all_types.py` on
+transformers {version}. The test walks all {total} types that `AutoModelForCausalLM` knows. Of each it builds a tiny
+random model with every parameter away from its initial value, and converts it by a random map of single heads, whole
+layers and KV groups (only whole layers where the family allows no less).
 
 | outcome | types |
 |---|---|

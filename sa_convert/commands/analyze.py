@@ -69,12 +69,12 @@ def command(
       sa-convert convert ./Llama-3-8B --recipe analysis/recipe.yaml -o ./Llama-3-8B-shared
       sa-convert analyze ./model -o analysis --key-cache 10% --calibration my.txt --sequences 16
     """
-    from sa_convert.jobs.analyzing import Options, analyze
+    from sa_convert.jobs.analyzing import AnalyzeOptions, analyze
     from sa_convert.present.terminal.analysis_text import render_analysis
 
     if not 0 < key_cache < 1:
         raise click.BadParameter("must be more than 0% and less than 100%.", param_hint="'--key-cache'")
-    options = Options(key_cache, text, sequences, length, seed, device, dtype, overwrite, trust_remote_code)
+    options = AnalyzeOptions(key_cache, text, sequences, length, seed, device, dtype, overwrite, trust_remote_code)
     analysis = analyze(model, output, options, announce)
     if as_json:
         echo_json(analysis.to_json())

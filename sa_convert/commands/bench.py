@@ -97,10 +97,10 @@ def command(
       sa-convert bench ./Llama-3-8B-shared --against ./Llama-3-8B
       sa-convert bench ./shared --against ./base --contexts 512,4096 --batches 4 --threads 2 -o bench
     """
-    from sa_convert.jobs.benchmarking import Options, bench
+    from sa_convert.jobs.benchmarking import BenchOptions, bench
     from sa_convert.present.terminal.benchmark_text import render_benchmark
 
-    options = Options(
+    options = BenchOptions(
         contexts,
         batches,
         new_tokens,

@@ -81,7 +81,7 @@ def command(
     """
     from dataclasses import asdict
 
-    from sa_convert.jobs.converting import Options, convert, plan
+    from sa_convert.jobs.converting import ConvertOptions, convert, plan
     from sa_convert.plan.recipe_file import load_recipe
     from sa_convert.present.terminal.plan_text import plan_json, render_plan
 
@@ -96,7 +96,7 @@ def command(
     recipe = load_recipe(recipe_name)
     if max_perplexity_increase is not None:
         recipe = recipe.with_gate(max_perplexity_increase)
-    options = Options(calibration, not no_validate, overwrite, dtype, device, layer_by_layer, trust_remote_code)
+    options = ConvertOptions(calibration, not no_validate, overwrite, dtype, device, layer_by_layer, trust_remote_code)
 
     if dry_run:
         conversion = plan(model, recipe, options, announce)

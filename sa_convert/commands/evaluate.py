@@ -50,11 +50,11 @@ def command(
       sa-convert evaluate ./Llama-3-8B-shared --against ./Llama-3-8B
       sa-convert evaluate ./model --text my.txt --sequences 32 --json
     """
-    from sa_convert.jobs.evaluating import Options, evaluate
+    from sa_convert.jobs.evaluating import EvaluateOptions, evaluate
     from sa_convert.present.terminal.evaluation_text import render_evaluation
     from sa_convert.texts.text import load_text
 
-    options = Options(sequences, length, seed, device, dtype, trust_remote_code)
+    options = EvaluateOptions(sequences, length, seed, device, dtype, trust_remote_code)
     evaluation = evaluate(model, against, load_text(source), options, announce)
     if as_json:
         echo_json(evaluation.to_json())

@@ -27,7 +27,7 @@ def command(model: str, as_json: bool) -> None:
     """
     from sa_convert.console.progress import notes
     from sa_convert.jobs.inspecting import inspect_checkpoint
-    from sa_convert.read.model import open_model
+    from sa_convert.read.open_model import open_model
 
     checkpoint = open_model(model)
     notes(checkpoint.identity, checkpoint.notes)

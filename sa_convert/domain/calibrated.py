@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from sa_convert.domain.stacks import Stacks, layer_label
+
+Measure = Literal["fisher", "output error"]
+"""How costs are measured: in nats of divergence, or by the error of a layer's output."""
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from sa_convert.models.trust import trusting
 from sa_convert.output.staging import staging
 from sa_convert.present.files.analysis_folder import write_analysis
 from sa_convert.present.files.report_file import installed_versions
-from sa_convert.read.family import family_of
-from sa_convert.read.geometry import geometry_of
-from sa_convert.read.model import complete, open_model
+from sa_convert.read.family_of import family_of
+from sa_convert.read.geometry_of import geometry_of
+from sa_convert.read.open_model import complete, open_model
 from sa_convert.read.remote_code import allow_code
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _HEADROOM = 16_000_000
 
 
 @dataclass(frozen=True)
-class Options:
+class AnalyzeOptions:
     """key_cache: the part that the recipe is to remove, 0 to 1. text, sequences, length, seed: of the calibration.
 
     dtype, device: where and in which precision the model is run ("auto": as stored, on the best device); dtype is also
@@ -61,7 +61,7 @@ class Options:
 
 
 def analyze(
-    model: str, output: Path, options: Options, announce: Callable[[str], None] = lambda step: None
+    model: str, output: Path, options: AnalyzeOptions, announce: Callable[[str], None] = lambda step: None
 ) -> Analysis:
     """Analyze `model` into the folder `output`, which appears complete or not at all.
 
@@ -107,7 +107,9 @@ def _too_much(asked: float, most: float) -> RecipeError:
     )
 
 
-def _analysis(checkpoint: Checkpoint, units: Units, options: Options, announce: Callable[[str], None]) -> Analysis:
+def _analysis(
+    checkpoint: Checkpoint, units: Units, options: AnalyzeOptions, announce: Callable[[str], None]
+) -> Analysis:
     from sa_convert.domain.recipe import Calibration
     from sa_convert.observe.session import open_session
     from sa_convert.observe.similarity import attention_statistics
@@ -187,7 +189,7 @@ def _curve(steps: list["Step"], costs: "Costs", reference: "Reference") -> Itera
         )
 
 
-def _recipe(analysis: Analysis, options: Options) -> "Recipe":
+def _recipe(analysis: Analysis, options: AnalyzeOptions) -> "Recipe":
     """The map with the refit and the gate of the shipped recipe that removes as much or next more."""
     from sa_convert.domain.recipe import Calibration, Recipe, Search, Sharing
     from sa_convert.plan.recipe_file import load_recipe

@@ -14,15 +14,15 @@ from sa_convert.errors import CheckpointError, OutputError
 from sa_convert.measure.speed.expected_work import Attention, attention_layers, prefill_flops, step_bytes
 from sa_convert.measure.speed.parameters_read import Weights
 from sa_convert.measure.speed.process import Worker, workers
-from sa_convert.measure.speed.request import Options, check_context, common_task, contexts_of
-from sa_convert.measure.speed.turns import Run, block_sizes, take_turns
+from sa_convert.measure.speed.request import BenchOptions, check_context, common_task, contexts_of
+from sa_convert.measure.speed.turns import Turns, block_sizes, take_turns
 from sa_convert.models.quiet import keep_module_cache_clean
 from sa_convert.models.subject import Subject, open_subject
 from sa_convert.output.signals import termination_as_exit
 from sa_convert.output.staging import staging
 from sa_convert.present.files.benchmark_folder import write_benchmark
 from sa_convert.present.files.report_file import installed_versions
-from sa_convert.read.model import open_model
+from sa_convert.read.open_model import open_model
 
 _OUTPUT_ROOM = 16_000_000
 """Bytes of disk for the files that are written."""
@@ -38,7 +38,7 @@ class _Timed:
     weights: Weights
     layers: tuple[Attention, ...] | None
 
-    def speed(self, run: Run, context: int, batch: int) -> Speed:
+    def speed(self, run: Turns, context: int, batch: int) -> Speed:
         itemsize = self.answer["itemsize"]
         return Speed(
             prefill=run.prefill,
@@ -57,7 +57,7 @@ class _Timed:
 def bench(
     model: str,
     against: str,
-    options: Options | None = None,
+    options: BenchOptions | None = None,
     output: Path | None = None,
     announce: Callable[[str], None] = lambda step: None,
 ) -> Benchmark:
@@ -71,7 +71,7 @@ def bench(
     language-modelling head), OutputError, and SaConvertError for contexts beyond a model's positions, and where memory
     does not suffice.
     """
-    options = options or Options()
+    options = options or BenchOptions()
     keep_module_cache_clean()
     stored = "float32" if options.dtype == "auto" else options.dtype
     with ExitStack() as stack:
@@ -93,7 +93,7 @@ def bench(
     return found
 
 
-def _bench(subjects: Sequence[Subject], options: Options, announce: Callable[[str], None]) -> Benchmark:
+def _bench(subjects: Sequence[Subject], options: BenchOptions, announce: Callable[[str], None]) -> Benchmark:
     task = common_task(subjects, options)
     steps = options.steps if task != "masked-token" else 0
     contexts, skipped = contexts_of(options, subjects, steps)
@@ -135,7 +135,7 @@ def _bench(subjects: Sequence[Subject], options: Options, announce: Callable[[st
     )
 
 
-def _load(pair: Sequence[Worker], subjects: Sequence[Subject], options: Options) -> list[_Timed]:
+def _load(pair: Sequence[Worker], subjects: Sequence[Subject], options: BenchOptions) -> list[_Timed]:
     """Load both, the base first, and the other in the precision that the base came to have."""
     found: list[_Timed] = []
     dtype = options.dtype

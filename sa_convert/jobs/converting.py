@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING
 
 from sa_convert.console.progress import notes, peak_memory
 from sa_convert.domain.checkpoint import Checkpoint
+from sa_convert.domain.model import Model
 from sa_convert.domain.report import BaseModel, Change, Report, Savings, Validation
 from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.domain.units import Units
 from sa_convert.models.auto_class import auto_class_name, prediction_task
 from sa_convert.models.trust import trusting
 from sa_convert.output.staging import Stage, staging
-from sa_convert.plan.plan import ConversionPlan, Subject, plan_conversion
+from sa_convert.plan.plan import ConversionPlan, plan_conversion
 from sa_convert.present.files.report_file import installed_versions, write_report
-from sa_convert.read.model import complete, open_model
+from sa_convert.read.model_of import model_of
+from sa_convert.read.open_model import complete, open_model
 from sa_convert.read.remote_code import allow_code, left_out
 from sa_convert.rewrite.refitted import check_refittable, refit_edits
 from sa_convert.rewrite.rewrite import needed_bytes, rewrite_checkpoint
@@ -30,7 +32,7 @@ RECIPE_FILE = "recipe.yaml"
 
 
 @dataclass(frozen=True)
-class Options:
+class ConvertOptions:
     """How to convert. calibration: text (see `sa_convert.texts.text.load_text`), or None for the recipe's.
 
     dtype, device: where and in which precision models are run ("auto": as stored, on the best device); dtype is also
@@ -56,7 +58,9 @@ Announce = Callable[[str], None]
 """Told each step of a conversion in a few words."""
 
 
-def plan(model: str, recipe: "Recipe", options: Options, announce: Announce = lambda step: None) -> ConversionPlan:
+def plan(
+    model: str, recipe: "Recipe", options: ConvertOptions, announce: Announce = lambda step: None
+) -> ConversionPlan:
     """What `convert` would do. From headers alone, unless the recipe asks for a search, which then runs."""
     subject = _described(model, options, announce)
     recipe = _with_text(recipe, options)
@@ -73,7 +77,7 @@ def convert(
     model: str,
     recipe: "Recipe",
     output: Path,
-    options: Options,
+    options: ConvertOptions,
     recipe_name: str | None = None,
     announce: Announce = lambda step: None,
 ) -> Report:
@@ -121,14 +125,14 @@ def source_of(checkpoint: Checkpoint, model: str) -> Path:
     return path if path.exists() else checkpoint.folder
 
 
-def _described(model: str, options: Options, announce: Announce) -> Subject:
+def _described(model: str, options: ConvertOptions, announce: Announce) -> Model:
     """From headers alone. Code of the model is not run, but refused here where it would have to."""
-    subject = Subject.of(open_model(model, None, options.stored_dtype))
+    subject = model_of(open_model(model, None, options.stored_dtype))
     notes(subject.checkpoint.identity, (*subject.checkpoint.notes, *left_out(subject.checkpoint)))
     return replace(subject, checkpoint=allow_code(subject.checkpoint, options.trust_remote_code, announce))
 
 
-def _complete(subject: Subject, model: str, workspace: Path, options: Options, announce: Announce) -> Subject:
+def _complete(subject: Model, model: str, workspace: Path, options: ConvertOptions, announce: Announce) -> Model:
     """With all weights at hand, as safetensors."""
     described = subject.checkpoint
     if described.absent:
@@ -136,14 +140,14 @@ def _complete(subject: Subject, model: str, workspace: Path, options: Options, a
     if not described.is_safetensors:
         announce("reading weights")
     found = complete(described, model, workspace, options.stored_dtype)
-    return subject if found is described else Subject.of(found)
+    return subject if found is described else model_of(found)
 
 
-def _with_text(recipe: "Recipe", options: Options) -> "Recipe":
+def _with_text(recipe: "Recipe", options: ConvertOptions) -> "Recipe":
     return recipe.with_text(options.calibration) if options.calibration else recipe
 
 
-def _check_calibration(subject: Subject, recipe: "Recipe") -> None:
+def _check_calibration(subject: Model, recipe: "Recipe") -> None:
     """What can be refused before weights are read. Raises RecipeError, CheckpointError."""
     if recipe.sharing.search is not None:
         from sa_convert.search.budget import check_budget
@@ -154,10 +158,10 @@ def _check_calibration(subject: Subject, recipe: "Recipe") -> None:
 
 
 def _calibrate(
-    subject: Subject,
+    subject: Model,
     recipe: "Recipe",
     sharing: SharingMap | None,
-    options: Options,
+    options: ConvertOptions,
     announce: Announce,
     refits: bool = True,
 ) -> "Calibrated":
@@ -175,7 +179,7 @@ def _calibrate(
 
 
 def _validate(
-    conversion: ConversionPlan, recipe: "Recipe", options: Options, stage: Stage, announce: Callable[[str], None]
+    conversion: ConversionPlan, recipe: "Recipe", options: ConvertOptions, stage: Stage, announce: Callable[[str], None]
 ) -> Validation:
     from sa_convert.measure.quality.gate import refuse_if_failed, validate
     from sa_convert.models.placement import NO_MEMORY

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Options:
+class EvaluateOptions:
     """How to evaluate. length: tokens of a sequence; None: LENGTH, or as many as both models have positions for.
 
     seed: of the copying probes. device, dtype: see `placement.place`; dtype is also that of the weights that a .gguf
@@ -46,7 +46,7 @@ def evaluate(
     model: str,
     against: str | None,
     text: Text,
-    options: Options | None = None,
+    options: EvaluateOptions | None = None,
     announce: Callable[[str], None] = lambda step: None,
 ) -> Evaluation:
     """Measure `model`, and `against` if it is given, on the validation part of `text` and on copying probes.
@@ -60,7 +60,7 @@ def evaluate(
     loaded, two that cannot be compared), OutputError (no room for temporary files), and SaConvertError where a
     perplexity is not finite or `length` is more than a model has positions.
     """
-    options = options or Options()
+    options = options or EvaluateOptions()
     keep_module_cache_clean()
     stored = "float32" if options.dtype == "auto" else options.dtype
     with termination_as_exit(), TemporaryDirectory(prefix="sa-convert-evaluate-") as temporary:
@@ -71,7 +71,9 @@ def evaluate(
         return _evaluate(opened[0], opened[1] if against is not None else None, text, options, Path(temporary))
 
 
-def _evaluate(subject: Subject, against: Subject | None, text: Text, options: Options, temporary: Path) -> Evaluation:
+def _evaluate(
+    subject: Subject, against: Subject | None, text: Text, options: EvaluateOptions, temporary: Path
+) -> Evaluation:
     subjects = [subject] if against is None else [subject, against]
     held_out = text.split("validation", KINDS)
     tokenizer = subject.tokenizer()
@@ -128,7 +130,7 @@ class _Measure:
     tokens: "torch.Tensor"
     task: Task
     probe_length: int
-    options: Options
+    options: EvaluateOptions
 
     def __call__(
         self, subject: Subject, observe: "Callable[[torch.Tensor], None]" = lambda logits: None

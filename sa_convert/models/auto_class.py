@@ -5,7 +5,7 @@ from typing import Any
 
 from sa_convert.domain.report import PredictionTask
 from sa_convert.errors import DataError
-from sa_convert.read.family import unwrapped
+from sa_convert.read.family_of import unwrapped
 from sa_convert.runtime.shared_attention_families import CLASS_PREFIX, FAMILIES, HEADS, PREFIX, auto_class_of
 
 CAUSAL = "AutoModelForCausalLM"

@@ -16,8 +16,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.errors import CheckpointError
+from sa_convert.models.base_task import MASKED_PART, Decoding, Frame, Inputs, Task, generator_of, too_short
 from sa_convert.models.device import input_device
-from sa_convert.models.task import MASKED_PART, Decoding, Frame, Inputs, Task, generator_of, too_short
 
 if TYPE_CHECKING:
     import torch

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sa_convert.domain.calibrated import Measure
 from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.domain.geometry import ModelGeometry
 from sa_convert.domain.units import Units
@@ -15,7 +16,6 @@ from sa_convert.models.task import NEXT_TOKEN, task_of
 from sa_convert.observe.probe import Probe
 from sa_convert.observe.sequences import CalibrationSet, calibration_set
 from sa_convert.runtime.shared_attention_families import Family
-from sa_convert.search.costs import Measure
 from sa_convert.texts.text import load_text
 
 if TYPE_CHECKING:

@@ -2,11 +2,9 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
-from sa_convert.console.amounts import human_bytes
 from sa_convert.errors import OutputError
 
 
@@ -65,13 +63,3 @@ def check_source(destination: Path, source: Path | None) -> None:
         raise OutputError(f"{destination}: holds the model {source}, so it cannot be replaced; use another -o.")
     if base.is_dir() and real.is_relative_to(base):
         raise OutputError(f"{destination}: lies in the folder of the model {source}; use another -o.")
-
-
-def check_space(destination: Path, needed: int) -> None:
-    """Raises OutputError unless `needed` bytes are free beside the destination."""
-    free = shutil.disk_usage(destination.parent).free
-    if free < needed:
-        raise OutputError(
-            f"{destination}: needs {human_bytes(needed)} of disk space, but {human_bytes(free)} are free there; "
-            "make room or use another -o."
-        )

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sa_convert.errors import OutputError
+from sa_convert.output.disk_space import check_space
 from sa_convert.output.leftovers import PUT_ASIDE, hold, release, remove_leftovers, stage_name, turn
-from sa_convert.output.replaceable import check_destination, check_source, check_space
+from sa_convert.output.replaceable import check_destination, check_source
 from sa_convert.output.signals import termination_as_exit, undisturbed
 
 _FULL = {

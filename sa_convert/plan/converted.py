@@ -10,7 +10,7 @@ from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.domain.stacks import layer_of, parse_label
 from sa_convert.errors import CheckpointError, UnsupportedModelError
 from sa_convert.families.family import Modules, Stack
-from sa_convert.read.geometry import geometry_of
+from sa_convert.read.geometry_of import geometry_of
 from sa_convert.read.names import attention_config
 from sa_convert.runtime.shared_attention_families import FAMILIES, PREFIX, Family
 from sa_convert.treatments.share.rules import check_map

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING
 
 from sa_convert.domain.checkpoint import Checkpoint, TensorEdit
 from sa_convert.domain.geometry import ModelGeometry
+from sa_convert.domain.model import Model
 from sa_convert.domain.report import Savings
 from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.errors import RecipeError
-from sa_convert.read.family import family_of
-from sa_convert.read.geometry import geometry_of
 from sa_convert.runtime.shared_attention_families import Family
 from sa_convert.treatments.share.edits import tensor_edits
 from sa_convert.treatments.share.rules import check_map
@@ -36,36 +35,21 @@ class ConversionPlan:
         return self.sharing.reused_groups(self.geometry)
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A checkpoint of which is known what it is."""
-
-    checkpoint: Checkpoint
-    family: Family
-    geometry: ModelGeometry
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint) -> "Subject":
-        """Raises UnsupportedModelError or CheckpointError."""
-        family = family_of(checkpoint.config, checkpoint.tensors)
-        return cls(checkpoint, family, geometry_of(checkpoint, family))
-
-
-def plan_conversion(subject: Subject, recipe: "Recipe", sharing: SharingMap | None = None) -> ConversionPlan:
+def plan_conversion(model: Model, recipe: "Recipe", sharing: SharingMap | None = None) -> ConversionPlan:
     """Resolve a recipe for a checkpoint. sharing: the map that a search has found, or None for the recipe's own.
 
     Raises RecipeError for what the recipe asks, SharingError where the resulting map breaks a rule.
     """
     from sa_convert.treatments.share.spans import sharing_of
 
-    sharing = sharing or sharing_of(recipe, subject.geometry)
-    check_map(sharing, subject.geometry)
+    sharing = sharing or sharing_of(recipe, model.geometry)
+    check_map(sharing, model.geometry)
     if not sharing.layers:
         raise RecipeError(
             f"{recipe.origin.at('sharing')}: no head reuses another, so there is nothing to convert; "
             "name at least one source."
         )
-    return plan_sharing(subject.checkpoint, subject.family, subject.geometry, sharing)
+    return plan_sharing(model.checkpoint, model.family, model.geometry, sharing)
 
 
 def plan_sharing(

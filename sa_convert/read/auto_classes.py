@@ -1,7 +1,7 @@
 """The auto classes of transformers that load a model type, and the model class that each of them makes of it.
 
 Which there are stands in auto_classes.json, so that rewriting needs no transformers. `python docs/generate.py` writes
-that file from the tables of the pinned release; tests/test_auto_classes.py compares them.
+that file from the tables of the pinned release; tests/runtime/test_auto_classes.py compares them.
 """
 
 import json

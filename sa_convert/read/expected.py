@@ -8,7 +8,7 @@ from typing import Any
 from sa_convert.domain.checkpoint import Shard
 from sa_convert.errors import CheckpointError, UnsupportedModelError
 from sa_convert.read.described import described_model
-from sa_convert.read.family import architecture_of, family_of
+from sa_convert.read.family_of import architecture_of, family_of
 
 
 def expected_shard(config: Mapping[str, Any], file: Path) -> Shard:

@@ -16,7 +16,7 @@ from sa_convert.read.expected import needed_tensors
 
 
 @dataclass(frozen=True)
-class Agreement:
+class IndexAgreement:
     """names: for each tensor that is taken the file that holds it, in the order of the index.
 
     notes: what of the index or of the files is left out, one sentence each.
@@ -36,7 +36,7 @@ class Agreement:
 
 def agree(
     held: Mapping[str, Collection[str]], names: Mapping[str, str], config: Mapping[str, Any], index: Path
-) -> Agreement:
+) -> IndexAgreement:
     """Which tensors are taken, and from which file.
 
     held: the tensors of each file, in the order of the files' names. names: the file of each tensor as the index has
@@ -77,7 +77,7 @@ def agree(
         if unnamed:
             notes.append(f"{_count(unnamed)} not named by {index.name} ({_such(unnamed)}); taken, as in transformers.")
     taken = {name: found[name] for name in names if name in found}
-    return Agreement(taken | {name: found[name] for name in unnamed}, tuple(notes))
+    return IndexAgreement(taken | {name: found[name] for name in unnamed}, tuple(notes))
 
 
 def _refuse_lacking(

@@ -59,7 +59,7 @@ class Family:
     refuses: config key, the value of it that is refused, and why.
     bidirectional: tokens see later ones, and nothing is cached.
     sliding: which layers attend within a sliding window where config.json has no `layer_types` (see
-        `sa_convert.read.geometry`): "none", "all", "periodic", "periodic_first", "from_max_window_layers",
+        `sa_convert.read.geometry_of`): "none", "all", "periodic", "periodic_first", "from_max_window_layers",
         "alternate_below_max_window_layers", "without_rotary" or "chunked_with_rotary" (those that rotate attend within
         chunks).
     period, period_key: for "periodic", every period-th layer has full attention ("periodic_first": from the first on);

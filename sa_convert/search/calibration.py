@@ -9,14 +9,15 @@ from sa_convert.domain.geometry import ModelGeometry
 from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.domain.units import Units
 from sa_convert.heal.refit import Refit, refit
-from sa_convert.observe.session import open_session
+from sa_convert.observe.session import Session, open_session
 from sa_convert.observe.tried import Reference
 from sa_convert.runtime.shared_attention_families import Family
-from sa_convert.search.budget import check_budget
-from sa_convert.search.choose import Step, search_map
+from sa_convert.search.budget import check_budget, too_much
+from sa_convert.search.choose import Step, path, rounds
+from sa_convert.search.within import within_limit
 
 if TYPE_CHECKING:
-    from sa_convert.domain.recipe import Recipe
+    from sa_convert.domain.recipe import Origin, Recipe, Search
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,27 @@ def calibrate(
         step = None
         if sharing is None:
             assert search is not None
-            step = search_map(session, search, reference, recipe.origin, recipe.refit == "ridge")
+            step = _search(session, search, reference, recipe.origin, recipe.refit == "ridge")
             sharing = step.sharing
         found = refit(session, sharing.layers, reference) if refits else None
     return Calibrated(sharing, step, found)
+
+
+def _search(session: Session, search: "Search", reference: Reference, origin: "Origin", refits: bool) -> Step:
+    """The map for a recipe's search. refits: a refit follows, so a limit on perplexity holds for the model after it.
+
+    reference: of the held-out samples. Raises RecipeError where the search cannot reach its aim.
+    """
+    if search.key_cache is not None:
+        return _for_key_cache(session, search.key_cache, reference, origin)
+    assert search.max_perplexity_increase is not None
+    return within_limit(session, search.max_perplexity_increase, reference, origin, refits)
+
+
+def _for_key_cache(session: Session, part: float, reference: Reference, origin: "Origin") -> Step:
+    last = None
+    for step in path(session, rounds(part), reference):
+        last = step
+    if last is None or last.removed < part - 1e-9:
+        raise too_much(part, last.removed if last else 0.0, origin)
+    return last

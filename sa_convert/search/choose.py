@@ -9,13 +9,11 @@ from sa_convert.domain.calibrated import Distance
 from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.observe.sequences import REPETITION_WEIGHT, Sample
 from sa_convert.observe.tried import Reference
-from sa_convert.search.budget import too_much
 from sa_convert.search.costs import Costs
 from sa_convert.search.rounds import State
 from sa_convert.search.scoring import collect
 
 if TYPE_CHECKING:
-    from sa_convert.domain.recipe import Origin, Search
     from sa_convert.observe.session import Session
 
 ROUND = 0.125
@@ -113,25 +111,3 @@ def rounds(part: float) -> list[float]:
     """Equal steps of about ROUND up to `part`."""
     count = max(1, math.floor(part / ROUND + 0.5))
     return [part * (number + 1) / count for number in range(count)]
-
-
-def search_map(session: "Session", search: "Search", reference: Reference, origin: "Origin", refits: bool) -> Step:
-    """The map for a recipe's search. refits: a refit follows, so a limit on perplexity holds for the model after it.
-
-    reference: of the held-out samples. Raises RecipeError where the search cannot reach its aim.
-    """
-    if search.key_cache is not None:
-        return _for_key_cache(session, search.key_cache, reference, origin)
-    assert search.max_perplexity_increase is not None
-    from sa_convert.search.within import within_limit
-
-    return within_limit(session, search.max_perplexity_increase, reference, origin, refits)
-
-
-def _for_key_cache(session: "Session", part: float, reference: Reference, origin: "Origin") -> Step:
-    last = None
-    for step in path(session, rounds(part), reference):
-        last = step
-    if last is None or last.removed < part - 1e-9:
-        raise too_much(part, last.removed if last else 0.0, origin)
-    return last

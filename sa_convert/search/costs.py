@@ -17,8 +17,9 @@ Letters in shape comments: T tokens, H heads of a layer, J heads of all layers u
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from sa_convert.domain.calibrated import Measure
 from sa_convert.domain.sharing_map import Source
 from sa_convert.domain.units import Unit, Units
 
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 BEAMS = 16
 """Choices of sources for a unit's first heads that are followed further."""
-
-Measure = Literal["fisher", "output error"]
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class Treatment(Protocol):
         ...
 
 
-class Sharing:
+class SharingMoves:
     """A unit's heads reuse the attention of other heads, and all of its keys go."""
 
     def moves(self, state: "State") -> Iterator[Move]:
@@ -58,7 +58,9 @@ class Sharing:
 class State:
     """Units that share so far, under costs that were measured at some map."""
 
-    def __init__(self, costs: Costs, sharing: SharingMap, treatments: tuple[Treatment, ...] = (Sharing(),)) -> None:
+    def __init__(
+        self, costs: Costs, sharing: SharingMap, treatments: tuple[Treatment, ...] = (SharingMoves(),)
+    ) -> None:
         """costs: measured at `sharing`, so that it costs nothing more, or without any map."""
         self.costs, self.units, self.treatments = costs, costs.units, treatments
         given = self.units.from_map(sharing)

@@ -4,12 +4,13 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from sa_convert.console.progress import progress
+from sa_convert.domain.calibrated import Measure
 from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.domain.units import Unit, Units
 from sa_convert.observe.gradients import fisher_gradients, output_directions
 from sa_convert.observe.probe import Probe, Rows, Seen
 from sa_convert.observe.sequences import Sample
-from sa_convert.search.costs import Costs, Measure, shortlists
+from sa_convert.search.costs import Costs, shortlists
 from sa_convert.treatments.share.rules import layer_difference
 
 if TYPE_CHECKING:

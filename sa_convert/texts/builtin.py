@@ -11,7 +11,7 @@ from itertools import cycle, islice, zip_longest
 from pathlib import Path
 
 from sa_convert.errors import DataError
-from sa_convert.texts.text import Document, Part, cut
+from sa_convert.texts.document import Document, Part, cut
 
 # Topics of Python's manual that have no paragraph in common (many others repeat them), in 3.10 and later.
 TOPICS = (

@@ -9,26 +9,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sa_convert.errors import DataError
-
-Part = Literal["calibration", "validation"]
+from sa_convert.texts.document import Document, Part, cut
 
 MAX_CHARACTERS = 20_000_000
 """How much of a file or data set is read."""
-
-PIECE_CHARACTERS = 2_000
-"""Documents are cut to about this length, so that a few sequences hold many kinds of text."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """A piece of text. kind: "prose", "code", "table" or "repetition" in the built-in text, else "text"."""
-
-    text: str
-    kind: str
-    part: Part
 
 
 @dataclass(frozen=True)
@@ -68,23 +55,6 @@ def load_text(source: str) -> Text:
         )
     rows = _jsonl_rows(path) if path.suffix == ".jsonl" else iter([_read(path)])
     return _halves(f"file {path.name}", rows)
-
-
-def cut(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """Consecutive pieces of about `size` characters that join to the text again; cut after a paragraph if there is one
-    to cut at, else after a line, else anywhere."""
-    start = 0
-    while len(text) - start > 2 * size:
-        stop = start + size
-        for end in ("\n\n", "\n", " "):
-            found = text.find(end, stop, start + 2 * size)
-            if found >= 0:
-                stop = found + len(end)
-                break
-        yield text[start:stop]
-        start = stop
-    if start < len(text):
-        yield text[start:]
 
 
 def _halves(name: str, rows: Iterable[str]) -> Text:

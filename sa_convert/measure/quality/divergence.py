@@ -4,13 +4,12 @@ The reference runs first and its logits wait on disk, one file a sequence, just 
 is lost by rounding them once more. Each is deleted as soon as it is compared.
 """
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sa_convert.console.amounts import human_bytes
 from sa_convert.domain.agreement import Agreement
 from sa_convert.errors import CheckpointError, OutputError
+from sa_convert.output.disk_space import require_space
 
 if TYPE_CHECKING:
     import torch
@@ -125,13 +124,3 @@ def kl_divergence(reference: "torch.Tensor", logits: "torch.Tensor") -> "torch.T
     p, q = reference.to(wide).log_softmax(dim=-1), logits.to(wide).log_softmax(dim=-1)
     weights = p.exp()
     return torch.where(weights > 0, weights * (p - q), 0.0).sum(dim=-1)
-
-
-def require_space(folder: Path, needed: int, what: str, instead: str) -> None:
-    """Raises OutputError unless `needed` bytes are free where a folder of temporary files lies."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OutputError(
-            f"{what} take {human_bytes(needed)} of temporary files, but {human_bytes(free)} are free in "
-            f"{folder.parent}: make room, set TMPDIR to a folder with more, or use {instead}."
-        )

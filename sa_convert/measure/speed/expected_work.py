@@ -19,8 +19,8 @@ from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.errors import UnsupportedModelError
 from sa_convert.measure.speed.parameters_read import Weights
 from sa_convert.plan.converted import converted_parts
-from sa_convert.read.family import family_of
-from sa_convert.read.geometry import geometry_of
+from sa_convert.read.family_of import family_of
+from sa_convert.read.geometry_of import geometry_of
 from sa_convert.read.names import attention_prefix
 from sa_convert.runtime.shared_attention_families import Family
 

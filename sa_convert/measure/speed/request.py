@@ -14,7 +14,7 @@ CONTEXTS = (128, 512, 2048, 4096)
 
 
 @dataclass(frozen=True)
-class Options:
+class BenchOptions:
     """contexts: tokens that are prefilled; None: those of CONTEXTS that the models have positions for. batches: of how
     many sequences. steps: tokens decoded after each prefill. repeats: turns that count, after `warmup` that do not.
 
@@ -36,7 +36,7 @@ class Options:
     trust_remote_code: bool = False
 
 
-def common_task(subjects: Sequence[Subject], options: Options) -> PredictionTask:
+def common_task(subjects: Sequence[Subject], options: BenchOptions) -> PredictionTask:
     """How both predict text. Raises CheckpointError for two that cannot be compared, DataError for one without a
     language-modelling head, SaConvertError for a cache that they do not have."""
     configs = [read_config(subject.folder) for subject in subjects]
@@ -59,7 +59,7 @@ def common_task(subjects: Sequence[Subject], options: Options) -> PredictionTask
     return tasks[0]
 
 
-def contexts_of(options: Options, subjects: Sequence[Subject], steps: int) -> tuple[list[int], list[int]]:
+def contexts_of(options: BenchOptions, subjects: Sequence[Subject], steps: int) -> tuple[list[int], list[int]]:
     """The contexts to measure, and those of the default that the models have no positions for."""
     limits = [(limit, subject) for subject in subjects if (limit := positions(subject.folder)) is not None]
     if options.contexts is not None:

@@ -14,7 +14,7 @@ caches, short enough for both to meet the same machine."""
 
 
 @dataclass
-class Run:
+class Turns:
     """What one model did at one context and batch. prefills: seconds. blocks: the median of each block of steps, in
     seconds. cache_bytes: after a prefill; None without a cache."""
 
@@ -40,13 +40,13 @@ def take_turns(
     repeats: int,
     warmup: int,
     told: Callable[[], Any] = lambda: None,
-) -> list[Run]:
+) -> list[Turns]:
     """What each did, run i of one right after run i of the other.
 
     A turn is a prefill by each, then blocks of steps, by each in turn; its first `warmup` turns do not count. Peak
     memory is that of all turns. steps: 0 for models without a cache. told: called after each turn.
     """
-    runs = [Run() for _ in workers]
+    runs = [Turns() for _ in workers]
     for worker in workers:
         worker.ask("begin", context=context, batch=batch, steps=steps)
     for turn in range(warmup + repeats):

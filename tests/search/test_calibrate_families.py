@@ -1,0 +1,37 @@
+"""Search and refit run in every family, with gradients and without."""
+
+import pytest
+import torch
+
+from sa_convert.domain.recipe import Calibration
+from sa_convert.heal.refit import refit
+from sa_convert.observe.session import open_session
+from sa_convert.observe.tried import Reference
+from sa_convert.read.model_of import model_of
+from sa_convert.read.open_model import open_model
+from sa_convert.runtime.shared_attention_families import FAMILIES
+from sa_convert.search.choose import path
+from sa_convert.treatments.share.rules import check_map
+from support.tiny_models import save_tiny, save_tokenizer
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_map_is_found_that_the_family_can_run_and_its_refit_helps_or_is_left_out(family, tmp_path):
+    save_tiny(family, tmp_path)
+    save_tokenizer(tmp_path)
+    subject = model_of(open_model(str(tmp_path)))
+    # Both ways, over all families; Llama 4 looks where its embedding lies, which has no data while it is on the disk.
+    layer_by_layer = sorted(FAMILIES).index(family) % 2 == 1 and family != "llama4_text"
+    with open_session(
+        subject.checkpoint, subject.family, subject.geometry, Calibration(sequences=5, length=24), "cpu",
+        layer_by_layer=layer_by_layer,
+    ) as session:  # fmt: skip
+        assert session.measure == ("output error" if layer_by_layer else "fisher")
+        reference = Reference(session.probe, session.samples.held_out)
+        step = list(path(session, [0.2], reference))[-1]
+        check_map(step.sharing, subject.geometry)
+        assert step.removed >= 0.2
+        found = refit(session, step.sharing.layers, reference)
+    assert found.report.after.divergence <= found.report.before.divergence
+    assert set(found.report.layers) == set(step.sharing.layers)
+    assert all(bool(torch.isfinite(change).all()) for change in found.changes.values())
