@@ -16,9 +16,10 @@ from types import ModuleType, new_class
 from typing import Any
 
 from sa_convert.families.family import CLASS_PREFIX, PREFIX
+from sa_convert.models.attention_class import attention_class_of
 from sa_convert.plan.converted import _modules, upgraded
 from sa_convert.read.auto_classes import model_classes_of
-from sa_convert.rewrite.carried import auto_map, carried_files, special_class
+from sa_convert.rewrite.carried import auto_map, carried_files
 from sa_convert.runtime.shared_attention_families import FAMILIES, Family
 
 
@@ -55,20 +56,6 @@ def config_class_of(family: Family) -> type:
 
 
 @cache
-def attention_class_of(family: Family) -> type:
-    """What comes before the attention class of a family."""
-    from sa_convert.runtime import modeling_shared_attention as modeling
-    from sa_convert.runtime import shared_attention_special as special
-
-    name = special_class(_modules(family))
-    if name is None:
-        return modeling.TreatedAttention
-    made = type(f"_{name}", (getattr(special, name), modeling.TreatedAttention), {"__module__": __name__})
-    globals()[made.__name__] = made  # where pickle finds it
-    return made
-
-
-@cache
 def model_class_of(family: Family, architecture: str) -> type:
     """The model class of a family for one of its base's classes, such as LlamaForCausalLM, treated as its config says.
 
@@ -83,7 +70,7 @@ def model_class_of(family: Family, architecture: str) -> type:
     members = {
         "config_class": config_class_of(family),
         "treatments": {"share": Share},
-        "attention_class": attention_class_of(family),
+        "attention_class": attention_class_of(_modules(family)),
         "described": staticmethod(described),
         "__module__": __name__,
     }

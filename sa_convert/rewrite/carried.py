@@ -13,22 +13,11 @@ from sa_convert.runtime.shared_attention_families import Family
 HOME = Path(sa_convert.runtime.__file__).parent
 
 CONFIGURATION, MODELING, SPECIAL = (
-    f"{name}.py"
-    for name in ("configuration_shared_attention", "modeling_shared_attention", "shared_attention_special")
+    f"{name}.py" for name in ("configuration_shared_attention", "modeling_shared_attention", "shared_attention_special")
 )
 
 TOKENIZERS = HOME / "tokenizer" / "tokenization_mistral.py"
 """Carried only by a model whose tokenizer_config.json names it."""
-
-_KINDS = {
-    None: "PlainAttention",
-    "gpt2": "GPT2Attention",
-    "falcon": "FalconAttention",
-    "bloom": "BloomAttention",
-    "gptj": "GPTJAttention",
-    "encoder_decoder": "EncoderDecoderAttention",
-    "t5": "T5Attention",
-}
 
 
 def modules_of(family: Family) -> Modules:
@@ -37,21 +26,12 @@ def modules_of(family: Family) -> Modules:
     return _modules(family)
 
 
-def special_class(modules: Modules) -> str | None:
-    """The class in shared_attention_special.py that runs a family's attention, or None if its own forward does."""
-    if not modules.plain_forward:
-        return None
-    return "ThreadedAttention" if modules.module is None and modules.exchange != "keyword" else _KINDS[modules.module]
-
-
-def carried_files(
-    family: Family, treatments: Mapping[str, Path], classes: Iterable[str]
-) -> dict[str, bytes]:
+def carried_files(family: Family, treatments: Mapping[str, Path], classes: Iterable[str]) -> dict[str, bytes]:
     """Name and content of every code file that a converted model carries.
 
     treatments: the runtime file of each treatment in the plan. classes: the base's model classes that auto_map names.
     """
-    special = special_class(modules_of(family))
+    special = modules_of(family).special_class
     files = {
         CONFIGURATION: (HOME / CONFIGURATION).read_text(encoding="utf-8") + _configuration(family),
         MODELING: (HOME / MODELING).read_text(encoding="utf-8")
@@ -89,9 +69,7 @@ def _modeling(family: Family, special: str | None, treatments: list[str], classe
     attention = f"\n\nclass _Attention({special}, TreatedAttention):\n    pass\n" if special else ""
     listed = ", ".join(f'"{name}": {title}' for name, title in named.items())
     uses = "\n    attention_class = _Attention" if special else ""
-    models = "".join(
-        f'\n\nclass {CLASS_PREFIX}{name}(_Treated, base_class("{name}")):\n    pass\n' for name in classes
-    )
+    models = "".join(f'\n\nclass {CLASS_PREFIX}{name}(_Treated, base_class("{name}")):\n    pass\n' for name in classes)
     return (
         "\n\n" + "\n".join(imports) + f"\n{attention}\n\nclass _Treated(TreatedModel):\n    config_class = {config}\n"
         f"    treatments = {{{listed}}}{uses}\n{models}"
