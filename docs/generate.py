@@ -1,6 +1,6 @@
 """Writes what code knows best: the table of supported families, and which auto classes load them.
 
-python docs/generate.py           # writes docs/families.md and sa_convert/read/auto_classes.json
+python docs/generate.py           # writes docs/families.md and sa_convert/families/auto_classes.json
 python docs/generate.py --check   # fails where the file is not what would be written
 """
 
@@ -11,9 +11,10 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
 
-from sa_convert.read.auto_classes import FILE as AUTO_CLASSES  # noqa: E402
-from sa_convert.read.auto_classes import classes_in_transformers  # noqa: E402
-from sa_convert.runtime.shared_attention_families import FAMILIES, Family  # noqa: E402
+from sa_convert.families.family import Family  # noqa: E402
+from sa_convert.families.model_classes import FILE as AUTO_CLASSES  # noqa: E402
+from sa_convert.families.model_classes import classes_in_transformers  # noqa: E402
+from sa_convert.families.table import FAMILIES  # noqa: E402
 from support.tiny_models import kinds_of  # noqa: E402
 
 PAGE = Path(__file__).parent / "families.md"
@@ -22,10 +23,10 @@ PINNED = re.findall(r"^transformers==(\d+\.\d+)", CONSTRAINTS.read_text(), re.MU
 """The minor version of transformers that the tests run with."""
 HEAD = """# Supported families
 
-This page is generated from `sa_convert/runtime/shared_attention_families.py` by `python docs/generate.py`; a test
-fails where the two differ. The family is chosen by `model_type` in config.json, never by a model's name; the class that
-is converted is the one that config.json names under `architectures` (LlamaForSequenceClassification and BertModel as
-well as those below), and the converted class derives from it.
+This page is generated from the data files in `sa_convert/families/models` by `python docs/generate.py`; a test fails if
+the two differ. The family is chosen by `model_type` in config.json, never by a model's name. The class that is
+converted is the one that config.json names under `architectures`: LlamaForSequenceClassification and BertModel as well
+as those below. The converted class derives from it.
 
 Every family is converted through the command line by `tests/families/test_families.py`, from a tiny random model.
 *Maps* says with which: *span* (whole layers, same heads, as in the paper), *layers* (whole layers, other heads),
@@ -59,18 +60,18 @@ that transformers knows: converted, or refused and why.
 
 1. Look at the attention class in `transformers/models/<type>/modeling_<type>.py`: how it names its projections, whether
    one makes queries, keys and values together (and in which order its rows lie), what norms them, what masks them.
-2. Write one entry in `shared_attention_families.py`: model type, config class, the class that most checkpoints name,
-   and what differs from Llama's names. The docstring of `Family` explains every field. Give `tokenizer` what
-   `TOKENIZER_MAPPING_NAMES` of transformers has for the type.
-3. If its own forward fixes the number of heads, or does not call the attention interface, add `plain_forward=True`; if
-   it takes steps of its own (ALiBi, tables of positions), a small class in `shared_attention_modules.py`, named by
-   `module`.
-4. Run `pytest -k <type> tests/families/test_families.py tests/families/test_geometry.py
-   tests/rewriting/test_rewrite_model.py tests/search/test_calibrate_families.py`. They find the entry by themselves. If
-   the default config is no small one, or hides what is special, add the options that bring it out to `SPECIAL` in
-   `tests/support/tiny_models.py`: data, not code.
-5. Run `pytest tests/ecosystem/test_transformers_4.py -k <type>`; where transformers 4.57 computes the family by code of
-   its own, write `transformers_5=True`, and converted folders say so there.
+2. Copy the file of its nearest neighbour in `sa_convert/families/models` to `<type>.json`, and change it: the config
+   class, the class that most checkpoints name, and what differs from Llama. In `sa_convert/families/family.py` each
+   field has a sentence beside it. If the two differ in little, write `"like": "<neighbour>"` and only that. Give
+   `tokenizer` what `TOKENIZER_MAPPING_NAMES` of transformers has for the type.
+3. If its own forward fixes the number of heads, or does not call the attention interface, add `"plain_forward": true`
+   to `modules`. If it takes steps of its own (ALiBi, tables of positions), write a small class in
+   `shared_attention_modules.py`, named by `module`.
+4. Run `pytest -k <type> tests/families tests/rewriting/test_rewrite_model.py tests/search/test_calibrate_families.py`.
+   They find the file by themselves. If the default config is no small one, or hides what is special, add the options
+   that bring it out to `SPECIAL` in `tests/support/tiny_models.py`: data, not code.
+5. Run `pytest tests/ecosystem/test_transformers_4.py -k <type>`. If transformers 4.57 computes the family by code of
+   its own, write `"transformers_5": true`, and converted folders say so there.
 6. Run `python docs/generate.py` and `python docs/benchmarks/smoke.py`.
 """
 # Types that transformers 4.57 does not have; tests/ecosystem/test_transformers_4.py compares.
@@ -116,33 +117,33 @@ def kind(family: Family) -> str:
         return "encoder-decoder"
     if family.text:
         return "language model in a multimodal one"
-    what = "encoder" if family.bidirectional else "decoder"
+    what = "encoder" if family.modules.bidirectional else "decoder"
     return f"{what}, some layers" if family.mixed else what
 
 
 def remarks(family: Family) -> list[str]:
     found = []
-    if family.query_norm:
-        found.append(f"norms of queries and keys: {NORMS[family.norm]}")
-    if family.fused:
-        found.append(f"fused `{family.fused}`")
-    if family.gate:
+    if family.modules.query_norm:
+        found.append(f"norms of queries and keys: {NORMS[family.modules.norm]}")
+    if family.modules.fused:
+        found.append(f"fused `{family.modules.fused}`")
+    if family.modules.gate:
         found.append("gated output")
-    if family.sinks:
+    if family.modules.sinks:
         found.append("attention sinks of reusing heads go too")
-    if family.rotary == "sliding":
+    if family.modules.rotary == "sliding":
         found.append("only sliding layers rotate queries and keys")
-    if family.rotary == "no_rope_layers":
+    if family.modules.rotary == "no_rope_layers":
         found.append("layers with and without rotation do not share")
-    if family.module:
+    if family.modules.module:
         found.append("our own attention forward, for this family")
-    elif family.plain_forward:
+    elif family.modules.plain_forward:
         found.append("our own attention forward")
     return found
 
 
 def row(family: Family) -> str:
-    sliding = SLIDING[family.sliding].format(period=family.period)
+    sliding = SLIDING[family.windows.sliding].format(period=family.windows.period)
     for wrong, right in ORDINAL.items():
         sliding = sliding.replace(wrong, right)
     unit = "layer" if family.granularity == "layer" else "head (keys: KV group)"

@@ -15,12 +15,12 @@ from pathlib import Path
 from types import ModuleType, new_class
 from typing import Any
 
-from sa_convert.families.family import CLASS_PREFIX, PREFIX
+from sa_convert.families.family import CLASS_PREFIX, PREFIX, Family
+from sa_convert.families.model_classes import model_classes_of
+from sa_convert.families.table import FAMILIES
 from sa_convert.models.attention_class import attention_class_of
-from sa_convert.plan.converted import _modules, upgraded
-from sa_convert.read.auto_classes import model_classes_of
+from sa_convert.plan.converted import upgraded
 from sa_convert.rewrite.carried import auto_map, carried_files
-from sa_convert.runtime.shared_attention_families import FAMILIES, Family
 
 
 def runtime_files() -> dict[str, Path]:
@@ -70,7 +70,7 @@ def model_class_of(family: Family, architecture: str) -> type:
     members = {
         "config_class": config_class_of(family),
         "treatments": {"share": Share},
-        "attention_class": attention_class_of(_modules(family)),
+        "attention_class": attention_class_of(family.modules),
         "described": staticmethod(described),
         "__module__": __name__,
     }

@@ -193,8 +193,8 @@ class Benchmark:
                 seconds[len(order)] = time.perf_counter() - start
         with load_base(self.model, self.placement) as loaded:
             model = loaded.model
-            layers = model.get_submodule(self.family.layers)
-            attentions = [getattr(layer, self.family.attention) for layer in layers]
+            layers = model.get_submodule(self.family.modules.layers)
+            attentions = [getattr(layer, self.family.modules.attention) for layer in layers]
             for count in sorted(wanted):
                 dropped = order[:count]
                 with replaced(attentions, {layer: maps[layer] for layer in dropped}):

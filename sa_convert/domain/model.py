@@ -7,7 +7,7 @@ from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.domain.geometry import ModelGeometry
 
 if TYPE_CHECKING:
-    from sa_convert.runtime.shared_attention_families import Family
+    from sa_convert.families.family import Family
 
 
 @dataclass(frozen=True, kw_only=True)

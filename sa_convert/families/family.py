@@ -126,5 +126,93 @@ class Modules:
 
     def to_json(self) -> dict[str, Any]:
         """What travels with a converted model: the fields that differ from Llama's."""
-        found = changed(self)
+        found = changed(self, "plain_forward", "module", "interface")
         return found | {"stacks": [stack.to_json() for stack in self.stacks]} if self.stacks else found
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Which layers attend within a sliding window, and how long it is, if config.json does not say so itself."""
+
+    sliding: str = "none"
+    """The layers that do, if there is no `layer_types`: "none", "all", "periodic", "periodic_first",
+    "from_max_window_layers", "alternate_below_max_window_layers", "without_rotary" or "chunked_with_rotary" (those that
+    rotate attend within chunks)."""
+    period: int = 0
+    """For "periodic", every period-th layer has full attention; for "periodic_first", from the first on."""
+    period_key: str | None = None
+    """Config key that overrides it."""
+    size: int | None = None
+    """Tokens in the window if its key is missing."""
+    size_key: str = "sliding_window"
+    """Config key of the number of tokens in the window."""
+    used: bool = True
+    """What a missing `use_sliding_window` means."""
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """How transformers reads the family's tokenizer files. A test compares all three with transformers."""
+
+    registered: str | None = None
+    """The class that transformers 5 registers for the type, if there is one. PreTrainedTokenizerFast takes
+    tokenizer.json as it stands."""
+    wins: bool = False
+    """That class is taken whatever tokenizer_config.json declares."""
+    vocabulary: str | None = None
+    """The class that reads the vocabulary if there is no tokenizer.json, if it is another one."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model type of transformers. Other heads on the same base than `default_class` convert, too."""
+
+    model_type: str
+    """As in config.json; the name of the data file."""
+    config_class: str
+    """Name of the configuration class in transformers."""
+    default_class: str
+    """The model class, if config.json names none under `architectures`."""
+    modules: Modules = Modules()
+    """What travels with a converted model."""
+    windows: Windows = Windows()
+    """Sliding windows."""
+    tokenizer: Tokenizer = Tokenizer()
+    """Classes of tokenizers."""
+
+    text: str | None = None
+    """Config key of the language model's own config in a multimodal model."""
+    files: str | None = None
+    """What checkpoints call the path `modules.layers`, if it is not the same."""
+    depth: str = "num_hidden_layers"
+    """Config key of the number of layers, unless stacks have their own."""
+    groups: str = "num_key_value_heads"
+    """Config key of the number of KV groups."""
+    groups_if: str | None = None
+    """Config key without which `groups` is not read."""
+    one_group: str | None = None
+    """Config key that makes one KV group of all heads, unless it is false or `groups` is read by `groups_if`."""
+    mixed: bool = False
+    """Only some layers have softmax attention; the others lack the projections."""
+    refuses: tuple[str, object, str] | None = None
+    """A config key, the value of it that is refused, and why."""
+    transformers_5: bool = False
+    """Attention is shared in transformers 5 only: in 4 the family's code does not call the attention interface."""
+
+    @property
+    def granularity(self) -> str:
+        """The smallest unit that can reuse: "layer" if queries are normalised over all heads together, else "head"."""
+        return "layer" if self.modules.norm == "joint" else "head"
+
+    @property
+    def all_stacks(self) -> tuple[Stack, ...]:
+        """The stacks, or the one without a name of a model with a single kind of attention."""
+        own = self.modules
+        return own.stacks or (
+            Stack("", own.layers, own.attention, own.heads, depth=self.depth, caches=not own.bidirectional),
+        )
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether a stack attends to the output of another."""
+        return any(stack.cross for stack in self.modules.stacks)

@@ -9,10 +9,10 @@ from sa_convert.domain.geometry import ModelGeometry
 from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.domain.stacks import place_of
 from sa_convert.errors import UnsupportedModelError
+from sa_convert.families.family import PREFIX
 from sa_convert.plan.converted import converted_parts
 from sa_convert.read.family_of import family_of
 from sa_convert.read.geometry_of import geometry_of
-from sa_convert.runtime.shared_attention_families import PREFIX
 from sa_convert.treatments.share.rules import layer_difference
 from sa_convert.treatments.share.savings import cache_bytes
 

@@ -5,8 +5,10 @@ from typing import Any
 
 from sa_convert.domain.report import PredictionTask
 from sa_convert.errors import DataError
+from sa_convert.families.family import CLASS_PREFIX, PREFIX
+from sa_convert.families.model_classes import HEADS, auto_class_of, ending_of
+from sa_convert.families.table import FAMILIES
 from sa_convert.read.family_of import unwrapped
-from sa_convert.runtime.shared_attention_families import CLASS_PREFIX, FAMILIES, HEADS, PREFIX, auto_class_of
 
 CAUSAL = "AutoModelForCausalLM"
 SEQ2SEQ = "AutoModelForSeq2SeqLM"
@@ -60,7 +62,7 @@ def prediction_task(config: Mapping[str, Any], who: str) -> PredictionTask:
     if auto_class not in TASKS:
         raise headless(who, architecture or auto_class)
     family = FAMILIES.get(_base_type(config))
-    if auto_class == CAUSAL and family and family.bidirectional and not config.get("is_decoder"):
+    if auto_class == CAUSAL and family and family.modules.bidirectional and not config.get("is_decoder"):
         raise DataError(
             f"{who}: {architecture} sees the tokens that it predicts, since config.json does not set 'is_decoder', so "
             "perplexity means nothing: use --no-validate to convert it."
@@ -79,7 +81,7 @@ def headless(who: str, architecture: str) -> DataError:
 def _by_ending(architecture: str | None, config: Mapping[str, Any]) -> str:
     """By how the class's name ends, for models that no family describes."""
     encoder_decoder = bool(config.get("is_encoder_decoder"))
-    ending = next((end for end in sorted(HEADS, key=len, reverse=True) if (architecture or "").endswith(end)), None)
+    ending = ending_of(architecture)
     if ending == "ForConditionalGeneration" and not encoder_decoder and "text_config" in config:
         return MULTIMODAL
     found = HEADS[ending] if ending else CAUSAL

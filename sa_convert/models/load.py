@@ -8,11 +8,11 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.errors import CheckpointError, DataError
+from sa_convert.families.model_classes import MAPPINGS
 from sa_convert.models.auto_class import auto_class_name, headless, prediction_task
 from sa_convert.models.placement import NO_MEMORY, Placement, read_config
 from sa_convert.models.quiet import keep_module_cache_clean, quiet
 from sa_convert.models.trust import is_trusted
-from sa_convert.read.auto_classes import MAPPINGS
 
 if TYPE_CHECKING:
     import torch

@@ -2,10 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
+from sa_convert.families.family import PREFIX
+from sa_convert.families.table import FAMILIES
 from sa_convert.models.arguments import cache_keyword, cache_of, dynamic_cache
 from sa_convert.models.device import input_device
 from sa_convert.models.task import Decoding
-from sa_convert.runtime.shared_attention_families import FAMILIES, PREFIX
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,7 @@ class Steps:
         self.tokens = decoding.tokens[None].to(input_device(model))
         # As generate() tells them; Bamba counts from 0 in every pass that is not told.
         family = FAMILIES.get(model.config.model_type.removeprefix(PREFIX))
-        self._told_positions = family is not None and family.mixed and family.rotary != "none"
+        self._told_positions = family is not None and family.mixed and family.modules.rotary != "none"
         self._source = None if decoding.source is None else decoding.source[None].to(input_device(model))
 
     def whole(self, tokens: "torch.Tensor") -> "torch.Tensor":

@@ -15,6 +15,7 @@ from sa_convert.console.progress import notes
 from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.domain.report import BaseModel
 from sa_convert.errors import CheckpointError
+from sa_convert.families.family import PREFIX
 from sa_convert.models.load import Loaded, load_base, load_converted, load_tokenizer
 from sa_convert.models.placement import Placement
 from sa_convert.models.quiet import keep_module_cache_clean
@@ -22,7 +23,6 @@ from sa_convert.output.disk_space import require_space
 from sa_convert.read.folder import read_json
 from sa_convert.read.open_model import complete, open_model
 from sa_convert.read.remote_code import code_references, refuse_code_elsewhere, shown_code
-from sa_convert.runtime.shared_attention_families import PREFIX
 
 _HOME = Path(sa_convert.runtime.__file__).parent
 

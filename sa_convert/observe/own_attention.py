@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.models.attention_class import attention_class_of
-from sa_convert.rewrite.carried import modules_of
 
 if TYPE_CHECKING:
     from sa_convert.observe.probe import Probe
@@ -17,7 +16,7 @@ def replace(probe: "Probe") -> None:
 
     from sa_convert.runtime.modeling_shared_attention import MODULES, LayerPlan
 
-    modules = modules_of(probe.family)
+    modules = probe.family.modules
     ours, stack = attention_class_of(modules), probe.family.all_stacks[0]
     names = SimpleNamespace(**{**MODULES, **modules.to_json()})
     for layer, attention in enumerate(probe.attentions):

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.domain.sharing_map import Source
+from sa_convert.families.family import Family, Stack
 from sa_convert.observe import own_attention
-from sa_convert.runtime.shared_attention_families import Family, Stack
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +113,7 @@ class Probe:
             # What was lent in one pass is never seen in the next, and is not kept after it.
             parent.register_forward_pre_hook(lambda *_: self._loans.clear())
             parent.register_forward_hook(lambda *_: self._loans.clear())
-        if family.interface:
+        if family.modules.interface:
             self._enter_interface()
         else:
             own_attention.replace(self)
@@ -122,16 +122,17 @@ class Probe:
         """Note the attentions of stacks that lie in the same layers."""
         from sa_convert.runtime.modeling_shared_attention import attentions_of
 
+        modules = self.family.modules
         layers: list[Any] = list(_submodule(self.model, stacks[0].layers).children())
         numbers: list[list[int]] = [[] for _ in layers]
         for stack in stacks:
-            found: list[Any] = list(attentions_of(self.model, self.family, stack))
+            found: list[Any] = list(attentions_of(self.model, modules, stack))
             for layer, attention, order in zip(layers, found, numbers, strict=True):
                 output = None
                 if attention is not None:
                     order.append(len(self.attentions))
                     attention.sa_convert_probe, attention.sa_convert_layer = self, len(self.attentions)
-                    output = (layer if self.family.output_outside else attention).get_submodule(self.family.output)
+                    output = (layer if modules.output_outside else attention).get_submodule(modules.output)
                 self.attentions.append(attention)
                 self.output_projections.append(output)
         self.blocks += [Block(layer, tuple(order)) for layer, order in zip(layers, numbers, strict=True)]

@@ -31,7 +31,7 @@ class Replay:
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         states = [self._trace(sample, keep=at == 0) for at, sample in enumerate(samples)]
         self.states = torch.cat(states)
-        self.batch = batch if probe.family.interface else 1
+        self.batch = batch if probe.family.modules.interface else 1
 
     def _trace(self, sample: "Sample", keep: bool) -> "torch.Tensor":
         """The input (1, T, hidden) of the first layer; keep: note how every layer is called."""

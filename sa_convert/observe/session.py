@@ -10,12 +10,12 @@ from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.domain.geometry import ModelGeometry
 from sa_convert.domain.units import Units
 from sa_convert.errors import DataError
+from sa_convert.families.family import Family
 from sa_convert.models.load import load_base, load_tokenizer
 from sa_convert.models.placement import NO_MEMORY, Placement, place, positions
 from sa_convert.models.task import NEXT_TOKEN, task_of
 from sa_convert.observe.probe import Probe
 from sa_convert.observe.sequences import CalibrationSet, calibration_set
-from sa_convert.runtime.shared_attention_families import Family
 from sa_convert.texts.text import load_text
 
 if TYPE_CHECKING:

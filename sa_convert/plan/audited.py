@@ -10,10 +10,10 @@ from typing import Any
 
 from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.families.family import CLASS_PREFIX, PREFIX
-from sa_convert.read.auto_classes import model_classes_of
+from sa_convert.families.model_classes import model_classes_of
+from sa_convert.families.table import FAMILIES
 from sa_convert.read.folder import read_json
 from sa_convert.rewrite.carried import TOKENIZERS, carried_files
-from sa_convert.runtime.shared_attention_families import FAMILIES
 from sa_convert.treatments.registry import runtime_files
 
 PUBLISHED = Path(__file__).parent / "published_code.json"

@@ -1,7 +1,6 @@
 """A model that shares attention already: what its base was like, and what it shares."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from sa_convert.domain.checkpoint import Checkpoint
@@ -9,10 +8,10 @@ from sa_convert.domain.geometry import ModelGeometry
 from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.domain.stacks import layer_of, parse_label
 from sa_convert.errors import CheckpointError, UnsupportedModelError
-from sa_convert.families.family import Modules, Stack
+from sa_convert.families.family import PREFIX, Family
+from sa_convert.families.table import FAMILIES
 from sa_convert.read.geometry_of import geometry_of
 from sa_convert.read.names import attention_config
-from sa_convert.runtime.shared_attention_families import FAMILIES, PREFIX, Family
 from sa_convert.treatments.share.rules import check_map
 
 
@@ -71,7 +70,7 @@ def upgraded(config: Mapping[str, Any], family: Family, geometry: ModelGeometry 
     kept = {key: value for key, value in shared.items() if key != "layers"}  # type: ignore[union-attr]
     filled = {label: groups for label, groups in layers.items() if groups}
     return dict(config) | {
-        "shared_attention": {"version": VERSION, "modules": _modules(family).to_json(), "layers": filled, **kept}
+        "shared_attention": {"version": VERSION, "modules": family.modules.to_json(), "layers": filled, **kept}
     }
 
 
@@ -92,15 +91,7 @@ def _by_group(
 
 def groups_in(config: Mapping[str, Any], family: Family, heads: int) -> int:
     """KV groups of layers with so many query heads, as far as config.json tells: as many, if it says nothing."""
-    if family.model_type in ("falcon", "gpt_bigcode") and not config.get("new_decoder_architecture"):
-        return 1 if config.get("multi_query", True) else heads
-    key = "num_kv_heads" if family.model_type == "falcon" else family.groups
-    return int(config.get(key) or heads)
-
-
-def _modules(family: Family) -> Modules:
-    """Until the table has them, of an entry in the carried code."""
-    exchange = {"kwargs": "keyword", "context": "thread"}.get(family.exchange, family.exchange)
-    stacks = tuple(Stack(**{each.name: getattr(stack, each.name) for each in fields(Stack)}) for stack in family.stacks)
-    found = {each.name: getattr(family, each.name) for each in fields(Modules)}
-    return Modules(**found | {"exchange": exchange, "stacks": stacks})
+    read = family.groups_if is None or bool(config.get(family.groups_if))
+    if family.one_group and not (family.groups_if and read):
+        return 1 if config.get(family.one_group, True) else heads
+    return int(config.get(family.groups) or heads)

@@ -10,7 +10,7 @@ from sa_convert.domain.model import Model
 from sa_convert.domain.report import Savings
 from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.errors import RecipeError
-from sa_convert.runtime.shared_attention_families import Family
+from sa_convert.families.family import Family
 from sa_convert.treatments.share.edits import tensor_edits
 from sa_convert.treatments.share.rules import check_map
 from sa_convert.treatments.share.savings import plan_savings

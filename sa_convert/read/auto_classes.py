@@ -1,56 +1,10 @@
-"""The auto classes of transformers that load a model type, and the model class that each of them makes of it.
+"""Until registration.py, which is rewritten elsewhere, imports it from its new place."""
 
-Which there are stands in auto_classes.json, so that rewriting needs no transformers. `python docs/generate.py` writes
-that file from the tables of the pinned release; tests/runtime/test_auto_classes.py compares them.
-"""
+from typing import Any
 
-import json
-from collections.abc import Mapping
-from functools import cache
-from pathlib import Path
-
-from sa_convert.runtime.shared_attention_families import Family, auto_class_of, auto_classes_of
-
-FILE = Path(__file__).with_suffix(".json")
-
-MAPPINGS = {
-    "AutoModel": "MODEL_MAPPING",
-    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
-    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
-    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING",
-    "AutoModelForMultimodalLM": "MODEL_FOR_MULTIMODAL_LM_MAPPING",
-    "AutoModelForMultipleChoice": "MODEL_FOR_MULTIPLE_CHOICE_MAPPING",
-    "AutoModelForNextSentencePrediction": "MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING",
-    "AutoModelForPreTraining": "MODEL_FOR_PRETRAINING_MAPPING",
-    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
-    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
-    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
-    "AutoModelForTextEncoding": "MODEL_FOR_TEXT_ENCODING_MAPPING",
-    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
-}
-"""The mapping of each auto class that loads language models, as `transformers` exports it. Its table of class names, by
-model type, is called the same and `_NAMES`."""
+from sa_convert.families import model_classes
 
 
-def model_classes_of(family: Family, architecture: str) -> dict[str, str]:
-    """The family's class that each auto class loads, where it has one: {"AutoModel": "LlamaModel"}. First come those
-    that load `architecture`, a class of the family."""
-    found = dict.fromkeys(auto_classes_of(family, architecture), architecture)
-    for auto_class, name in _table().get(family.model_type, {}).items():
-        found.setdefault(auto_class, name)
-    return found
-
-
-def classes_in_transformers(family: Family) -> dict[str, str]:
-    """What stands in auto_classes.json for a family, by the release of transformers that is installed."""
-    from transformers.models.auto import modeling_auto
-
-    tables = {auto_class: getattr(modeling_auto, f"{mapping}_NAMES", {}) for auto_class, mapping in MAPPINGS.items()}
-    named = {auto_class: table.get(family.model_type) for auto_class, table in tables.items()}
-    return {key: name for key, name in named.items() if isinstance(name, str) and auto_class_of(family, name)}
-
-
-@cache
-def _table() -> Mapping[str, Mapping[str, str]]:
-    table: dict[str, dict[str, str]] = json.loads(FILE.read_text(encoding="utf-8"))
-    return table
+def model_classes_of(family: Any, architecture: str) -> dict[str, str]:
+    """For an entry of the carried code's table as well."""
+    return model_classes.model_classes_of(family, architecture)

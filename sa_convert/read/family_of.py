@@ -4,8 +4,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sa_convert.errors import CheckpointError, UnsupportedModelError
-from sa_convert.read.refusals import reason_for
-from sa_convert.runtime.shared_attention_families import FAMILIES, HEADS, PREFIX, Family, auto_class_of
+from sa_convert.families.family import PREFIX, Family
+from sa_convert.families.model_classes import auto_class_of, ending_of
+from sa_convert.families.refusals import reason_for
+from sa_convert.families.table import FAMILIES
 
 _WRAPPERS = (
     "OptimizedModule", "DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "DeepSpeedEngine",
@@ -77,7 +79,7 @@ def unwrapped(name: str, family: Family) -> str:
     wrappers, or keep the name of the model that they were made from.
     """
     name = name.removeprefix(_FSDP)
-    usual = next(head for head in sorted(HEADS, key=len, reverse=True) if family.default_class.endswith(head))
+    usual = ending_of(family.default_class) or family.default_class
     if name in _WRAPPERS or (auto_class_of(family, name) is None and name.endswith(usual)):
         return family.default_class
     return name

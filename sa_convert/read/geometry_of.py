@@ -7,10 +7,10 @@ from typing import Any
 from sa_convert.domain.checkpoint import Checkpoint, TensorEntry
 from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
 from sa_convert.errors import CheckpointError, UnsupportedModelError
+from sa_convert.families.family import Family, Stack, Windows
 from sa_convert.read.expected import expected_shard
 from sa_convert.read.foreign_weights import FLOATS, part_of_quantised, quantised, refuse_foreign_weights
 from sa_convert.read.names import attention_config, attention_start, has_stack, projection
-from sa_convert.runtime.shared_attention_families import Family, Stack
 
 DEPTHS = ("num_hidden_layers", "num_layers")
 """Config keys of the number of layers that stand in where a family's own key is missing."""
@@ -73,7 +73,7 @@ def _depth(checkpoint: Checkpoint, config: Mapping[str, Any], stack: Stack) -> i
 
 def caches(config: Mapping[str, Any], family: Family, stack: Stack) -> bool:
     """Whether keys and values are cached: by an encoder, only where it is set up as a decoder."""
-    return stack.caches or (family.bidirectional and bool(config.get("is_decoder")))
+    return stack.caches or (family.modules.bidirectional and bool(config.get("is_decoder")))
 
 
 def _missing(checkpoint: Checkpoint, family: Family, stack: Stack, index: int, depth: int) -> CheckpointError:
@@ -92,7 +92,7 @@ def _layer(
     heads = number(config, stack.heads, "num_attention_heads")
     if family.mixed and f"{start}{projection(family, 'query')}" not in checkpoint.modules:
         return None
-    rows = {}
+    rows, modules = {}, family.modules
     for side in ("query", "key", "value"):
         module = projection(family, side)
         if (part := part_of_quantised(f"{start}{module}.", checkpoint)) is not None:
@@ -102,11 +102,11 @@ def _layer(
             raise CheckpointError(
                 f"The checkpoint has no tensor '{start}{module}.weight', though config.json counts {depth} layers."
             )
-        rows[side] = _rows(tensor, axis=1 if family.transposed else 0)
-    if family.fused:
-        return _fused_layer(checkpoint, tensors[f"{start}{family.fused}.weight"], config, family, heads, rows["query"])
-    query, key = f"{start}{family.query}.weight", f"{start}{family.key}.weight"
-    queries = rows["query"] // 2 if family.gate == "query" else rows["query"]
+        rows[side] = _rows(tensor, axis=1 if modules.transposed else 0)
+    if modules.fused:
+        return _fused_layer(checkpoint, tensors[f"{start}{modules.fused}.weight"], config, family, heads, rows["query"])
+    query, key = f"{start}{modules.query}.weight", f"{start}{modules.key}.weight"
+    queries = rows["query"] // 2 if modules.gate == "query" else rows["query"]
     if not queries or queries % heads:
         raise CheckpointError(
             f"'{query}' has {rows['query']} rows; {stack.heads} in config.json is {heads}, no divisor."
@@ -127,7 +127,7 @@ def _layer(
 def _fused_layer(
     checkpoint: Checkpoint, tensor: TensorEntry, config: Mapping[str, Any], family: Family, heads: int, rows: int
 ) -> LayerGeometry:
-    hidden = tensor.shape[0 if family.transposed else 1]
+    hidden = tensor.shape[0 if family.modules.transposed else 1]
     head_dim = number(config, "head_dim") if config.get("head_dim") else hidden // heads
     groups = _fused_groups(rows, heads, head_dim)
     if not groups and _as_in_transformers(checkpoint, tensor.name):
@@ -171,19 +171,20 @@ def _rows(tensor: TensorEntry, axis: int = 0) -> int:
 
 def attention_kinds(config: Mapping[str, Any], family: Family, depth: int) -> list[tuple[str, int | None, bool]]:
     """Per layer its attention type, window and whether it rotates queries and keys, as the family's config has it."""
-    window = config.get(family.window_key, family.window)
-    if config.get("use_sliding_window", family.uses_window) is False:
+    rotary, key = family.modules.rotary, family.windows.size_key
+    window = config.get(key, family.windows.size)
+    if config.get("use_sliding_window", family.windows.used) is False:
         window = None
-    rotates = [family.rotary != "none"] * depth
-    if family.rotary == "no_rope_layers":
+    rotates = [rotary != "none"] * depth
+    if rotary == "no_rope_layers":
         rotates = [bool(flag) for flag in _listed(config, "no_rope_layers", object) or _without_rotary(config, depth)]
-    types = _listed(config, "layer_types", str) or _default_types(config, family, depth, window, rotates)
+    types = _listed(config, "layer_types", str) or _default_types(config, family.windows, depth, window, rotates)
     if len(types) != depth or len(rotates) != depth:
         raise CheckpointError(f"config.json: 'layer_types' or 'no_rope_layers' does not list all {depth} layers.")
-    if family.rotary == "sliding" and window is not None:
+    if rotary == "sliding" and window is not None:
         rotates = [kind == SLIDING for kind in types]
-    if window is not None and SLIDING in types and family.window_key in config:
-        window = number(config, family.window_key)
+    if window is not None and SLIDING in types and key in config:
+        window = number(config, key)
     return [(kind, window if kind == SLIDING else None, rotated) for kind, rotated in zip(types, rotates, strict=True)]
 
 
@@ -204,19 +205,19 @@ def _without_rotary(config: Mapping[str, Any], depth: int) -> list[bool]:
 
 
 def _default_types(
-    config: Mapping[str, Any], family: Family, depth: int, window: int | None, rotates: list[bool]
+    config: Mapping[str, Any], windows: Windows, depth: int, window: int | None, rotates: list[bool]
 ) -> list[str]:
-    """The attention types of a config that does not list them; `Family.sliding` names the rule."""
-    if family.sliding == "chunked_with_rotary":
+    """The attention types of a config that does not list them; `Windows.sliding` names the rule."""
+    if windows.sliding == "chunked_with_rotary":
         return [CHUNKED if rotated else FULL for rotated in rotates]
-    if window is None and not family.sliding.startswith("periodic"):
+    if window is None and not windows.sliding.startswith("periodic"):
         return [FULL] * depth
-    first_full, period = 28, family.period
-    if "max_window_layers" in family.sliding and "max_window_layers" in config:
+    first_full, period = 28, windows.period
+    if "max_window_layers" in windows.sliding and "max_window_layers" in config:
         first_full = number(config, "max_window_layers", least=0)
-    if family.period_key is not None and family.period_key in config:
-        pattern = config[family.period_key]  # or "LLLG": local layers, then a global one
-        period = len(pattern) if isinstance(pattern, str) and pattern else number(config, family.period_key)
+    if windows.period_key is not None and windows.period_key in config:
+        pattern = config[windows.period_key]  # or "LLLG": local layers, then a global one
+        period = len(pattern) if isinstance(pattern, str) and pattern else number(config, windows.period_key)
     rules = {
         "none": lambda layer: False,
         "all": lambda layer: True,
@@ -226,4 +227,4 @@ def _default_types(
         "alternate_below_max_window_layers": lambda layer: layer % 2 == 0 and layer < first_full,
         "without_rotary": lambda layer: not rotates[layer],
     }
-    return [SLIDING if rules[family.sliding](layer) else FULL for layer in range(depth)]
+    return [SLIDING if rules[windows.sliding](layer) else FULL for layer in range(depth)]

@@ -9,13 +9,13 @@ from typing import Any
 from sa_convert.console.progress import note
 from sa_convert.domain.checkpoint import Checkpoint, Shard
 from sa_convert.errors import CheckpointError, SaConvertError, UnsupportedModelError
+from sa_convert.families.model_classes import auto_class_of
 from sa_convert.read.described import described_model
 from sa_convert.read.family_of import family_of
 from sa_convert.read.folder import open_folder
 from sa_convert.read.gguf_config import architecture_of, config_of
 from sa_convert.read.gguf_header import FOLDER, REMAKE, GgufHeader, read_gguf_header
 from sa_convert.read.gguf_tensors import Account, account_of, shard_of
-from sa_convert.runtime.shared_attention_families import auto_class_of
 
 _SHARD_SIZE = "4GB"
 

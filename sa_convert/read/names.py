@@ -6,7 +6,7 @@ from typing import Any
 from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.domain.stacks import Stacks, place_of
 from sa_convert.errors import CheckpointError
-from sa_convert.runtime.shared_attention_families import Family, Stack
+from sa_convert.families.family import Family, Stack
 
 OTHER_BASE = "transformer"
 """Name of the base model in heads that do not call it as the language model does, such as LlamaForQuestionAnswering."""
@@ -73,12 +73,12 @@ def prefixes(family: Family, stack: Stack) -> list[str]:
 
 def projection(family: Family, side: str) -> str:
     """The module that makes queries, keys or values ("query", "key", "value")."""
-    return family.fused or str(getattr(family, side))
+    return family.modules.fused or str(getattr(family.modules, side))
 
 
 def output_name(checkpoint: Checkpoint, family: Family, stacks: Stacks, layer: int) -> str:
     """Name of the weight of a layer's output projection."""
     stack, number = stack_of(family, stacks, layer)
-    if family.output_outside:
-        return f"{layers_prefix(checkpoint, family, stack)}.{number}.{family.output}.weight"
-    return f"{attention_start(checkpoint, family, stack, number)}{family.output}.weight"
+    if family.modules.output_outside:
+        return f"{layers_prefix(checkpoint, family, stack)}.{number}.{family.modules.output}.weight"
+    return f"{attention_start(checkpoint, family, stack, number)}{family.modules.output}.weight"

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import sa_convert.runtime
-from sa_convert.families.family import CLASS_PREFIX, PREFIX, Modules
-from sa_convert.runtime.shared_attention_families import Family
+from sa_convert.families.family import CLASS_PREFIX, PREFIX, Family
 
 HOME = Path(sa_convert.runtime.__file__).parent
 
@@ -20,18 +19,12 @@ TOKENIZERS = HOME / "tokenizer" / "tokenization_mistral.py"
 """Carried only by a model whose tokenizer_config.json names it."""
 
 
-def modules_of(family: Family) -> Modules:
-    from sa_convert.plan.converted import _modules
-
-    return _modules(family)
-
-
 def carried_files(family: Family, treatments: Mapping[str, Path], classes: Iterable[str]) -> dict[str, bytes]:
     """Name and content of every code file that a converted model carries.
 
     treatments: the runtime file of each treatment in the plan. classes: the base's model classes that auto_map names.
     """
-    special = modules_of(family).special_class
+    special = family.modules.special_class
     files = {
         CONFIGURATION: (HOME / CONFIGURATION).read_text(encoding="utf-8") + _configuration(family),
         MODELING: (HOME / MODELING).read_text(encoding="utf-8")

@@ -4,9 +4,9 @@ from typing import Any
 
 from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.domain.sharing_map import SharingMap
-from sa_convert.read.auto_classes import model_classes_of
+from sa_convert.families.family import CLASS_PREFIX, PREFIX, Family
+from sa_convert.families.model_classes import model_classes_of
 from sa_convert.read.family_of import architecture_of
-from sa_convert.runtime.shared_attention_families import CLASS_PREFIX, PREFIX, Family
 
 
 def converted_config(checkpoint: Checkpoint, family: Family, sharing: SharingMap) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sa_convert.domain.checkpoint import Checkpoint
+from sa_convert.families.family import Family
 from sa_convert.read.folder import read_json
-from sa_convert.runtime.shared_attention_families import Family
 
 PROCESSOR, IMAGES, VIDEOS = "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
 

@@ -8,9 +8,9 @@ from sa_convert.domain.checkpoint import Checkpoint, TensorEdit
 from sa_convert.domain.geometry import ModelGeometry
 from sa_convert.domain.stacks import Stacks
 from sa_convert.errors import CheckpointError
+from sa_convert.families.family import Family
 from sa_convert.read.header import read_shard
 from sa_convert.read.names import output_name
-from sa_convert.runtime.shared_attention_families import Family
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,7 @@ def refit_edits(
         tensor = checkpoint.tensors[output_name(checkpoint, family, stacks, layer)]
         with safe_open(tensor.file, framework="pt") as shard:
             base = shard.get_tensor(tensor.name).float()
-        change = change.T if family.transposed else change
+        change = change.T if family.modules.transposed else change
         stored[tensor.name] = (base + change).to(getattr(torch, _DTYPES[tensor.dtype])).contiguous()
     if not stored:
         return {}

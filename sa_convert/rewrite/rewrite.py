@@ -7,13 +7,13 @@ from pathlib import Path
 from sa_convert.console.progress import progress_bytes
 from sa_convert.domain.checkpoint import Checkpoint, TensorEdit
 from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.families.family import Family
 from sa_convert.rewrite.carried import TOKENIZERS, write_code
 from sa_convert.rewrite.config import converted_config
 from sa_convert.rewrite.processor import processor_configs
 from sa_convert.rewrite.shards import Written, plan_shards, write_shards
 from sa_convert.rewrite.tokenizer import FILE as TOKENIZER_CONFIG
 from sa_convert.rewrite.tokenizer import as_json, tokenizer_code, tokenizer_config
-from sa_convert.runtime.shared_attention_families import Family
 
 _HEADROOM = 16 * 1024 * 1024
 """Bytes for configuration, code, index, report, model card and figures."""

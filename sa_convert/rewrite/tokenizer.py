@@ -10,9 +10,9 @@ from typing import Any
 
 from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.errors import UnsupportedModelError
+from sa_convert.families.family import Family
 from sa_convert.read.folder import read_json
 from sa_convert.rewrite.carried import TOKENIZERS, model_code
-from sa_convert.runtime.shared_attention_families import Family
 
 FILE = "tokenizer_config.json"
 
@@ -106,11 +106,11 @@ def _code_of(checkpoint: Checkpoint, family: Family, tekken: bool) -> str | None
 
 
 def _class_of(family: Family, declared: Any, has_json: bool) -> str | None:
-    registered = family.tokenizer
-    if family.tokenizer_wins and declared and str(declared).removesuffix("Fast") != registered:
+    registered = family.tokenizer.registered
+    if family.tokenizer.wins and declared and str(declared).removesuffix("Fast") != registered:
         return registered
     if not has_json:
-        return declared or family.vocabulary_tokenizer or registered
+        return declared or family.tokenizer.vocabulary or registered
     if declared is None:
         return registered or _PLAIN
     # Where it registers the plain class, transformers 5 does not trust another one that the file declares.

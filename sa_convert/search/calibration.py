@@ -8,10 +8,10 @@ from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.domain.geometry import ModelGeometry
 from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.domain.units import Units
+from sa_convert.families.family import Family
 from sa_convert.heal.refit import Refit, refit
 from sa_convert.observe.session import Session, open_session
 from sa_convert.observe.tried import Reference
-from sa_convert.runtime.shared_attention_families import Family
 from sa_convert.search.budget import check_budget, too_much
 from sa_convert.search.choose import Step, path, rounds
 from sa_convert.search.within import within_limit

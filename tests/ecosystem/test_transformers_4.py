@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from sa_convert.runtime.shared_attention_families import FAMILIES
+from sa_convert.families.table import FAMILIES
 from support.elsewhere import difference, make_folders, make_job, run_elsewhere
 from support.on_transformers import attempt
 from support.processes import ROOT
@@ -61,7 +61,7 @@ def test_same_tokens(results, family, kind):
     job = make_job([folder], ["cached"])
     here = attempt(folder, job)
     assert "error" not in here, here["error"]
-    assert ("cached" in here) == (not FAMILIES[family].bidirectional)
+    assert ("cached" in here) == (not FAMILIES[family].modules.bidirectional)
     assert difference(result, here, found[base], attempt(base, make_job([base], []))) is None
     if "cached" in here and result["static"] != here["cached"]:
         assert found[base]["static"] != found[base]["cached"], result["static"]

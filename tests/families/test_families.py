@@ -7,9 +7,9 @@ import torch
 from safetensors import safe_open
 from transformers import DynamicCache
 
+from sa_convert.families.table import FAMILIES
 from sa_convert.models.arguments import cache_of
 from sa_convert.read.names import stack_of
-from sa_convert.runtime.shared_attention_families import FAMILIES
 from support.forced_softmax import forced
 from support.processes import run_cli
 from support.tiny_models import (
@@ -69,7 +69,7 @@ def cached_logits(model, ids, entry):
     logits = [output.logits]
     for token in range(5, ids.shape[1]):
         given = {name: ids[:, token : token + 1], **with_cache(model, cache)}
-        if entry.rotary != "none" and not entry.text:  # Bamba counts from 0 where it is not told
+        if entry.modules.rotary != "none" and not entry.text:  # Bamba counts from 0 where it is not told
             given["position_ids"] = torch.tensor([[token]])
         logits.append(model(**given, **encoded).logits)
     return torch.cat(logits, dim=1), cache
@@ -91,7 +91,7 @@ def test_family(bases, tmp_path, monkeypatch, family, kind, variant):
     ids = torch.randint(3, 128, (2, 21))
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
-    inputs = {"attention_mask": mask} if entry.bidirectional else {"attention_mask": mask, "use_cache": False}
+    inputs = {"attention_mask": mask} if entry.modules.bidirectional else {"attention_mask": mask, "use_cache": False}
     seen = mask.bool()
     if entry.encoder_decoder:
         inputs["decoder_input_ids"] = ids.flip(1)
@@ -126,7 +126,7 @@ def test_family(bases, tmp_path, monkeypatch, family, kind, variant):
                 logits = model(ids[1:], **unmasked).logits  # blocks then end at what their tokens see
             torch.testing.assert_close(logits, expected[1:], atol=1e-4, rtol=1e-4)
         model.config.shared_attention["form"] = "auto"
-        if entry.bidirectional:
+        if entry.modules.bidirectional:
             continue
 
         # Cached decoding equals uncached, beyond the sliding window of 8 tokens, and holds no keys of reusing groups.
@@ -145,7 +145,8 @@ def test_family(bases, tmp_path, monkeypatch, family, kind, variant):
             kept = {layer.group_of(head) for head in range(layer.heads) if not rows.get(index) or not rows[index][head]}
             held = part.layers[number]
             heads = held.keys.shape[1] + (held.values.shape[1] if held.values.numel() else 0)
-            own = entry.module == "falcon" and index not in rows  # Falcon itself caches each key for all its heads
+            # Falcon itself caches each key for all its heads.
+            own = entry.modules.module == "falcon" and index not in rows
             assert heads == len(kept) + layer.groups or own, f"layer {index}"
         options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": mask}
         plain = model.generate(ids, **options, use_cache=False)
@@ -160,14 +161,14 @@ def test_family(bases, tmp_path, monkeypatch, family, kind, variant):
         stack, number = stack_of(entry, geometry.stacks, index)
         paths = "|".join(re.escape(path) for path in (stack.layers, entry.files) if path)
         prefix = rf"({paths})\.{number}\.{re.escape(stack.attention)}\."
-        gates = layer.heads if entry.gate == "query" else 0
-        expected = {entry.query: len(own) + gates, entry.key: len(groups)}
-        if entry.fused:
-            expected = {entry.fused: len(own) + len(groups) + layer.groups}
+        gates = layer.heads if entry.modules.gate == "query" else 0
+        expected = {entry.modules.query: len(own) + gates, entry.modules.key: len(groups)}
+        if entry.modules.fused:
+            expected = {entry.modules.fused: len(own) + len(groups) + layer.groups}
         for projection, count in expected.items():
             names = [name for name in shapes if re.fullmatch(f"{prefix}{projection}.weight", name)]
-            found = [shapes[name][1 if entry.transposed else 0] for name in names]
+            found = [shapes[name][1 if entry.modules.transposed else 0] for name in names]
             assert found == ([count * layer.head_dim] if count else []), projection
-            norm = entry.query_norm if projection == entry.query else entry.key_norm
-            if norm and not (own if projection == entry.query else groups):
+            norm = entry.modules.query_norm if projection == entry.modules.query else entry.modules.key_norm
+            if norm and not (own if projection == entry.modules.query else groups):
                 assert not [name for name in shapes if re.match(f"{prefix}{norm}\\.", name)]

@@ -2,8 +2,8 @@
 
 import pytest
 
+from sa_convert.families.table import FAMILIES
 from sa_convert.read.geometry_of import attention_kinds
-from sa_convert.runtime.shared_attention_families import FAMILIES
 from support.tiny_models import tiny_config
 
 DEPTH = 12
@@ -26,7 +26,7 @@ def test_defaults_agree_with_transformers(model_type, variant):
     entry = FAMILIES[model_type]
     known = AutoConfig.for_model(model_type)
     known = getattr(known, entry.text) if entry.text else known
-    other = entry.window_key != "sliding_window" and "sliding_window" in variant
+    other = entry.windows.size_key != "sliding_window" and "sliding_window" in variant
     other = other or (model_type in NEEDS_WINDOW and variant.get("sliding_window", 0) is None)
     if other or not all(hasattr(known, key) or key == "sliding_window_pattern" for key in variant):
         variant = {}
@@ -37,7 +37,7 @@ def test_defaults_agree_with_transformers(model_type, variant):
     config = getattr(config, entry.text) if entry.text else config
     kinds = attention_kinds(raw, entry, DEPTH)
 
-    window = getattr(config, entry.window_key, None) or None
+    window = getattr(config, entry.windows.size_key, None) or None
     types = getattr(config, "layer_types", None)
     if types is None or "attention" in types:  # Jamba's word for any kind of attention
         types = ["sliding_attention" if window else "full_attention"] * DEPTH
@@ -46,14 +46,14 @@ def test_defaults_agree_with_transformers(model_type, variant):
     assert [kinds[at][0] for at in seen] == [types[at] for at in seen]
     assert {kinds[at][1] for at in seen if kinds[at][0] == "sliding_attention"} <= {window}
     assert {kinds[at][1] for at in seen if kinds[at][0] == "full_attention"} <= {None}
-    if FAMILIES[model_type].rotary == "no_rope_layers":
+    if FAMILIES[model_type].modules.rotary == "no_rope_layers":
         assert [rotary for _, _, rotary in kinds] == [bool(flag) for flag in config.no_rope_layers]
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_listed_types_win(model_type):
     types = ["full_attention", "sliding_attention"] * 2
-    raw = {"layer_types": types, FAMILIES[model_type].window_key: 64, "use_sliding_window": True}
+    raw = {"layer_types": types, FAMILIES[model_type].windows.size_key: 64, "use_sliding_window": True}
     kinds = attention_kinds(raw, FAMILIES[model_type], 4)
     assert [kind for kind, _, _ in kinds] == types
     assert [size for _, size, _ in kinds] == [None, 64, None, 64]

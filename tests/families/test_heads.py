@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from sa_convert.runtime.shared_attention_families import FAMILIES
+from sa_convert.families.table import FAMILIES
 from support.forced_softmax import forced
 from support.processes import ROOT, run_cli
 from support.tiny_models import geometry_of_folder, load_converted, make_map, save_tokenizer, tiny_config, write_recipe
@@ -93,7 +93,7 @@ def inputs(head):
     mask = torch.ones_like(ids)
     ids[:, -1] = 2  # the end token, by which BART pools
     entry = FAMILIES[HEADS[head][0]]
-    if entry.encoder_decoder or entry.bidirectional:
+    if entry.encoder_decoder or entry.modules.bidirectional:
         ids[0, 11], ids[0, 12:], mask[0, 12:] = 2, 0, 0
     else:
         mask[0, :3] = ids[0, :3] = 0

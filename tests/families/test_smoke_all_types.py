@@ -7,11 +7,11 @@ import torch
 import transformers
 
 from sa_convert.errors import UnsupportedModelError
+from sa_convert.families.refusals import NO_ENTRY
+from sa_convert.families.table import FAMILIES
 from sa_convert.jobs.converting import ConvertOptions, convert, plan
 from sa_convert.models.arguments import cache_of
 from sa_convert.plan.recipe_file import load_recipe
-from sa_convert.read.refusals import NO_ENTRY
-from sa_convert.runtime.shared_attention_families import FAMILIES
 from support.forced_attention import forced_logits as forced_by_interface
 from support.forced_softmax import attending, forced_logits
 from support.processes import run_cli

@@ -1,15 +1,13 @@
 """Models that are refused by their type, their config or their tensors are told the reason that is true of them."""
 
-import ast
-import inspect
+import json
 
 import pytest
 
 from sa_convert.errors import UnsupportedModelError
+from sa_convert.families.refusals import NO_ENTRY, refused_types
+from sa_convert.families.table import FAMILIES, HOME
 from sa_convert.read.family_of import family_of
-from sa_convert.read.refusals import _BY_TYPE, NO_ENTRY
-from sa_convert.runtime import shared_attention_families
-from sa_convert.runtime.shared_attention_families import FAMILIES
 
 
 def refusal(config, tensors=()):
@@ -49,14 +47,18 @@ def test_the_type_tells(types, words):
 
 def test_every_family_has_one_entry():
     """A dict would keep the last of two without a word."""
-    tree = ast.parse(inspect.getsource(shared_attention_families))
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "Family"]
-    types = [ast.literal_eval(call.args[0]) for call in calls]
-    assert len(types) == len(set(types)) == len(FAMILIES)
+
+    def once(pairs):
+        assert len(dict(pairs)) == len(pairs), [key for key, _ in pairs]
+        return dict(pairs)
+
+    for file in [*HOME.glob("*.json"), *HOME.parent.glob("*.json")]:
+        json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=once)
+    assert len(list(HOME.glob("*.json"))) == len(FAMILIES)
 
 
 def test_no_type_is_both_refused_and_supported():
-    assert not set(_BY_TYPE) & set(FAMILIES)
+    assert not set(refused_types()) & set(FAMILIES)
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ import sa_convert.runtime
 from sa_convert.domain.checkpoint import TensorEdit
 from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.errors import UnsupportedModelError
+from sa_convert.families.table import FAMILIES
 from sa_convert.read.folder import open_folder
 from sa_convert.rewrite.config import converted_config
 from sa_convert.rewrite.rewrite import needed_bytes, rewrite_checkpoint
 from sa_convert.rewrite.tokenizer import tokenizer_config
-from sa_convert.runtime.shared_attention_families import FAMILIES
 from support.make_checkpoint import tiny_llama
 
 SHARING = SharingMap({2: ((1, 0), (1, 1), (0, 3), None)})
@@ -112,10 +112,10 @@ def test_our_table_is_that_of_transformers():
     plain = {"TokenizersBackend": "PreTrainedTokenizerFast", "MistralCommonBackend": "PreTrainedTokenizerFast"}
     for model_type, family in FAMILIES.items():
         registered = TOKENIZER_MAPPING_NAMES.get(model_type)
-        assert family.tokenizer == plain.get(registered, registered), model_type
+        assert family.tokenizer.registered == plain.get(registered, registered), model_type
     overruling = MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS & set(FAMILIES)
-    wins = {name for name in overruling if FAMILIES[name].tokenizer != "PreTrainedTokenizerFast"}
-    assert wins == {name for name, family in FAMILIES.items() if family.tokenizer_wins}
+    wins = {name for name in overruling if FAMILIES[name].tokenizer.registered != "PreTrainedTokenizerFast"}
+    assert wins == {name for name, family in FAMILIES.items() if family.tokenizer.wins}
 
 
 @pytest.fixture(scope="module")

@@ -249,7 +249,7 @@ CONVERT = """
 import sys, time
 from pathlib import Path
 from sa_convert.domain.sharing_map import SharingMap
-from sa_convert.runtime.shared_attention_families import FAMILIES
+from sa_convert.families.table import FAMILIES
 from sa_convert.read.folder import open_folder
 from sa_convert.rewrite import shards
 from sa_convert.rewrite.ranges import copy_range

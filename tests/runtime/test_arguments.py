@@ -10,9 +10,9 @@ import sys
 
 import pytest
 import torch
-
 from sa_convert.runtime.shared_attention_arguments import MADE_FOR, Arguments
-from sa_convert.runtime.shared_attention_families import FAMILIES
+
+from sa_convert.families.table import FAMILIES
 from support.converted_folder import convert_tiny
 from support.tiny_models import attentions_of, code_of
 
@@ -99,7 +99,7 @@ def run(model, family):
     with torch.no_grad():
         inputs = {"decoder_input_ids": ids.flip(1)} if FAMILIES[family].encoder_decoder else {}
         found = [model(ids, **inputs).logits]
-        if model.can_generate() and not FAMILIES[family].bidirectional:
+        if model.can_generate() and not FAMILIES[family].modules.bidirectional:
             found.append(model.generate(ids, max_new_tokens=4, do_sample=False, min_new_tokens=4))
     return found
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers
 
+from sa_convert.families.model_classes import model_classes_of
+from sa_convert.families.table import FAMILIES
 from sa_convert.models.auto_class import auto_class_name
-from sa_convert.read.auto_classes import model_classes_of
-from sa_convert.runtime.shared_attention_families import FAMILIES
 from support.forced_softmax import forced
 from support.processes import ROOT, run_cli
 from support.tiny_models import geometry_of_folder, make_map, save_tiny, save_tokenizer, write_recipe

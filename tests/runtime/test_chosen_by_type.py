@@ -14,12 +14,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.families.table import FAMILIES
 from sa_convert.read.family_of import family_of
 from sa_convert.read.folder import open_folder
 from sa_convert.rewrite.processor import CLASSES, IMAGES, PROCESSOR, VIDEOS
 from sa_convert.rewrite.rewrite import rewrite_checkpoint
 from sa_convert.rewrite.tokenizer import MISTRAL_COMMON
-from sa_convert.runtime.shared_attention_families import FAMILIES
 from support.cli_cases import edit_json
 from support.make_checkpoint import tiny_llama
 from support.processes import run_cli

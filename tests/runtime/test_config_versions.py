@@ -3,8 +3,8 @@
 import pytest
 
 from sa_convert.errors import CheckpointError, UnsupportedModelError
+from sa_convert.families.table import FAMILIES
 from sa_convert.plan.converted import upgraded
-from sa_convert.runtime.shared_attention_families import FAMILIES
 
 
 def config(model_type: str, shared: dict, **others) -> dict:

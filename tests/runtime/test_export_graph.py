@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.export import Dim, export
 
-from sa_convert.runtime.shared_attention_families import FAMILIES
+from sa_convert.families.table import FAMILIES
 from support.converted_folder import convert_tiny
 
 CASES = [

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sa_convert.runtime.shared_attention_families import FAMILIES
+from sa_convert.families.table import FAMILIES
 from support.converted_folder import convert_tiny
 
 # Families whose queries and keys have biases: rotary and not, separate and fused, decoders and encoders.
@@ -28,9 +28,9 @@ def with_offsets(family, size):
             tensors = load_file(file)
             for name, tensor in tensors.items():
                 part = name.removesuffix(".bias").rpartition(".")[2]
-                if name.endswith(".bias") and part in (entry.query, entry.key):
+                if name.endswith(".bias") and part in (entry.modules.query, entry.modules.key):
                     shift(tensor)
-                elif name.endswith(".bias") and part == entry.fused:
+                elif name.endswith(".bias") and part == entry.modules.fused:
                     shift(tensor[: tensor.shape[0] * 2 // 3])
             save_file(tensors, file, {"format": "pt"})
 
@@ -51,7 +51,7 @@ def logits(model, ids, mask):
 @pytest.mark.parametrize(("dtype", "size"), OFFSETS, ids=str)
 @pytest.mark.parametrize("family", BIASED)
 def test_large_biases(tmp_path, family, dtype, size):
-    rope = ROPE if FAMILIES[family].rotary != "none" else {}
+    rope = ROPE if FAMILIES[family].modules.rotary != "none" else {}
     case = convert_tiny(tmp_path, family, "heads", change=with_offsets(family, size), **rope)
     ids = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(3))
     mask = torch.ones_like(ids)
@@ -69,7 +69,7 @@ def test_large_biases(tmp_path, family, dtype, size):
 @pytest.mark.parametrize("family", BIASED[:-1])
 def test_steps_with_caches_give_the_tokens_of_the_whole(tmp_path, family):
     """Decoding takes the weights form; dynamic and static caches, and padding on the left."""
-    rope = ROPE if FAMILIES[family].rotary != "none" else {}
+    rope = ROPE if FAMILIES[family].modules.rotary != "none" else {}
     case = convert_tiny(tmp_path, family, "heads", change=with_offsets(family, 300.0), **rope)
     model = case.load(attn_implementation="sdpa", dtype=torch.float16)
     model.config.shared_attention["form"] = "auto"

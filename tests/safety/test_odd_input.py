@@ -7,13 +7,13 @@ import pytest
 
 from sa_convert.console.printable import LONGEST, one_line, printable
 from sa_convert.errors import CheckpointError, UnsupportedModelError
+from sa_convert.families.table import FAMILIES
 from sa_convert.present.files.card_metadata import inherited
 from sa_convert.read.folder import open_folder, read_json
 from sa_convert.read.geometry_of import attention_kinds
 from sa_convert.read.header import read_shard
 from sa_convert.read.model_of import model_of
 from sa_convert.rewrite.shards import write_shards
-from sa_convert.runtime.shared_attention_families import FAMILIES
 from support.cli_cases import edit_json, refused
 from support.make_checkpoint import tiny_llama, write_raw
 from support.processes import run_cli

@@ -8,6 +8,7 @@ import torch
 
 from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.domain.units import Units
+from sa_convert.families.table import FAMILIES
 from sa_convert.heal.ridge import Sums, combine, solve
 from sa_convert.models.task import NEXT_TOKEN, MaskedToken
 from sa_convert.observe.probe import Probe
@@ -15,7 +16,6 @@ from sa_convert.observe.replay import Replay
 from sa_convert.observe.sequences import REPETITION, Sample, calibration_set
 from sa_convert.read.model_of import model_of
 from sa_convert.read.open_model import open_model
-from sa_convert.runtime.shared_attention_families import FAMILIES
 from sa_convert.search.scoring import _pass, collect
 from sa_convert.texts.text import load_text
 from support.forced_softmax import forced
@@ -56,7 +56,7 @@ def test_the_probe_attends_by_a_map_as_forced_attention_does(family, tmp_path):
     sharing = some_map(units)
     assert sharing.layers
     tokens = torch.randint(3, 120, (2, 24))
-    inputs = {} if subject.family.bidirectional else {"use_cache": False}
+    inputs = {} if subject.family.modules.bidirectional else {"use_cache": False}
     inputs |= {"decoder_input_ids": tokens[:, :9]} if subject.family.encoder_decoder else {}
     rows = {layer: list(row) for layer, row in sharing.layers.items()}
     with torch.no_grad(), forced(model, attentions_of(model, subject.family), rows):
@@ -78,7 +78,7 @@ def test_layers_run_one_by_one_give_what_the_model_gives(family, tmp_path):
     model, subject, units = opened(tmp_path, family)
     sharing = some_map(units)
     probe = Probe(model, subject.family)
-    task = MaskedToken(((), ()), 3, frozenset()) if subject.family.bidirectional else NEXT_TOKEN
+    task = MaskedToken(((), ()), 3, frozenset()) if subject.family.modules.bidirectional else NEXT_TOKEN
     tokens = torch.randint(4, 120, (5, 24))
     samples = [Sample(row, "prose", task.scored(row[None])[0], task=task) for row in tokens]
     last = []

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from sa_convert.domain.recipe import Calibration
+from sa_convert.families.table import FAMILIES
 from sa_convert.heal.refit import refit
 from sa_convert.observe.session import open_session
 from sa_convert.observe.tried import Reference
 from sa_convert.read.model_of import model_of
 from sa_convert.read.open_model import open_model
-from sa_convert.runtime.shared_attention_families import FAMILIES
 from sa_convert.search.choose import path
 from sa_convert.treatments.share.rules import check_map
 from support.tiny_models import save_tiny, save_tokenizer

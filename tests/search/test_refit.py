@@ -74,7 +74,7 @@ def test_held_out_samples_are_never_worse_with_the_refit(base, name):
             pytest.skip("layers of two kinds alternate")  # such maps are refused before
         reference = Reference(session.probe, session.samples.held_out)
         found = refit(session, sharing.layers, reference)
-        samples, output = session.samples.held_out, session.family.output
+        samples, output = session.samples.held_out, session.family.modules.output
     model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
     rows = {layer: list(row) for layer, row in sharing.layers.items()}
     before = divergence(model, rows, samples, {}, output)

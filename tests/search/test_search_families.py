@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from sa_convert.domain.stacks import place_of
+from sa_convert.families.table import FAMILIES
 from sa_convert.read.folder import open_folder
 from sa_convert.read.names import output_name
 from sa_convert.rewrite.refitted import refit_edits
-from sa_convert.runtime.shared_attention_families import FAMILIES
 from support.processes import run_cli
 from support.tiny_models import geometry_of_folder, load_converted, save_tiny, save_tokenizer
 
@@ -35,7 +35,7 @@ def test_search_and_refit_through_the_command_line(family, tmp_path):
     assert report["savings"]["key_cache_removed"] >= 0.2 - 1e-9
     assert report["perplexity"]["increase"] < 1
     cache = report["savings"]["cache_bytes_per_token"]
-    if entry.bidirectional:
+    if entry.modules.bidirectional:
         assert cache == {"before": 0, "after": 0}
         assert report["decode_check"] is None
     else:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from sa_convert.domain.geometry import ModelGeometry
-from sa_convert.runtime.shared_attention_families import FAMILIES
+from sa_convert.families.table import FAMILIES
 
 DEPTH = 6
 # Whatever of these a family's config knows. Windows are shorter than the test sequences, groups have two heads.
@@ -190,7 +190,7 @@ def attentions_of(model, entry):
                 module = layer.get_submodule(stack.attention)
             except AttributeError:
                 module = None
-            found.append(module if hasattr(module, entry.fused or entry.value) else None)
+            found.append(module if hasattr(module, entry.modules.fused or entry.modules.value) else None)
     return found
 
 
@@ -202,15 +202,15 @@ def code_of(model, name):
 def forms_used(model):
     """For each call of a layer that lends, whether it lent weights."""
     used = []
-    for module in model.modules():
-        if hasattr(module, "sharing") and getattr(module, "plan", None) and module.plan.lends:
-            original = module._lends_weights
+    shares = {id(one): one for module in model.modules() if hasattr(module, "plan") for one in module.plan.treatments}
+    for share in shares.values():
+        original = share._lends_weights
 
-            def note(*args, original=original):
-                used.append(original(*args))
-                return used[-1]
+        def note(*args, original=original):
+            used.append(original(*args))
+            return used[-1]
 
-            module._lends_weights = note
+        share._lends_weights = note
     return used
 
 
@@ -249,15 +249,20 @@ def make_map(kind: str, geometry: ModelGeometry, seed: int = 0) -> dict[int, lis
     return rows
 
 
-# The first families stand for all: they are converted with maps of every kind; the rest, with the most demanding kind.
-THOROUGH = list(FAMILIES)[:25]
+THOROUGH = (
+    "llama", "mistral", "mixtral", "ministral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2",
+    "gemma3_text", "olmo2", "olmo3", "granite", "cohere", "cohere2", "smollm3", "starcoder2", "stablelm", "phi",
+    "nemotron", "glm4", "exaone4", "opt", "gpt_oss",
+)  # fmt: skip
+"""They stand for all, converted with maps of every kind; the rest, with the most demanding kind."""
 
 
 def kinds_of(model_type: str) -> list[str]:
     kinds = ["span", "layers"] if FAMILIES[model_type].granularity == "layer" else ["span", "layers", "groups", "heads"]
     if model_type in THOROUGH:
         return kinds
-    return [kinds[0], kinds[-1]] if FAMILIES[model_type].output_norm or FAMILIES[model_type].value_limit else kinds[-1:]
+    modules = FAMILIES[model_type].modules
+    return [kinds[0], kinds[-1]] if modules.output_norm or modules.value_limit else kinds[-1:]
 
 
 def write_recipe(path: Path, rows: dict[int, list], stacks: tuple = (), **keys) -> Path:

@@ -13,9 +13,8 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
 from sa_convert import runtime as export
-from sa_convert.runtime.configuration_shared_attention import config_class_of
-from sa_convert.runtime.modeling_shared_attention import model_class_of
-from sa_convert.runtime.shared_attention_families import FAMILIES
+from sa_convert.families.table import FAMILIES
+from sa_convert.registration import config_class_of, model_class_of
 from sa_convert.texts.text import load_text
 
 VOCABULARY = 300

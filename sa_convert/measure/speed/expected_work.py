@@ -17,12 +17,12 @@ from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.domain.geometry import ModelGeometry
 from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.errors import UnsupportedModelError
+from sa_convert.families.family import Family
 from sa_convert.measure.speed.parameters_read import Weights
 from sa_convert.plan.converted import converted_parts
 from sa_convert.read.family_of import family_of
 from sa_convert.read.geometry_of import geometry_of
 from sa_convert.read.names import attention_prefix
-from sa_convert.runtime.shared_attention_families import Family
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ def step_bytes(
 
 def _value_size(checkpoint: Checkpoint, family: Family, geometry: ModelGeometry, index: int) -> int:
     layer = geometry.layers[index]
-    if family.fused:
+    if family.modules.fused:
         return layer.head_dim
     prefix = attention_prefix(checkpoint, family, geometry.stacks, index)
-    shape = checkpoint.tensors[f"{prefix}{family.value}.weight"].shape
-    return shape[1 if family.transposed else 0] // layer.groups
+    shape = checkpoint.tensors[f"{prefix}{family.modules.value}.weight"].shape
+    return shape[1 if family.modules.transposed else 0] // layer.groups

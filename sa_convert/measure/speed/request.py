@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from sa_convert.domain.report import PredictionTask
 from sa_convert.errors import CheckpointError, SaConvertError
+from sa_convert.families.family import PREFIX
 from sa_convert.models.auto_class import prediction_task
 from sa_convert.models.placement import positions, read_config
 from sa_convert.models.subject import Subject
-from sa_convert.runtime.shared_attention_families import PREFIX
 
 CONTEXTS = (128, 512, 2048, 4096)
 

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from sa_convert.domain.report import PredictionTask
 from sa_convert.errors import SaConvertError
+from sa_convert.families.family import PREFIX
+from sa_convert.families.table import FAMILIES
 from sa_convert.models.arguments import cache_keyword, cache_of, caches_in, dynamic_cache
 from sa_convert.models.device import input_device
 from sa_convert.models.load import embedded_tokens
-from sa_convert.runtime.shared_attention_families import FAMILIES, PREFIX
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,7 @@ class Runner:
         self._reads_source = task == "teacher-forced"
         family = FAMILIES.get(model.config.model_type.removeprefix(PREFIX))
         # As generate() tells them; Bamba counts from 0 in every pass that is not told.
-        self._told_positions = family is not None and family.mixed and family.rotary != "none"
+        self._told_positions = family is not None and family.mixed and family.modules.rotary != "none"
         self.keeps_one = "logits_to_keep" in signature(model.forward).parameters
         self._hands_cache = static  # rather than let the model make its own
         self._cache: Any = None

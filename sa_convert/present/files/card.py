@@ -5,11 +5,11 @@ from pathlib import Path
 
 from sa_convert.console.amounts import format_percent
 from sa_convert.domain.report import TASK_NAMES, Report
+from sa_convert.families.table import FAMILIES
 from sa_convert.present.charts import map_figure as figure
 from sa_convert.present.files.card_metadata import inherited, metadata
 from sa_convert.present.files.card_tables import savings_table, sharing_table, uncached
 from sa_convert.present.files.report_file import refit_summary, sharing_summary
-from sa_convert.runtime.shared_attention_families import FAMILIES
 
 FILE = "README.md"
 HUB = "https://huggingface.co"

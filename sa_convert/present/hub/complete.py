@@ -8,6 +8,7 @@ from typing import Any
 from sa_convert.console.amounts import format_percent
 from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.errors import CheckpointError, GateRefused, OutputError, SaConvertError
+from sa_convert.families.family import PREFIX
 from sa_convert.models.subject import foreign_code
 from sa_convert.plan.converted import converted_parts
 from sa_convert.present.charts import map_figure as figure
@@ -16,7 +17,6 @@ from sa_convert.present.files import report_file as report
 from sa_convert.read.folder import INDEX, open_folder, read_json
 from sa_convert.read.inside import check_inside
 from sa_convert.rewrite.carried import TOKENIZERS, model_code
-from sa_convert.runtime.shared_attention_families import PREFIX
 
 RECIPE_FILE = "recipe.yaml"
 _WRITTEN = (card.FILE, RECIPE_FILE, report.FILE, figure.FILE.as_posix())

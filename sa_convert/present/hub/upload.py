@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from sa_convert.console.amounts import human_bytes
 from sa_convert.errors import OutputError, SaConvertError
+from sa_convert.families.family import PREFIX
 from sa_convert.present.files import card
 from sa_convert.present.hub.complete import Conversion, complete_conversion
 from sa_convert.present.hub.upload_errors import is_passing, no_token, offline, push_errors
 from sa_convert.read.folder import read_json
 from sa_convert.read.hub_errors import endpoint
-from sa_convert.runtime.shared_attention_families import PREFIX
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi

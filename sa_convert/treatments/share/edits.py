@@ -6,8 +6,8 @@ from sa_convert.domain.checkpoint import Checkpoint, TensorEdit, TensorEntry
 from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
 from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.errors import CheckpointError
+from sa_convert.families.family import Family, Modules
 from sa_convert.read.names import attention_prefix
-from sa_convert.runtime.shared_attention_families import Family
 from sa_convert.treatments.share.fused import kept_of_gated, kept_places
 
 
@@ -15,49 +15,49 @@ def tensor_edits(
     checkpoint: Checkpoint, family: Family, geometry: ModelGeometry, sharing: SharingMap
 ) -> dict[str, TensorEdit]:
     """The edits of every tensor that changes: query and key rows of reusing heads go, with their biases and norms."""
-    tensors = checkpoint.tensors
+    tensors, modules = checkpoint.tensors, family.modules
     edits: dict[str, TensorEdit] = {}
     for index in sharing.layers:
         layer = geometry.layers[index]
         prefix = attention_prefix(checkpoint, family, geometry.stacks, index)
         own_heads = sharing.own_heads(index, layer)
         own_groups = sharing.own_groups(index, layer)
-        axis = 1 if family.transposed else 0
-        for projection, kept, total in _projections(family, layer, own_heads, own_groups):
+        axis = 1 if modules.transposed else 0
+        for projection, kept, total in _projections(modules, layer, own_heads, own_groups):
             for name, along in ((f"{prefix}{projection}.weight", axis), (f"{prefix}{projection}.bias", 0)):
                 if name in tensors:
                     edits[name] = _keep(tensors[name], kept, total, along)
         for norm, kept, total in (
-            (family.query_norm, own_heads, layer.heads),
-            (family.key_norm, own_groups, layer.groups),
+            (modules.query_norm, own_heads, layer.heads),
+            (modules.key_norm, own_groups, layer.groups),
         ):
             if norm:
-                edits.update(_norm_edits(tensors, f"{prefix}{norm}.", family.norm, kept, total))
-        if family.sinks:
-            name = f"{prefix}{family.sinks}"
+                edits.update(_norm_edits(tensors, f"{prefix}{norm}.", modules.norm, kept, total))
+        if modules.sinks:
+            name = f"{prefix}{modules.sinks}"
             edits[name] = _keep(tensors[name], own_heads, layer.heads)
     return {name: edit for name, edit in edits.items() if edit.drops or edit.name or edit.rows is not None}
 
 
 def _projections(
-    family: Family, layer: LayerGeometry, own_heads: tuple[int, ...], own_groups: tuple[int, ...]
+    modules: Modules, layer: LayerGeometry, own_heads: tuple[int, ...], own_groups: tuple[int, ...]
 ) -> Iterator[tuple[str, Sequence[int], int]]:
     """Each projection that loses rows, the places that it keeps, in heads, and how many places it has."""
-    if family.fused:
-        kept = kept_places(family.fused_order, layer, own_heads, own_groups)
-        yield family.fused, kept, layer.heads + 2 * layer.groups
+    if modules.fused:
+        kept = kept_places(modules.fused_order, layer, own_heads, own_groups)
+        yield modules.fused, kept, layer.heads + 2 * layer.groups
         return
-    if family.gate == "query":
-        yield family.query, kept_of_gated(layer.heads, own_heads), 2 * layer.heads
+    if modules.gate == "query":
+        yield modules.query, kept_of_gated(layer.heads, own_heads), 2 * layer.heads
     else:
-        yield family.query, own_heads, layer.heads
-    yield family.key, own_groups, layer.groups
+        yield modules.query, own_heads, layer.heads
+    yield modules.key, own_groups, layer.groups
 
 
 def _norm_edits(
     tensors: dict[str, TensorEntry], prefix: str, kind: str, kept: tuple[int, ...], total: int
 ) -> dict[str, TensorEdit]:
-    """Edits of a norm of queries or keys, by how the family holds its weights (`Family.norm`)."""
+    """Edits of a norm of queries or keys, by how the family holds its weights (`Modules.norm`)."""
     found = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     if not kept:
         return {name: TensorEdit(rows=()) for name in found}

@@ -7,8 +7,8 @@ from sa_convert.domain.checkpoint import DTYPE_BITS, Checkpoint, TensorEdit
 from sa_convert.domain.geometry import ModelGeometry
 from sa_convert.domain.report import Change, Savings
 from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.families.family import Family
 from sa_convert.read.names import attention_prefix, projection
-from sa_convert.runtime.shared_attention_families import Family
 
 
 def plan_savings(
@@ -56,6 +56,6 @@ def cache_bytes(checkpoint: Checkpoint, family: Family, geometry: ModelGeometry,
         prefix = attention_prefix(checkpoint, family, geometry.stacks, index)
         value = tensors[f"{prefix}{projection(family, 'value')}.weight"]
         keys = len(sharing.own_groups(index, layer)) * layer.head_dim
-        values = layer.groups * layer.head_dim if family.fused else value.shape[0]
+        values = layer.groups * layer.head_dim if family.modules.fused else value.shape[0]
         total += (keys + values) * DTYPE_BITS[value.dtype] // 8
     return total
