@@ -33,16 +33,20 @@ SAID = {"refused": "refused", "broken": "broken", "base": "like the base"}
 TITLES = {"span": "spans", "groups": "groups", "heads": "heads"}
 HEAD = """# Releases of transformers
 
-This page is written by `python docs/benchmarks/compatibility.py`. Models of {count} families, tiny and
-random, were converted on transformers {pinned} (torch {torch}), each by a map of spans (whole layers), one of groups
-(whole KV groups) and one of single heads. The folders were then loaded on the last release of each minor version that
-the registry served, by the code inside of them, in processes that cannot import sa_convert. The families are
-{families}.
+This page is written by `python docs/benchmarks/compatibility.py`. Models of {count} families, tiny and random, were
+converted on transformers {pinned} (torch {torch}). Each was converted by a map of spans (whole layers), by one of
+groups (whole KV groups) and by one of single heads. The folders were then loaded on the last release of each minor
+version that the registry served, by the code inside of them, in processes that cannot import sa_convert. The families
+are {families}.
 
-A folder *runs* if it loads, its logits equal those on {pinned} (1e-4, float32; if the base model's differ between the
-releases, three times that difference), and it generates the same tokens with a cache and without. It is *refused* if
-its code says in a sentence which release it needs. It is *like the base* if the unconverted model itself fails on that
-release, or says other things there than on {pinned}. Anything else is *broken*.
+| word | meaning |
+|---|---|
+| run | It loads. Its logits equal those on {pinned} (1e-4, float32). Its tokens are the same, cached and not |
+| refused | its code says in a sentence which release it needs |
+| like the base | the unconverted model itself fails on that release, or says other things there than on {pinned} |
+| broken | anything else |
+
+If the base model's logits differ between the releases, those of a folder may differ by three times as much.
 
 | transformers | {titles} |
 |---|{rules}
@@ -52,11 +56,16 @@ TAIL = """
 
 `make test` ends with a look at the newest release. `tests/support/newest.py` asks the registry for it. If it is not the
 pinned one, it is installed into `.venv-newest`, with the newest of everything else but torch. The folders above, made
-by the pinned release, must then run there as they do on the pinned one, and `convert` (with a search, a refit and
-validation), `evaluate` and `bench` must run there themselves. What came out is printed last and written to
-`build/newest.txt`. It does not change the exit status: a release breaks what it breaks, whatever is being landed. Nor
-does it if the registry does not answer, or if the environment cannot be made. Only if the newest release is the pinned
-one, a failure counts.
+by the pinned release, must then run there as they do on the pinned one. `convert` (with a search, a refit and
+validation), `evaluate` and `bench` must run there themselves.
+
+What came out is printed last and written to `build/newest.txt`.
+
+| what came out | exit status of `make test` |
+|---|---|
+| the newest release is the pinned one, and something fails | that of the failure |
+| a newer release breaks something | not changed: a release breaks what it breaks, whatever is being landed |
+| the registry does not answer, or the environment cannot be made | not changed |
 
 `make test-newest` runs every test in that environment. To move to a new release, write it into `constraints.txt`, and
 run `python docs/generate.py`, `python docs/benchmarks/smoke.py` and `python docs/benchmarks/compatibility.py`.

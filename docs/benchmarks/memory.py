@@ -105,12 +105,17 @@ def main() -> None:
     gib = 1024**3
     text = f"""# Memory of a search and a refit, one layer at a time
 
-`python docs/benchmarks/memory.py --gib {options.gib:g} --write`: a random Llama in float32 ({layers} layers, hidden
-{HIDDEN}, {HEADS} query heads in {GROUPS} KV groups), converted with `--layer-by-layer` by a recipe that searches 10% of
-the key cache, refits and validates ({RECIPE["calibration"]["sequences"]} calibration sequences of {POSITIONS} tokens).
-torch {torch.__version__.partition("+")[0]}, transformers {transformers.__version__}, {os.cpu_count()} cores.
+Written by `python docs/benchmarks/memory.py --gib {options.gib:g} --write`. A random Llama in float32 is converted with
+`--layer-by-layer`, by a recipe that searches 10% of the key cache, refits and validates.
 
 | | |
+|---|---|
+| the model | {layers} layers, hidden size {HIDDEN}, {HEADS} query heads in {GROUPS} KV groups |
+| calibration | {RECIPE["calibration"]["sequences"]} sequences of {POSITIONS} tokens |
+| versions | torch {torch.__version__.partition("+")[0]}, transformers {transformers.__version__} |
+| machine | {os.cpu_count()} cores |
+
+| measured | |
 |---|---|
 | weights of the model | {size / gib:.2f} GiB |
 | weights of one layer | {LAYER_BYTES / gib:.2f} GiB |

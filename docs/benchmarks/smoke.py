@@ -17,8 +17,8 @@ HEAD = """# Every causal language model type of transformers
 
 This page is written by `python docs/benchmarks/smoke.py` from a run of `tests/families/test_smoke_all_types.py` on
 transformers {version}. The test walks all {total} types that `AutoModelForCausalLM` knows. Of each it builds a tiny
-random model with every parameter away from its initial value, and converts it by a random map of single heads, whole
-layers and KV groups (only whole layers where the family allows no less).
+random model with every parameter away from its initial value. It converts the model by a random map of single heads,
+whole layers and KV groups. If the family allows no less than whole layers, the map has whole layers only.
 
 | outcome | types |
 |---|---|
@@ -27,10 +27,13 @@ layers and KV groups (only whole layers where the family allows no less).
 | not built by `AutoModelForCausalLM.from_config` at any size | {not_built} |
 | converted wrongly, or crashed | {failed} |
 
-*Converted* means: in eager mode and, where the base has it, with SDPA, the converted model, loaded by the code in its
-folder, has the logits of the unmodified base whose attention probabilities of reusing heads are overwritten, inside the
-attention, by those of their sources (1e-4, float32, padded rows included); the map changes the logits; cached decoding
-equals uncached (1e-4), except where a remark below says that the base's does not.
+*Converted* means all of this, for the converted model, loaded by the code in its folder, in eager mode and, if the base
+has it, with SDPA:
+
+- Its logits are those of the unmodified base whose attention probabilities of borrowers are overwritten, inside the
+  attention, by those of their sources (1e-4, float32, padded rows included).
+- The map changes the logits.
+- Cached decoding equals uncached (1e-4), except if a remark below says that the base's does not.
 """
 
 
