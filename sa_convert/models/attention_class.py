@@ -1,4 +1,4 @@
-"""The class of ours that runs the attention of a family, in this process: what a checkpoint's own code names literally."""
+"""The class that runs the attention of a family in this process; a checkpoint's own code names it literally."""
 
 import sys
 from functools import cache

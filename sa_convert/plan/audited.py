@@ -1,4 +1,4 @@
-"""Whether the code in a converted model's folder is as this version of sa-convert, or a listed earlier one, writes it."""
+"""Whether the code in a converted model's folder is as this version of sa-convert, or an earlier one, writes it."""
 
 import hashlib
 import json
@@ -15,6 +15,9 @@ from sa_convert.families.table import FAMILIES
 from sa_convert.read.folder import read_json
 from sa_convert.rewrite.carried import TOKENIZERS, carried_files
 from sa_convert.treatments.registry import runtime_files
+
+CONFIGS = ("tokenizer_config.json", "generation_config.json")
+"""Files besides config.json that may name code."""
 
 PUBLISHED = Path(__file__).parent / "published_code.json"
 """SHA-256 of the code that earlier versions wrote: version -> file -> sum."""
@@ -102,7 +105,7 @@ def foreign_code(checkpoint: Checkpoint) -> str | None:
 
 def _configs(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
     yield "config.json", checkpoint.config
-    for name in ("tokenizer_config.json", "generation_config.json"):
+    for name in CONFIGS:
         if (checkpoint.folder / name).exists():
             yield name, read_json(checkpoint.folder / name)
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import pytest
 
-from sa_convert.families.family import Modules, Windows
+from sa_convert.families.family import Modules, Stack, Windows
 from sa_convert.families.model_classes import ending_of
 from sa_convert.families.table import FAMILIES, HOME, Families
 
