@@ -395,7 +395,7 @@ class TreatedAttention(nn.Module):
         """Give every forward pass of a stack an exchange: a model that is its own stack does it in its forward."""
         if isinstance(stack, TreatedModel):
             stack.opens_exchange = cls
-        elif cls.begin not in (getattr(hook, "__func__", hook) for hook in stack._forward_pre_hooks.values()):
+        else:
             stack.register_forward_pre_hook(cls.begin, with_kwargs=True)
             stack.register_forward_hook(cls.end, with_kwargs=True, always_call=True)
 
@@ -489,23 +489,19 @@ class TreatedAttention(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *others):
         """Tensors made for the base model, such as an adapter's, are refused by a sentence."""
-        names, errors = self.names, others[-1]
-        within = (
-            [name for name in state_dict if name.startswith(prefix)] if len(self.plan.own) < self.plan.heads else ()
-        )
-        removed = {names.query, names.key, names.query_norm, names.key_norm, names.sinks} - {
-            name.partition(".")[0] for name, _ in self.named_parameters()
-        }
-        shapes = {prefix + name: parameter.shape for name, parameter in self.named_parameters()}
-        for name in within:
-            gone = name.removeprefix(prefix).partition(".")[0] in removed
-            if gone or shapes.get(name, state_dict[name].shape) != state_dict[name].shape:
+        plan, names, errors = self.plan, self.names, others[-1]
+        own = {prefix + name: parameter.shape for name, parameter in self.named_parameters()}
+        parts = {prefix + str(name) for name in (names.query, names.key, names.query_norm, names.key_norm, names.sinks)}
+        for name in [name for name in state_dict if name.startswith(prefix) and len(plan.own) < plan.heads]:
+            part = prefix + name.removeprefix(prefix).partition(".")[0]
+            gone = part in parts and not any(known.startswith(part) for known in own)
+            if gone or own.get(name, state_dict[name].shape) != state_dict[name].shape:
                 del state_dict[name]
                 if not any("reuses attention, so it lacks" in error for error in errors):
                     errors.append(
-                        f"{name} does not fit: layer {self.plan.layer} reuses attention, so it lacks queries and keys "
-                        "that its base model has. Train an adapter on the converted model, or merge that of the base "
-                        "into the base before it is converted; one of values and outputs alone fits both."
+                        f"{name} does not fit: layer {plan.layer} reuses attention, so it lacks queries and keys that "
+                        "its base model has. Train an adapter on the converted model, or merge that of the base into "
+                        "the base before it is converted; one of values and outputs alone fits both."
                     )
         super()._load_from_state_dict(state_dict, prefix, *others)
 
@@ -573,21 +569,19 @@ def treat(model, described, treatments, ours):
                 chosen[None if group is None else int(group)] = arguments
     # An encoder or a decoder may stand alone: what the plan says of the other one is not for this model.
     stacks = [stack for stack in stacks if len(plans) == 1 or path_in(model, stack.layers)]
-    treated = []
+    active, opened = [], {}
     for stack in stacks:
+        stack.path = path_in(model, stack.layers) or stack.layers
         found = _treat_stack(model, names, stack, plans[stack.name], described, treatments, ours)
-        if found:
-            treated.append(found)
-            path = (path_in(model, stack.layers) or stack.layers).rpartition(".")[0]
-            ours.open_exchange(model.get_submodule(path), names)
+        active += found
+        opened |= {stack.path.rpartition(".")[0]: found} if found else {}
+    for path in opened:
+        ours.open_exchange(model.get_submodule(path), names)
     # Tensor parallelism gives each process some of the heads, of every layer the same. What treatments cannot divide so
     # is therefore left whole in each process; all else is divided as in the base.
     plan = getattr(model, "tp_plan", None)
-    whole = (
-        names.fused or names.gate or not all(getattr(item, "divisible", False) for items in treated for item in items)
-    )
-    if plan and whole:
-        whole = tuple(f"{path_in(model, stack.layers) or stack.layers}.*.{stack.attention}." for stack in stacks)
+    if plan and (names.fused or names.gate or not all(getattr(item, "divisible", False) for item in active)):
+        whole = tuple(f"{stack.path}.*.{stack.attention}." for stack in stacks)
         model.tp_plan = {rule: style for rule, style in plan.items() if not rule.startswith(whole)}
 
 
@@ -617,7 +611,7 @@ def _treat_stack(model, names, stack, chosen, described, treatments, ours):
         attention.config = ConfigView(configs[number])
         if not hasattr(attention, "is_causal"):  # kernels take it for granted if a module does not say
             attention.is_causal = not names.bidirectional or getattr(configs[number], "is_decoder", False)
-        layer = model.get_submodule(path_in(model, stack.layers) or stack.layers)[number]
+        layer = model.get_submodule(stack.path)[number]
         if any(number in getattr(treatment, "lenders", ()) for treatment in mine):
             layer.register_forward_pre_hook(partial(_see_input, (stack.name, number)), with_kwargs=True)
         attention.prepare()
@@ -669,6 +663,8 @@ class TreatedModel:
             _register_conversions(cls, base)
 
     def __init__(self, config, *args, **kwargs):
+        if self.base_class is PreTrainedModel:
+            raise ImportError(unlike(f"there is no class for {type(self).__name__} to derive from"))
         ours, config.__class__ = type(config), type(config).base_class  # some heads ask an auto class for their base
         try:
             super().__init__(config, *args, **kwargs)
@@ -722,16 +718,9 @@ def _register_conversions(ours, base):
             register_checkpoint_conversion_mapping(new, conversions, overwrite=True)
 
 
-class _Absent(PreTrainedModel):
-    """In place of a class that this transformers lacks."""
-
-    def __init__(self, *args, **kwargs):
-        raise ImportError(unlike(f"{type(self).__name__} has no class to derive from"))
-
-
 def base_class(name):
-    """The class of transformers by this name; one that says so when it is used if there is none."""
-    return getattr(transformers, name, _Absent)
+    """The class of transformers by this name; one that says so when it is used if this release has none."""
+    return getattr(transformers, name, PreTrainedModel)
 
 
 if transformers.__version__ == "5.3.0" and __name__.startswith("transformers_modules"):
