@@ -39,7 +39,8 @@ def config_class_of(family: Family) -> type:
         architecture = (getattr(self, "architectures", None) or [family.default_class])[0].removeprefix(CLASS_PREFIX)
         classes = model_classes_of(family, architecture)
         self.auto_map = auto_map(family, classes)
-        self.shared_attention = upgraded(self.to_dict(), family)["shared_attention"]
+        if hasattr(self, "shared_attention"):
+            self.shared_attention = upgraded(self.to_dict(), family)["shared_attention"]
         super(made, self).save_pretrained(save_directory, *args, **kwargs)
         for name, content in carried_files(family, runtime_files(), classes.values()).items():
             (Path(save_directory) / name).write_bytes(content)
