@@ -1,7 +1,7 @@
 """Writes what code knows best: the table of supported families, and which auto classes load them.
 
 python docs/generate.py           # writes docs/families.md and sa_convert/families/auto_classes.json
-python docs/generate.py --check   # fails where the file is not what would be written
+python docs/generate.py --check   # fails if the page is not what would be written
 """
 
 import json
@@ -28,17 +28,30 @@ the two differ. The family is chosen by `model_type` in config.json, never by a 
 converted is the one that config.json names under `architectures`: LlamaForSequenceClassification and BertModel as well
 as those below. The converted class derives from it.
 
-Every family is converted through the command line by `tests/families/test_families.py`, from a tiny random model.
-*Maps* says with which: *span* (whole layers, same heads, as in the paper), *layers* (whole layers, other heads),
-*groups* (whole KV groups), *heads* (single heads, the most demanding). In each case the logits equal the unmodified
-base's under forced attention weights (1e-4, float32; with eager attention, and with SDPA where the family has it),
-cached equals uncached decoding where the model caches, and the files hold no query and key rows of reusing heads. *Runs
-on* says on which versions of transformers converted folders were loaded and generated the same tokens
-(`tests/ecosystem/test_transformers_4.py`); [compatibility.md](compatibility.md) has the releases between them.
+Every family is converted through the command line by `tests/families/test_families.py`, from a tiny random model. In
+each case
+
+- the logits equal the unmodified base's under forced attention probabilities (1e-4, float32), with eager attention, and
+  with SDPA if the family has it,
+- cached equals uncached decoding, if the model caches,
+- the files hold no query and key rows of borrowers.
+
 `tests/search/test_calibrate_families.py` runs search and refit in every family. What was tested is the type of model,
 not every published checkpoint of it.
 
-| `model_type` | class | kind | smallest unit that reuses | attention | maps | runs on | remarks |
+The column *maps* says with which maps:
+
+| map | borrows |
+|---|---|
+| span | whole layers, same heads, as in the paper |
+| layers | whole layers, other heads |
+| groups | whole KV groups |
+| heads | single heads, the most demanding |
+
+*Runs on* says on which versions of transformers converted folders were loaded and generated the same tokens
+(`tests/ecosystem/test_transformers_4.py`). [compatibility.md](compatibility.md) has the releases between them.
+
+| `model_type` | class | kind | smallest unit that borrows | attention | maps | runs on | remarks |
 |---|---|---|---|---|---|---|---|
 """
 TAIL = """
@@ -47,11 +60,11 @@ that transformers knows: converted, or refused and why.
 
 ## Rules that follow from the family
 
-- A source and its reusing head have the same attention type, window, head size and treatment of positions. In an
+- A source and its borrower have the same attention type, window, head size and treatment of positions. In an
   encoder-decoder, encoder self-attention, decoder self-attention and cross-attention share within their own kind.
-- Keys of a KV group go when all query heads of the group reuse; queries go head by head.
-- Where one norm runs over the queries (and one over the keys) of all heads together, only whole layers reuse.
-- Of a fused projection, a reusing layer keeps its own queries, its own keys and all values, in this order.
+- The keys of a KV group go if all its query heads borrow. Queries go head by head.
+- If one norm runs over the queries (and one over the keys) of all heads together, only whole layers borrow.
+- Of a fused projection, a layer that borrows keeps its own queries, its own keys and all values, in this order.
 - In a mixed model, layers without softmax attention stay as they are, and spans pass over them.
 - In a multimodal model, only the language model shares; everything else is copied byte by byte.
 - An encoder caches nothing: sharing saves its parameters and the time of Q.K and softmax.
@@ -101,7 +114,7 @@ NORMS = {
 }
 SLIDING = {
     "none": "full",
-    "all": "sliding where config.json gives a window, else full",
+    "all": "sliding if config.json gives a window, else full",
     "periodic": "sliding, every {period}th full",
     "periodic_first": "sliding, every {period}th full, from the first on",
     "from_max_window_layers": "full; sliding from `max_window_layers` on if `use_sliding_window`",
@@ -130,7 +143,7 @@ def remarks(family: Family) -> list[str]:
     if family.modules.gate:
         found.append("gated output")
     if family.modules.sinks:
-        found.append("attention sinks of reusing heads go too")
+        found.append("attention sinks of borrowers go, too")
     if family.modules.rotary == "sliding":
         found.append("only sliding layers rotate queries and keys")
     if family.modules.rotary == "no_rope_layers":

@@ -40,7 +40,7 @@ class Affine:
 
 @contextmanager
 def replaced(attentions: Sequence[Any], maps: "Mapping[int, Affine | None]") -> Iterator[None]:
-    """While open, the attention of these layers gives an affine map of its input, or zero where the map is None."""
+    """While open, the attention of these layers gives an affine map of its input, or zero if the map is None."""
 
     def hook(new: Affine | None) -> Callable[..., Any]:
         def replace(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -179,11 +179,11 @@ def cheapest_layers(count: int, depth: int, cost_of: Callable[[tuple[int, ...]],
 
 
 Spans = tuple[tuple[int, int], ...]
-"""First and last reusing layer of each span; the layer before the first is its source."""
+"""First and last borrowing layer of each span; the layer before the first is its source."""
 
 
 def span_candidates(depth: int, layers: int) -> list[Spans]:
-    """Ways to let `layers` late layers reuse: spans of 1, 2 or 4 layers or one of all, one after the other, the last
+    """Ways to let `layers` late layers borrow: spans of 1, 2 or 4 layers or one of all, one after the other, the last
     of them ending at one of the last three layers."""
     found: list[Spans] = []
     for size in (1, 2, 4, layers):
@@ -200,7 +200,7 @@ def span_candidates(depth: int, layers: int) -> list[Spans]:
 
 
 def span_rows(spans: Spans, heads: int) -> dict[int, tuple[tuple[int, int], ...]]:
-    """As a sharing map: head i of every layer reuses head i of the span's source."""
+    """As a map: head i of every layer borrows from head i of the span's source."""
     return {
         layer: tuple((first - 1, head) for head in range(heads))
         for first, last in spans

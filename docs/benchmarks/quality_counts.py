@@ -26,7 +26,7 @@ def whole_layers(budget: Fraction, depth: int) -> int:
 
 def layers_around(budget: Fraction, depth: int) -> list[int]:
     """The fewest layers that, without keys and values, save as many bytes as `budget` of the key cache; before it one
-    less, where that number saves over a tenth more than it should."""
+    less, if that number saves over a tenth more than it should."""
     exact = budget * depth / 2
     most = math.ceil(exact)
     return [most] if most <= exact * Fraction(11, 10) or most == 1 else [most - 1, most]

@@ -27,14 +27,14 @@ from quality_baselines import (
 from quality_counts import cache_bytes, fingerprint, layers_around, named, percent, sequence_losses, whole_layers
 from quality_text import domains
 
+from sa_convert.domain.model import RunOptions
 from sa_convert.domain.recipe import Calibration
 from sa_convert.measure.quality.cache_bytes import cache_bytes_per_token
 from sa_convert.measure.quality.copying import Probes, copying_loss
 from sa_convert.models.load import load_base, load_converted, load_tokenizer
 from sa_convert.models.placement import place
 from sa_convert.observe.session import Session, open_session
-from sa_convert.read.family_of import family_of
-from sa_convert.read.geometry_of import geometry_of
+from sa_convert.read.model_of import model_of
 from sa_convert.read.open_model import open_model
 
 ROOT = Path(__file__).parents[2]
@@ -53,9 +53,8 @@ class Benchmark:
     texts: Path
 
     def __post_init__(self) -> None:
-        self.checkpoint = open_model(str(self.model))
-        self.family = family_of(self.checkpoint.config, self.checkpoint.tensors)
-        self.geometry = geometry_of(self.checkpoint, self.family)
+        self.described = model_of(open_model(str(self.model)))
+        self.family, self.geometry = self.described.family, self.described.geometry
         self.placement = place(self.model, "cpu", "float32")
         self.tokenizer = load_tokenizer(self.model)
 
@@ -85,7 +84,7 @@ class Benchmark:
     @contextmanager
     def session(self) -> Iterator[Session]:
         """As search and refit have it: the same samples, the model within the probe."""
-        with open_session(self.checkpoint, self.family, self.geometry, Calibration(), "cpu", "float32") as session:
+        with open_session(self.described, Calibration(), RunOptions(device="cpu", dtype="float32")) as session:
             yield session
 
     def converted(self, sharing: dict[str, Any], refit: str, name: str) -> Row:

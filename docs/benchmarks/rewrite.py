@@ -63,9 +63,9 @@ def build(folder: Path, gib: int) -> tuple[Path, Path]:
     config = llama_config(layers, hidden=2048, heads=16, groups=16, intermediate=8192, vocabulary=32768)
     model = write_model(folder / f"model-{gib}", config, llama_tensors(config), SHARDS)
     recipe = folder / f"recipe-{gib}.yaml"
-    reusing = max(layers // 8, 1)
+    borrowing = max(layers // 8, 1)
     last = layers - 2
-    recipe.write_text(RECIPE.format(first=last - reusing + 1, last=last, source=last - reusing))
+    recipe.write_text(RECIPE.format(first=last - borrowing + 1, last=last, source=last - borrowing))
     return model, recipe
 
 

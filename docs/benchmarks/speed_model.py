@@ -5,7 +5,7 @@
 
 DIR/base is Llama-shaped: 16 layers, hidden size 1024, 16 heads of 64 (as many key/value heads), feed-forward size 2816,
 32,000 tokens, 8192 positions, random weights in float32: 271 million parameters, 1.1 GB. DIR/shared is made of it by
-`sa-convert convert --no-validate`: two spans of four layers reuse the attention of the layer before them, layers 4-7
+`sa-convert convert --no-validate`: two spans of four layers borrow from the layer before them, layers 4-7
 that of layer 3 and layers 11-14 that of layer 10, so 8 of 16 layers cache no keys. `--hidden`, `--layers` and
 `--vocabulary` make smaller ones, to try things out. Weights are random: the speed does not depend on them.
 """

@@ -5,7 +5,7 @@ python docs/demo/generate.py FOLDER
 
 import sys
 
-# As on a machine where sa_convert is not installed: importing it fails.
+# As on a machine without sa_convert: importing it fails.
 sys.modules["sa_convert"] = None  # type: ignore[assignment]
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging  # noqa: E402

@@ -1,12 +1,12 @@
 """`sa-convert analyze`: what sharing would cost a model, and where."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from sa_convert.commands.options import (
     PERCENT,
-    announce,
     device_option,
     dtype_option,
     echo_json,
@@ -43,20 +43,7 @@ from sa_convert.commands.options import (
 @click.option("--overwrite", is_flag=True, help="Replace an earlier result at DIR.")
 @trust_option
 @json_option
-def command(
-    model: str,
-    output: Path,
-    key_cache: float,
-    text: str,
-    sequences: int,
-    length: int,
-    seed: int,
-    dtype: str,
-    device: str,
-    overwrite: bool,
-    trust_remote_code: bool,
-    as_json: bool,
-) -> None:
+def command(model: str, output: Path, as_json: bool, **options: Any) -> None:
     """Find out what sharing attention would cost MODEL, group by group, and write it into the folder DIR.
 
     DIR holds analysis.json, figures (similarity of the layers' attention, its isotropy and variance, cost of each KV
@@ -72,10 +59,9 @@ def command(
     from sa_convert.jobs.analyzing import AnalyzeOptions, analyze
     from sa_convert.present.terminal.analysis_text import render_analysis
 
-    if not 0 < key_cache < 1:
+    if not 0 < options["key_cache"] < 1:
         raise click.BadParameter("must be more than 0% and less than 100%.", param_hint="'--key-cache'")
-    options = AnalyzeOptions(key_cache, text, sequences, length, seed, device, dtype, overwrite, trust_remote_code)
-    analysis = analyze(model, output, options, announce)
+    analysis = analyze(model, output, AnalyzeOptions(**options))
     if as_json:
         echo_json(analysis.to_json())
     else:

@@ -5,7 +5,14 @@ from typing import Any
 
 import click
 
-from sa_convert.commands.options import announce, device_option, dtype_option, echo_json, json_option, model_argument
+from sa_convert.commands.options import (
+    device_option,
+    dtype_option,
+    echo_json,
+    json_option,
+    model_argument,
+    trust_any_option,
+)
 
 
 class NumbersType(click.ParamType):
@@ -42,7 +49,12 @@ NUMBERS = NumbersType()
 )
 @click.option("--batches", type=NUMBERS, default="1,4", show_default=True, metavar="N,...", help="Sequences at once.")
 @click.option(
-    "--new-tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Decode steps after each prefill."
+    "--new-tokens",
+    "steps",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Decode steps after each prefill.",
 )
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Turns that count.")
 @click.option("--warmup", type=click.IntRange(min=0), default=1, show_default=True, help="Turns before those.")
@@ -54,35 +66,20 @@ NUMBERS = NumbersType()
 )
 @click.option(
     "--cache",
+    "static",
     type=click.Choice(["dynamic", "static"]),
     default="dynamic",
     show_default=True,
+    callback=lambda context, option, kind: kind == "static",
     help="dynamic: the one that the model makes for itself; static: of the size that is needed.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code in the folders of models that is not sa-convert's.")
+@trust_any_option
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder to make: bench.json, .md and .png."
 )
 @json_option
-def command(
-    model: str,
-    against: str,
-    contexts: tuple[int, ...] | None,
-    batches: tuple[int, ...],
-    new_tokens: int,
-    repeats: int,
-    warmup: int,
-    dtype: str,
-    device: str,
-    threads: int | None,
-    attention: str | None,
-    cache: str,
-    seed: int,
-    trust_remote_code: bool,
-    output: Path | None,
-    as_json: bool,
-) -> None:
+def command(model: str, against: str, output: Path | None, as_json: bool, **options: Any) -> None:
     """Time MODEL against BASE: prefill, decoding, cache bytes and peak memory, side by side.
 
     Each model runs in a process of its own, and the two take turns: a prefill each, then a few decode steps each, and
@@ -100,21 +97,7 @@ def command(
     from sa_convert.jobs.benchmarking import BenchOptions, bench
     from sa_convert.present.terminal.benchmark_text import render_benchmark
 
-    options = BenchOptions(
-        contexts,
-        batches,
-        new_tokens,
-        repeats,
-        warmup,
-        device,
-        dtype,
-        threads,
-        attention,
-        cache == "static",
-        seed,
-        trust_remote_code,
-    )
-    benchmark = bench(model, against, options, output, announce)
+    benchmark = bench(model, against, BenchOptions(**options), output)
     if as_json:
         echo_json(benchmark.to_json())
         return

@@ -1,12 +1,12 @@
 """`sa-convert convert`: the main job."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from sa_convert.commands.options import (
     PERCENT,
-    announce,
     device_option,
     dtype_option,
     echo_json,
@@ -36,7 +36,13 @@ from sa_convert.commands.options import (
 @click.option(
     "--max-perplexity-increase", type=PERCENT, metavar="PERCENT", help="The gate, such as 5%; default: the recipe's."
 )
-@click.option("--no-validate", is_flag=True, help="Do not run the models; the report then claims no quality.")
+@click.option(
+    "--no-validate",
+    "validate",
+    is_flag=True,
+    callback=lambda context, option, given: not given,
+    help="Do not run the models; the report then claims no quality.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an earlier result at DIR.")
 @dtype_option("the models are run (auto: as stored), and of weights read from a .gguf file")
 @device_option
@@ -54,17 +60,11 @@ def command(
     recipe_name: str,
     output: Path,
     dry_run: bool,
-    calibration: str | None,
     max_perplexity_increase: float | None,
-    no_validate: bool,
-    overwrite: bool,
-    dtype: str,
-    device: str,
-    layer_by_layer: bool,
-    trust_remote_code: bool,
     push_to: str | None,
     private: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Convert MODEL by a recipe into the folder DIR.
 
@@ -85,21 +85,21 @@ def command(
     from sa_convert.plan.recipe_file import load_recipe
     from sa_convert.present.terminal.plan_text import plan_json, render_plan
 
+    how = ConvertOptions(**options)
     if private and push_to is None:
         raise click.UsageError("--private goes with --push-to.")
-    if push_to is not None and no_validate:
+    if push_to is not None and not how.validate:
         raise click.UsageError("--push-to uploads what is validated only, so it does not go with --no-validate.")
-    if push_to is not None and trust_remote_code:
+    if push_to is not None and how.trust:
         raise click.UsageError(
             "--push-to does not go with --trust-remote-code: look at the result, which may carry code, then push it."
         )
     recipe = load_recipe(recipe_name)
     if max_perplexity_increase is not None:
         recipe = recipe.with_gate(max_perplexity_increase)
-    options = ConvertOptions(calibration, not no_validate, overwrite, dtype, device, layer_by_layer, trust_remote_code)
 
     if dry_run:
-        conversion = plan(model, recipe, options, announce)
+        conversion = plan(model, recipe, how)
         if as_json:
             echo_json(plan_json(conversion))
         else:
@@ -107,12 +107,11 @@ def command(
         return
     target = None
     if push_to is not None:
-        from sa_convert.present.hub.upload import check_target
+        from sa_convert.present.hub.target import check_target
 
         target = check_target(push_to, private)
     # The name of a file, not its path: the report holds nothing of this machine.
-    shown = Path(recipe_name).name
-    report = convert(model, recipe, output, options, shown, announce)
+    report = convert(model, recipe, output, how, Path(recipe_name).name)
     if not as_json:
         from sa_convert.present.files.report_file import render_report
 
@@ -120,9 +119,9 @@ def command(
         click.echo(f"\nWritten to {output}")
     pushed = None
     if target is not None:
-        from sa_convert.present.hub.upload import push_converted
+        from sa_convert.jobs.pushing import push_converted
 
-        pushed = push_converted(output, target, announce)
+        pushed = push_converted(output, target)
     if as_json:
         echo_json({**report.to_json(), **({"pushed": asdict(pushed)} if pushed else {})})
     elif pushed:

@@ -1,8 +1,17 @@
 """`sa-convert evaluate`: how good a model is, alone or against another."""
 
+from typing import Any
+
 import click
 
-from sa_convert.commands.options import announce, device_option, dtype_option, echo_json, json_option, model_argument
+from sa_convert.commands.options import (
+    device_option,
+    dtype_option,
+    echo_json,
+    json_option,
+    model_argument,
+    trust_any_option,
+)
 
 
 @click.command()
@@ -23,20 +32,9 @@ from sa_convert.commands.options import announce, device_option, dtype_option, e
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens of the copying probe.")
 @dtype_option("the models are run (auto: as stored), and of weights read from a .gguf file")
 @device_option
-@click.option("--trust-remote-code", is_flag=True, help="Run code in the folders of models that is not sa-convert's.")
+@trust_any_option
 @json_option
-def command(
-    model: str,
-    against: str | None,
-    source: str,
-    sequences: int,
-    length: int | None,
-    seed: int,
-    dtype: str,
-    device: str,
-    trust_remote_code: bool,
-    as_json: bool,
-) -> None:
+def command(model: str, against: str | None, source: str, as_json: bool, **options: Any) -> None:
     """Measure the quality of MODEL: perplexity, cached decoding, and copying from the context.
 
     With --against also KL divergence and top-1 agreement, and the other model's numbers. A converted model runs by the
@@ -54,8 +52,7 @@ def command(
     from sa_convert.present.terminal.evaluation_text import render_evaluation
     from sa_convert.texts.text import load_text
 
-    options = EvaluateOptions(sequences, length, seed, device, dtype, trust_remote_code)
-    evaluation = evaluate(model, against, load_text(source), options, announce)
+    evaluation = evaluate(model, against, load_text(source), EvaluateOptions(**options))
     if as_json:
         echo_json(evaluation.to_json())
     else:

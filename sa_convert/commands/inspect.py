@@ -1,20 +1,8 @@
 """`sa-convert inspect`: what a model is, and what of it can be shared."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
-
 import click
 
 from sa_convert.commands.options import echo_json, json_option, model_argument
-from sa_convert.console.amounts import human_bytes, human_count
-from sa_convert.console.printable import one_line
-from sa_convert.domain.stacks import layer_names, stack_ranges
-
-if TYPE_CHECKING:
-    from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
-    from sa_convert.jobs.inspecting import Inspection, Kind
-
-_LONGEST_PERIOD = 16
 
 
 @click.command()
@@ -25,147 +13,11 @@ def command(model: str, as_json: bool) -> None:
 
     Reads config.json and the headers of the weights only. A .gguf file is shown as it will be once dequantised.
     """
-    from sa_convert.console.progress import notes
-    from sa_convert.jobs.inspecting import inspect_checkpoint
-    from sa_convert.read.open_model import open_model
+    from sa_convert.jobs.inspecting import inspect
+    from sa_convert.present.terminal.inspection_text import render_inspection
 
-    checkpoint = open_model(model)
-    notes(checkpoint.identity, checkpoint.notes)
-    inspection = inspect_checkpoint(checkpoint)
+    inspection = inspect(model)
     if as_json:
         echo_json(inspection.to_json())
-        return
-    rows = list(_rows(inspection))
-    width = max(len(label) for label, _ in rows) + 2
-    for label, text in rows:
-        click.echo(f"{label:<{width}}{one_line(text)}")
-
-
-def _rows(inspection: "Inspection") -> Iterator[tuple[str, str]]:
-    """Label and text of every line."""
-    geometry = inspection.geometry
-    yield "Model", inspection.model + (f" at {inspection.revision}" if inspection.revision else "")
-    yield "Type", inspection.model_type
-    yield "Family", inspection.family or "none that can be converted"
-    if geometry:
-        yield from _shape(geometry)
     else:
-        yield "Layers", _or_unknown(inspection.layers)
-        yield "Query heads", _or_unknown(inspection.query_heads, "{} per layer")
-        yield "KV groups", _or_unknown(inspection.kv_groups, "{} per layer")
-        yield "Head size", _or_unknown(inspection.head_dim)
-    shards = "1 file" if inspection.shards == 1 else f"{inspection.shards} shards"
-    yield "Tensors", f"{inspection.tensors:,} in {shards}"
-    yield "Parameters", _with_exact(human_count(inspection.parameters), inspection.parameters)
-    dequantised = ", once dequantised" if inspection.model.lower().endswith(".gguf") else ""
-    yield "Data types", ", ".join(_dtypes(inspection)) + dequantised
-    yield "Size", _with_exact(human_bytes(inspection.checkpoint_bytes), inspection.checkpoint_bytes, " bytes")
-    yield "Cache per token", _cache(inspection)
-    if inspection.shared and geometry:
-        layers = layer_names(geometry.stacks, inspection.shared.layers)
-        reused = inspection.shared.reused_groups(geometry)
-        yield "Shares already", f"{reused} of {geometry.total_groups} KV groups, in layers {layers}"
-    yield from _sharing(inspection)
-
-
-def _sharing(inspection: "Inspection") -> Iterator[tuple[str, str]]:
-    geometry = inspection.geometry
-    if inspection.reason or geometry is None:
-        yield "Can share", f"no: {inspection.reason}"
-        return
-    within = ", within each stack" if len(geometry.stacks) > 1 else ""
-    yield "Can share", "yes, by " + ("query head" if geometry.granularity == "head" else "whole layers only") + within
-    for kind in inspection.kinds:
-        name = _kind(geometry.layers[kind.layers[0]])
-        yield "", f"{name}: {_reach(kind, geometry)}"
-    groups, total = inspection.shareable_groups, geometry.total_groups
-    yield "At most", f"{groups} of {total} KV groups can lose their keys ({groups / total:.1%})"
-
-
-def _shape(geometry: "ModelGeometry") -> Iterator[tuple[str, str]]:
-    """Layers, heads and groups, stack by stack where there are several."""
-    stacks = stack_ranges(geometry.stacks, len(geometry.layers))
-    found = [[geometry.layers[index] for index in members] for _, members in stacks]
-
-    def each(value: "Callable[[LayerGeometry], int]") -> str:
-        """Such as "8", "4-8" (where layers differ), or "16 encoder, 8 decoder"."""
-        ranges = [sorted({value(layer) for layer in layers if layer.heads}) for layers in found]
-        texts = [f"{sizes[0]}-{sizes[-1]}" if len(sizes) > 1 else str(sizes[0]) for sizes in ranges]
-        if len(set(texts)) == 1:
-            return texts[0]
-        return ", ".join(f"{text} {name}" for text, (name, _) in zip(texts, stacks, strict=True))
-
-    if geometry.stacks:
-        yield "Layers", ", ".join(f"{len(members)} {name}" for name, members in stacks)
-    else:
-        attending = [index for index, layer in enumerate(geometry.layers) if layer.heads]
-        some = f" (softmax attention in {layer_names((), attending)})"
-        yield "Layers", str(len(geometry.layers)) + (some if len(attending) < len(geometry.layers) else "")
-    yield "Query heads", f"{each(lambda layer: layer.heads)} per layer"
-    yield "KV groups", f"{each(lambda layer: layer.groups)} per layer, {geometry.total_groups:,} in all"
-    yield "Head size", each(lambda layer: layer.head_dim)
-    for (name, _), layers in zip(stacks, found, strict=True):
-        yield "Attention" if layers is found[0] else "", (f"{name}: " if name else "") + _attention(layers)
-
-
-def _cache(inspection: "Inspection") -> str:
-    geometry, cache = inspection.geometry, inspection.cache_bytes_per_token
-    if cache is None:
-        return "unknown"
-    if not cache:
-        return "none: an encoder caches nothing; sharing saves parameters and compute"
-    pair = ", of one token read and one written" if geometry and len(geometry.stacks) > 1 else ""
-    return f"{cache:,} bytes in the data type of the weights{pair}"
-
-
-def _reach(kind: "Kind", geometry: "ModelGeometry") -> str:
-    """Which layers of a kind can reuse which."""
-    first = f"layer {geometry.label(kind.layers[0])} cannot, no earlier layer is of its kind"
-    if not kind.reusing:
-        return first
-    plural = "layer" if len(kind.reusing) == 1 else "layers"
-    return f"{plural} {layer_names(geometry.stacks, kind.reusing)} can reuse earlier ones of this kind; {first}"
-
-
-def _attention(layers: "Sequence[LayerGeometry]") -> str:
-    """Such as "0-4 sliding(512), 5 full", and how often that repeats."""
-    names = [_kind(layer) for layer in layers]
-    if len(set(names)) == 1:
-        return f"{names[0]}, all layers"
-    for period in range(2, min(_LONGEST_PERIOD, len(names) // 2) + 1):
-        if all(name == names[index % period] for index, name in enumerate(names)):
-            return f"{_runs(names[:period])}, and so on every {period} layers"
-    return _runs(names)
-
-
-def _runs(names: Sequence[str]) -> str:
-    runs: list[tuple[int, int, str]] = []
-    for index, name in enumerate(names):
-        if runs and runs[-1][2] == name:
-            runs[-1] = (runs[-1][0], index, name)
-        else:
-            runs.append((index, index, name))
-    return ", ".join(f"{first} {name}" if first == last else f"{first}-{last} {name}" for first, last, name in runs)
-
-
-def _kind(layer: "LayerGeometry") -> str:
-    """Such as "full" or "sliding(512)"."""
-    name = "no softmax attention" if layer.attention == "none" else layer.attention.removesuffix("_attention")
-    if not layer.heads:
-        return name
-    window = f"({layer.window})" if layer.window else ""
-    return name + window + ("" if layer.rotary else " without rotary")
-
-
-def _dtypes(inspection: "Inspection") -> Iterator[str]:
-    for dtype, elements in inspection.dtypes.items():
-        share = f" ({elements / inspection.parameters:.1%})" if len(inspection.dtypes) > 1 else ""
-        yield dtype + share
-
-
-def _with_exact(human: str, exact: int, unit: str = "") -> str:
-    return f"{human} ({exact:,}{unit})" if exact >= 1000 else f"{human}"
-
-
-def _or_unknown(value: int | None, text: str = "{}") -> str:
-    return "unknown" if value is None else text.format(value)
+        click.echo(render_inspection(inspection))

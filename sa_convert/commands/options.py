@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from sa_convert.console.amounts import parse_percent
-from sa_convert.console.printable import one_line
 
 
 class PercentType(click.ParamType):
@@ -28,7 +27,13 @@ PERCENT = PercentType()
 
 model_argument = click.argument("model", metavar="MODEL")
 trust_option = click.option(
-    "--trust-remote-code", is_flag=True, help="Let code that MODEL brings along run; its files are named first."
+    "--trust-remote-code",
+    "trust",
+    is_flag=True,
+    help="Let code that MODEL brings along run; its files are named first.",
+)
+trust_any_option = click.option(
+    "--trust-remote-code", "trust", is_flag=True, help="Run code in the folders of models that is not sa-convert's."
 )
 device_option = click.option(
     "--device", default="auto", show_default=True, metavar="DEVICE", help="Such as cpu, cuda or cuda:1."
@@ -45,11 +50,6 @@ def dtype_option(what: str) -> Callable[[Any], Any]:
         show_default=True,
         help=f"Precision in which {what}.",
     )
-
-
-def announce(step: str) -> None:
-    """Tell on stderr what is being done."""
-    click.echo(f"{one_line(step)} ...", err=True)
 
 
 def echo_json(content: Mapping[str, Any]) -> None:

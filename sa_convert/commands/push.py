@@ -1,10 +1,11 @@
 """`sa-convert push`: upload a conversion to the Hub."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from sa_convert.commands.options import announce, echo_json, json_option
+from sa_convert.commands.options import echo_json, json_option
 
 
 @click.command()
@@ -16,9 +17,7 @@ from sa_convert.commands.options import announce, echo_json, json_option
     "--allow-unvalidated", is_flag=True, help="Push a folder of which nothing was measured (convert --no-validate)."
 )
 @json_option
-def command(
-    folder: Path, repo_id: str, private: bool, revision: str | None, allow_unvalidated: bool, as_json: bool
-) -> None:
+def command(folder: Path, repo_id: str, as_json: bool, **options: Any) -> None:
     """Upload the conversion in DIR to REPO_ID on the Hub, with its model card, in one commit.
 
     DIR must be complete, as `convert` left it, and its gate passed. The repository is made where it is missing. Where
@@ -32,14 +31,9 @@ def command(
     """
     from dataclasses import asdict
 
-    from sa_convert.present.hub.complete import complete_conversion
-    from sa_convert.present.hub.upload import check_target, push
+    from sa_convert.jobs.pushing import PushOptions, push
 
-    conversion = complete_conversion(folder, allow_unvalidated)
-    if conversion.left_out:
-        names = ", ".join(path.as_posix() for path in conversion.left_out)
-        click.echo(f"not uploaded, since no part of the conversion: {names}", err=True)
-    pushed = push(conversion, check_target(repo_id, private, revision), announce)
+    pushed = push(folder, repo_id, PushOptions(**options))
     if as_json:
         echo_json(asdict(pushed))
     else:

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+from sa_convert.console.printable import one_line
+
 
 def progress(total: int | None, description: str, unit: str = "it", **options: Any) -> Any:
     """A tqdm bar (usable as a context manager) over `total` units of work, or an unknown amount with None."""
@@ -25,9 +27,19 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def announce(step: str) -> None:
+    """Tell on stderr, in a few words, what is being done."""
+    tell(f"{one_line(step)} ...")
+
+
+def tell(line: str) -> None:
+    """A line on stderr."""
+    print(line, file=sys.stderr)
+
+
 def note(text: str) -> None:
     """One line on stderr that users should read, though the work goes on."""
-    print(f"Note: {text}", file=sys.stderr)
+    tell(f"Note: {text}")
 
 
 def notes(of: str, texts: Iterable[str]) -> None:

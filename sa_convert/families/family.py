@@ -152,7 +152,7 @@ class Windows:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """How transformers reads the family's tokenizer files. A test compares all three with transformers."""
+    """How transformers reads the family's tokenizer files. Tests compare it with transformers."""
 
     registered: str | None = None
     """The class that transformers 5 registers for the type, if there is one. PreTrainedTokenizerFast takes
@@ -161,6 +161,22 @@ class Tokenizer:
     """That class is taken whatever tokenizer_config.json declares."""
     vocabulary: str | None = None
     """The class that reads the vocabulary if there is no tokenizer.json, if it is another one."""
+    mistral_common: bool = False
+    """tekken.json is read by mistral-common, if that is installed."""
+    corrected: bool = False
+    """`fix_mistral_regex` corrects a tokenizer.json that transformers 4 has saved."""
+
+
+@dataclass(frozen=True)
+class Processor:
+    """The classes that AutoProcessor takes for the family, if no file names them. Tests compare with transformers."""
+
+    main: str | None = None
+    """The processor, which holds the others and a tokenizer."""
+    images: str | None = None
+    """What reads images."""
+    videos: str | None = None
+    """What reads videos."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +195,8 @@ class Family:
     """Sliding windows."""
     tokenizer: Tokenizer = Tokenizer()
     """Classes of tokenizers."""
+    processor: Processor = Processor()
+    """Classes of processors, in multimodal families."""
 
     text: str | None = None
     """Config key of the language model's own config in a multimodal model."""
@@ -196,6 +214,8 @@ class Family:
     """Only some layers have softmax attention; the others lack the projections."""
     refuses: tuple[str, object, str] | None = None
     """A config key, the value of it that is refused, and why."""
+    taken_for: tuple[str, str] | None = None
+    """A config key, and the type that transformers takes the model for if config.json has it."""
     transformers_5: bool = False
     """Attention is shared in transformers 5 only: in 4 the family's code does not call the attention interface."""
 

@@ -54,7 +54,7 @@ def _recurrent(tensors: list[str]) -> str | None:
         return None
     if any(_has(name, _QUERIES) for name in tensors):
         return f"it has hybrid layers (attention and state-space) of a make that has no entry ('{found}')"
-    return f"it has recurrent (state-space) layers only, and so no attention weights to share ('{found}')"
+    return f"it has recurrent (state-space) layers only, and so no attention probabilities to share ('{found}')"
 
 
 def _fused(tensors: list[str]) -> str | None:

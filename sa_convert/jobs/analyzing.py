@@ -1,14 +1,14 @@
-"""The pass behind `sa-convert analyze`: what sharing would cost a model, and a recipe that follows from it."""
+"""What `sa-convert analyze` does: what sharing would cost a model, and a recipe that follows from it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sa_convert.console.amounts import format_percent
-from sa_convert.console.progress import notes, peak_memory
+from sa_convert.console.progress import announce, peak_memory
 from sa_convert.domain.analysis import Analysis, CalibrationText, CurvePoint, UnitCost
-from sa_convert.domain.checkpoint import Checkpoint
+from sa_convert.domain.model import Model, RunOptions
 from sa_convert.domain.report import BaseModel
 from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.domain.units import Unit, Units
@@ -17,13 +17,10 @@ from sa_convert.models.trust import trusting
 from sa_convert.output.staging import staging
 from sa_convert.present.files.analysis_folder import write_analysis
 from sa_convert.present.files.report_file import installed_versions
-from sa_convert.read.family_of import family_of
-from sa_convert.read.geometry_of import geometry_of
-from sa_convert.read.open_model import complete, open_model
-from sa_convert.read.remote_code import allow_code
+from sa_convert.read.work_on import bytes_to_read, describe, source_of, with_weights
 
 if TYPE_CHECKING:
-    from sa_convert.domain.recipe import Recipe
+    from sa_convert.domain.recipe import Calibration, Recipe
     from sa_convert.observe.session import Session
     from sa_convert.observe.tried import Reference
     from sa_convert.search.choose import Step
@@ -36,54 +33,51 @@ _HEADROOM = 16_000_000
 """Bytes of disk for figures and tables."""
 
 
-@dataclass(frozen=True)
-class AnalyzeOptions:
-    """key_cache: the part that the recipe is to remove, 0 to 1. text, sequences, length, seed: of the calibration.
-
-    dtype, device: where and in which precision the model is run ("auto": as stored, on the best device); dtype is also
-    that of the weights that a .gguf file is dequantised to. trust_remote_code: code that the model brings may run; see
-    `sa_convert.read.remote_code`.
-    """
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeOptions(RunOptions):
+    """How to analyze."""
 
     key_cache: float = 0.25
+    """The part that the recipe is to remove, 0 to 1."""
+
     text: str = "builtin"
+    """Its calibration part is used; see `sa_convert.texts.text.load_text`."""
+
     sequences: int = 32
+    """Of the text."""
+
     length: int = 512
+    """Tokens of a sequence."""
+
     seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
+    """Of everything that is random."""
+
     overwrite: bool = False
-    trust_remote_code: bool = False
-
-    @property
-    def stored_dtype(self) -> str:
-        return "float32" if self.dtype == "auto" else self.dtype
+    """An earlier result may be replaced."""
 
 
-def analyze(
-    model: str, output: Path, options: AnalyzeOptions, announce: Callable[[str], None] = lambda step: None
-) -> Analysis:
-    """Analyze `model` into the folder `output`, which appears complete or not at all.
+def analyze(reference: str, output: Path, options: AnalyzeOptions) -> Analysis:
+    """Analyze the model that the user calls `reference` into the folder `output`, which appears complete or not at all.
 
-    announce: told each step in a few words. Raises a SaConvertError where the model, the text, the budget or the output
-    does not allow it; what headers and options tell is refused before any weight is read.
+    Raises a SaConvertError if the model, the text, the budget or the output does not allow it; what headers and options
+    tell is refused before any weight is read.
     """
-    described = open_model(model, None, options.stored_dtype)
-    units = Units(geometry_of(described, family_of(described.config, described.tensors)))
-    notes(described.identity, described.notes)
-    described = allow_code(described, options.trust_remote_code, announce)
-    _check_budget(units, options.key_cache)
-    ready = described.is_safetensors
-    space = _HEADROOM + (0 if ready else described.weight_bytes)
-    path = Path(model).expanduser()
-    with staging(output, options.overwrite, space, path if path.exists() else described.folder) as stage:
-        if described.absent:
-            announce(f"downloading what the cache lacks of {described.identity}")
-        if not ready:
-            announce("reading weights")
-        checkpoint = complete(described, model, stage.root / "workspace", options.stored_dtype)
-        with trusting(checkpoint.folder, checkpoint.trusted):
-            analysis = _analysis(checkpoint, units, options, announce)
+    # 1. What the model is, and what of the budget cannot be.
+    model = describe(reference, options)
+    described = model.checkpoint
+    _check_budget(Units(model.geometry), options.key_cache)
+
+    # 2. A folder beside the output, which becomes it at the end.
+    space = _HEADROOM + bytes_to_read(described)
+    with staging(output, options.overwrite, space, source_of(described, reference)) as stage:
+        # 3. All weights, as safetensors.
+        model = with_weights(model, reference, stage.root / "workspace", options)
+
+        # 4. The pass: attention, costs, and a search that measures each of its steps.
+        with trusting(model.checkpoint.folder, model.checkpoint.trusted):
+            analysis = _analysis(model, options)
+
+        # 5. Tables, figures, and a recipe.
         announce("drawing figures")
         write_analysis(analysis, _recipe(analysis, options), stage.folder)
         stage.publish()
@@ -107,34 +101,26 @@ def _too_much(asked: float, most: float) -> RecipeError:
     )
 
 
-def _analysis(
-    checkpoint: Checkpoint, units: Units, options: AnalyzeOptions, announce: Callable[[str], None]
-) -> Analysis:
-    from sa_convert.domain.recipe import Calibration
+def _analysis(model: Model, options: AnalyzeOptions) -> Analysis:
     from sa_convert.observe.session import open_session
     from sa_convert.observe.similarity import attention_statistics
     from sa_convert.observe.tried import Reference
     from sa_convert.search.choose import collect_first
 
-    # Not validated: `load_text` explains better what is wrong with a text.
-    calibration = Calibration.model_construct(text=options.text, sequences=options.sequences, length=options.length)
-    family = family_of(checkpoint.config, checkpoint.tensors)
     announce("calibrating")
-    with open_session(
-        checkpoint, family, units.geometry, calibration, options.device, options.dtype, options.seed
-    ) as session:
-        samples = (*session.samples.fit, *session.samples.held_out)
+    with open_session(model, _calibration(options), options, options.seed) as session:
+        units, samples = session.units, (*session.samples.fit, *session.samples.held_out)
         attention = attention_statistics(session.probe, units, samples)
         costs = collect_first(session)
         reference = Reference(session.probe, session.samples.held_out)
         steps, chosen = _steps(session, options.key_cache, reference, costs)
         return Analysis(
-            base_model=BaseModel.of(checkpoint.identity, checkpoint.revision),
-            family=family.model_type,
+            base_model=BaseModel.of(model.checkpoint.identity, model.checkpoint.revision),
+            family=model.family.model_type,
             calibration=CalibrationText(session.samples.text, len(samples), len(samples[0].tokens), options.seed),
             dtype=session.placement.dtype_name,
             measure=session.measure,
-            heads=tuple(layer.heads for layer in units.geometry.layers),
+            heads=tuple(layer.heads for layer in model.geometry.layers),
             attention=attention,
             costs=tuple(_unit_cost(unit, costs) for unit in units.all),
             curve=tuple(_curve(steps, costs, reference)),
@@ -142,8 +128,15 @@ def _analysis(
             key_cache_removed=chosen.removed,
             peak_memory=peak_memory(),
             versions=installed_versions(),
-            caches=any(layer.cached and layer.heads for layer in units.geometry.layers),
+            caches=any(layer.cached and layer.heads for layer in model.geometry.layers),
         )
+
+
+def _calibration(options: AnalyzeOptions) -> "Calibration":
+    from sa_convert.domain.recipe import Calibration
+
+    # Not validated: `load_text` explains better what is wrong with a text.
+    return Calibration.model_construct(text=options.text, sequences=options.sequences, length=options.length)
 
 
 def _unit_cost(unit: Unit, costs: "Costs") -> UnitCost:
@@ -191,7 +184,7 @@ def _curve(steps: list["Step"], costs: "Costs", reference: "Reference") -> Itera
 
 def _recipe(analysis: Analysis, options: AnalyzeOptions) -> "Recipe":
     """The map with the refit and the gate of the shipped recipe that removes as much or next more."""
-    from sa_convert.domain.recipe import Calibration, Recipe, Search, Sharing
+    from sa_convert.domain.recipe import Recipe, Search, Sharing
     from sa_convert.plan.recipe_file import load_recipe
 
     shipped = [load_recipe(name) for name in ("light", "balanced", "aggressive")]
@@ -204,6 +197,6 @@ def _recipe(analysis: Analysis, options: AnalyzeOptions) -> "Recipe":
         description=f"{share} of {analysis.base_model.id}, wherever it costs least; found by sa-convert analyze.",
         sharing=Sharing(search=Search.model_construct(key_cache=options.key_cache)),
         refit=model.refit,
-        calibration=Calibration.model_construct(text=options.text, sequences=options.sequences, length=options.length),
+        calibration=_calibration(options),
         gate=model.gate,
     )

@@ -1,14 +1,14 @@
-"""The comparison behind `sa-convert bench`: two models timed side by side, each in a process of its own."""
+"""What `sa-convert bench` does: two models timed side by side, each in a process of its own."""
 
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from sa_convert.console.progress import progress
+from sa_convert.console.progress import announce, progress
 from sa_convert.domain.benchmark import BenchedModel, Benchmark, Conditions, Pairing, Speed
 from sa_convert.errors import CheckpointError, OutputError
 from sa_convert.measure.speed.expected_work import Attention, attention_layers, prefill_flops, step_bytes
@@ -54,27 +54,20 @@ class _Timed:
         return BenchedModel(self.subject.name, answer["parameters"], answer["weight_bytes"], answer["attention"])
 
 
-def bench(
-    model: str,
-    against: str,
-    options: BenchOptions | None = None,
-    output: Path | None = None,
-    announce: Callable[[str], None] = lambda step: None,
-) -> Benchmark:
+def bench(model: str, against: str, options: BenchOptions | None = None, output: Path | None = None) -> Benchmark:
     """Time `model` and `against` in turns; both are in memory, each in its own process, and one computes at a time.
 
     model, against: folders, ordinary or converted, .gguf files, or models on the Hub, of one family and vocabulary.
     Converted models run by the code in their folders. output: a folder to make, with the tables and the figure.
-    announce: told each step in a few words, and what code of the models is trusted.
 
     Raises CheckpointError (a model that cannot be loaded, two that cannot be compared), DataError (no
-    language-modelling head), OutputError, and SaConvertError for contexts beyond a model's positions, and where memory
+    language-modelling head), OutputError, and SaConvertError for contexts beyond a model's positions, and if memory
     does not suffice.
     """
     options = options or BenchOptions()
     keep_module_cache_clean()
-    stored = "float32" if options.dtype == "auto" else options.dtype
     with ExitStack() as stack:
+        # 1. A folder beside the output, which becomes it at the end.
         stack.enter_context(termination_as_exit())
         temporary = Path(stack.enter_context(TemporaryDirectory(prefix="sa-convert-bench-")))
         stage = None
@@ -82,46 +75,61 @@ def bench(
             if output.exists():
                 raise OutputError(f"{output}: exists already; use another -o.")
             stage = stack.enter_context(staging(output, False, _OUTPUT_ROOM))
+
+        # 2. Both models, as safetensors; nothing is loaded yet.
         subjects = [
-            open_subject(reference, temporary / f"model{number}", stored, options.trust_remote_code, announce)
+            open_subject(reference, temporary / f"model{number}", options)
             for number, reference in enumerate((model, against))
         ]
-        found = _bench(subjects, options, announce)
+
+        # 3. Whether they can be compared, and at which contexts.
+        task = common_task(subjects, options)
+        steps = options.steps if task != "masked-token" else 0
+        contexts, skipped = contexts_of(options, subjects, steps)
+
+        # 4. Each in a process of its own, in turns.
+        with workers([subject.name for subject in subjects]) as pair:
+            announce("loading both models")
+            mine, theirs = _load(pair, subjects, options)
+            for timed in (mine, theirs):  # some have fewer positions than their config names, which is known only now
+                if (limit := timed.answer["positions"]) is not None:
+                    check_context(max(contexts), steps, limit, timed.subject.name)
+            pairings = _take_turns(mine, theirs, contexts, replace(options, steps=steps))
+
+        # 5. What was measured, and under which conditions.
+        benchmark = _benchmark(mine, theirs, pairings, skipped, replace(options, steps=steps))
         if stage is not None:
-            write_benchmark(found, stage.folder)
+            write_benchmark(benchmark, stage.folder)
             stage.publish()
-    return found
+    return benchmark
 
 
-def _bench(subjects: Sequence[Subject], options: BenchOptions, announce: Callable[[str], None]) -> Benchmark:
-    task = common_task(subjects, options)
-    steps = options.steps if task != "masked-token" else 0
-    contexts, skipped = contexts_of(options, subjects, steps)
+def _take_turns(mine: _Timed, theirs: _Timed, contexts: Sequence[int], options: BenchOptions) -> list[Pairing]:
+    pairings, pair = [], (mine.worker, theirs.worker)
     cases = [(context, batch) for context in contexts for batch in options.batches]
-    with workers([subject.name for subject in subjects]) as pair:
-        announce("loading both models")
-        mine, theirs = _load(pair, subjects, options)
-        for timed in (mine, theirs):  # some have fewer positions than their config names, which is known only now
-            if (limit := timed.answer["positions"]) is not None:
-                check_context(max(contexts), steps, limit, timed.subject.name)
-        pairings = []
-        with progress(len(cases) * (options.warmup + options.repeats), "timing", "turn") as bar:
-            for context, batch in cases:
-                bar.set_postfix_str(f"context {context}, batch {batch}")
-                runs = take_turns(pair, context, batch, steps, options.repeats, options.warmup, bar.update)
-                speeds = [timed.speed(run, context, batch) for timed, run in zip((mine, theirs), runs, strict=True)]
-                pairings.append(Pairing(context, batch, *speeds))
+    with progress(len(cases) * (options.warmup + options.repeats), "timing", "turn") as bar:
+        for context, batch in cases:
+            bar.set_postfix_str(f"context {context}, batch {batch}")
+            runs = take_turns(pair, context, batch, options, bar.update)
+            speeds = [timed.speed(run, context, batch) for timed, run in zip((mine, theirs), runs, strict=True)]
+            pairings.append(Pairing(context, batch, *speeds))
+    return pairings
+
+
+def _benchmark(
+    mine: _Timed, theirs: _Timed, pairings: list[Pairing], skipped: Sequence[int], options: BenchOptions
+) -> Benchmark:
     return Benchmark(
         model=mine.described(),
         against=theirs.described(),
         conditions=Conditions(
-            task=task,
+            task=mine.answer["task"],
             device=mine.answer["device"],
             dtype=mine.answer["dtype"],
             threads=mine.answer["threads"],
             cache="static" if options.static else "dynamic",
-            steps=steps,
-            block=max(block_sizes(steps), default=0),
+            steps=options.steps,
+            block=max(block_sizes(options.steps), default=0),
             repeats=options.repeats,
             warmup=options.warmup,
             seed=options.seed,
@@ -135,34 +143,22 @@ def _bench(subjects: Sequence[Subject], options: BenchOptions, announce: Callabl
     )
 
 
-def _load(pair: Sequence[Worker], subjects: Sequence[Subject], options: BenchOptions) -> list[_Timed]:
+def _load(pair: Sequence[Worker], subjects: Sequence[Subject], options: BenchOptions) -> tuple[_Timed, _Timed]:
     """Load both, the base first, and the other in the precision that the base came to have."""
-    found: list[_Timed] = []
-    dtype = options.dtype
-    for worker, subject in reversed(list(zip(pair, subjects, strict=True))):
-        answer = worker.ask(
-            "load",
-            name=subject.name,
-            folder=str(subject.folder),
-            converted=subject.converted,
-            trusted=subject.trusted,
-            device=options.device,
-            dtype=dtype,
-            attention=options.attention,
-            static=options.static,
-            threads=options.threads,
-            seed=options.seed,
-        )
-        dtype = answer["dtype"]
-        layers = attention_layers(open_model(str(subject.folder)), subject.converted)
-        found.insert(0, _Timed(worker, subject, answer, Weights(**answer["weights"]), layers))
-    mine, theirs = found
+    theirs = _loaded(pair[1], subjects[1], options)
+    mine = _loaded(pair[0], subjects[0], replace(options, dtype=theirs.answer["dtype"]))
     if mine.answer["vocabulary"] != theirs.answer["vocabulary"]:
         raise CheckpointError(
             f"{mine.subject.name} and {theirs.subject.name} have different vocabularies, of "
             f"{mine.answer['vocabulary']} and {theirs.answer['vocabulary']} tokens, so they cannot be compared."
         )
-    return found
+    return mine, theirs
+
+
+def _loaded(worker: Worker, subject: Subject, options: BenchOptions) -> _Timed:
+    answer = worker.ask("load", subject={**vars(subject), "folder": str(subject.folder)}, options=vars(options))
+    layers = attention_layers(open_model(str(subject.folder)), subject.converted)
+    return _Timed(worker, subject, answer, Weights(**answer["weights"]), layers)
 
 
 def _processor() -> str:

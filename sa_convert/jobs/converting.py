@@ -1,15 +1,14 @@
-"""The main job: plan, rewrite, validate, publish."""
+"""What `sa-convert convert` does: plan, calibrate, rewrite, validate, publish."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from sa_convert.console.progress import notes, peak_memory
-from sa_convert.domain.checkpoint import Checkpoint
-from sa_convert.domain.model import Model
-from sa_convert.domain.report import BaseModel, Change, Report, Savings, Validation
+from sa_convert.console.amounts import human_bytes
+from sa_convert.console.progress import announce, notes, peak_memory
+from sa_convert.domain.model import Model, RunOptions
+from sa_convert.domain.report import BaseModel, Change, Report, Validation
 from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.domain.units import Units
 from sa_convert.models.auto_class import auto_class_name, prediction_task
@@ -17,9 +16,8 @@ from sa_convert.models.trust import trusting
 from sa_convert.output.staging import Stage, staging
 from sa_convert.plan.plan import ConversionPlan, plan_conversion
 from sa_convert.present.files.report_file import installed_versions, write_report
-from sa_convert.read.model_of import model_of
-from sa_convert.read.open_model import complete, open_model
-from sa_convert.read.remote_code import allow_code, left_out
+from sa_convert.read.remote_code import left_out
+from sa_convert.read.work_on import bytes_to_read, describe, source_of, with_weights
 from sa_convert.rewrite.refitted import check_refittable, refit_edits
 from sa_convert.rewrite.rewrite import needed_bytes, rewrite_checkpoint
 from sa_convert.rewrite.shards import Written
@@ -31,171 +29,126 @@ if TYPE_CHECKING:
 RECIPE_FILE = "recipe.yaml"
 
 
-@dataclass(frozen=True)
-class ConvertOptions:
-    """How to convert. calibration: text (see `sa_convert.texts.text.load_text`), or None for the recipe's.
-
-    dtype, device: where and in which precision models are run ("auto": as stored, on the best device); dtype is also
-    that of the weights that a .gguf file is dequantised to. layer_by_layer: keep one layer's weights in memory at a
-    time wherever models are run, even if all of them would fit. trust_remote_code: code that the base model brings may
-    run; see `sa_convert.read.remote_code`.
-    """
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(RunOptions):
+    """How to convert."""
 
     calibration: str | None = None
+    """Text (see `sa_convert.texts.text.load_text`), or None for the recipe's."""
+
     validate: bool = True
+    """Run both models; the report claims no quality otherwise."""
+
     overwrite: bool = False
-    dtype: str = "auto"
-    device: str = "auto"
-    layer_by_layer: bool = False
-    trust_remote_code: bool = False
-
-    @property
-    def stored_dtype(self) -> str:
-        return "float32" if self.dtype == "auto" else self.dtype
+    """An earlier result may be replaced."""
 
 
-Announce = Callable[[str], None]
-"""Told each step of a conversion in a few words."""
-
-
-def plan(
-    model: str, recipe: "Recipe", options: ConvertOptions, announce: Announce = lambda step: None
-) -> ConversionPlan:
+def plan(reference: str, recipe: "Recipe", options: ConvertOptions) -> ConversionPlan:
     """What `convert` would do. From headers alone, unless the recipe asks for a search, which then runs."""
-    subject = _described(model, options, announce)
+    # 1. What the model is, and what of the recipe cannot be.
     recipe = _with_text(recipe, options)
+    model = describe(reference, options)
+    notes(model.checkpoint.identity, left_out(model.checkpoint))
     if recipe.sharing.search is None:
-        return plan_conversion(subject, recipe)
-    _check_calibration(subject, recipe)
+        return plan_conversion(model, recipe)
+    _check_calibration(model, recipe)
+    # 2. The search.
     with TemporaryDirectory(prefix="sa-convert-") as workspace:
-        loaded = _complete(subject, model, Path(workspace), options, announce)
-        found = _calibrate(loaded, recipe, None, options, announce, refits=False)
-    return plan_conversion(subject, recipe, found.sharing)
+        loaded = with_weights(model, reference, Path(workspace), options)
+        calibrated = _calibrate(loaded, recipe, None, options, refits=False)
+    # 3. The plan that it has found.
+    return plan_conversion(model, recipe, calibrated.sharing)
 
 
 def convert(
-    model: str,
-    recipe: "Recipe",
-    output: Path,
-    options: ConvertOptions,
-    recipe_name: str | None = None,
-    announce: Announce = lambda step: None,
+    reference: str, recipe: "Recipe", output: Path, options: ConvertOptions, recipe_name: str | None = None
 ) -> Report:
-    """Convert `model` by `recipe` into the folder `output`, which appears complete or not at all.
+    """Convert the model that the user calls `reference` by `recipe` into the folder `output`, which appears complete or
+    not at all. recipe_name: as the report says it.
 
-    Raises a SaConvertError: GateRefused where the result is not good enough, the others where the model, the recipe or
-    the output does not allow it.
+    Raises a SaConvertError: GateRefused if the result is not good enough, the others if the model, the recipe or the
+    output does not allow it.
     """
+    # 1. What the model is, from headers alone. What these tell is refused before any weight is read.
     recipe = _with_text(recipe, options)
-    subject = _described(model, options, announce)
-    described = subject.checkpoint
+    model = describe(reference, options)
+    notes(model.checkpoint.identity, left_out(model.checkpoint))
+    described = model.checkpoint
     if options.validate:
-        prediction_task(described.config, model)
-    conversion = None if recipe.sharing.search else plan_conversion(subject, recipe)
-    _check_calibration(subject, recipe)
-    space = needed_bytes(described, conversion.edits if conversion else {})
-    space += 0 if described.is_safetensors else described.weight_bytes
-    with staging(output, options.overwrite, space, source_of(described, model)) as stage:
-        subject = _complete(subject, model, stage.root / "workspace", options, announce)
-        found = None
+        prediction_task(described.config, reference)
+
+    # 2. The plan, unless a search has to find it.
+    conversion = None if recipe.sharing.search else plan_conversion(model, recipe)
+    _check_calibration(model, recipe)
+
+    # 3. A folder beside the output, which becomes it at the end.
+    space = needed_bytes(described, conversion.edits if conversion else {}) + bytes_to_read(described)
+    with staging(output, options.overwrite, space, source_of(described, reference)) as stage:
+        # 4. All weights, as safetensors.
+        model = with_weights(model, reference, stage.root / "workspace", options)
+
+        # 5. What the recipe leaves to be found on text: its map, its refitted matrices.
+        calibrated = None
         if recipe.needs:
-            sharing = conversion.sharing if conversion else None
-            found = _calibrate(subject, recipe, sharing, options, announce)
-        conversion = plan_conversion(subject, recipe, found.sharing if found else None)
-        if found and found.refit:
+            calibrated = _calibrate(model, recipe, conversion.sharing if conversion else None, options)
+        conversion = plan_conversion(model, recipe, calibrated.sharing if calibrated else None)
+        if calibrated and calibrated.refit:
             file = stage.workspace / "refitted.safetensors"
             refitted = refit_edits(
-                subject.checkpoint, subject.family, subject.geometry.stacks, found.refit.changes, file
+                model.checkpoint, model.family, model.geometry.stacks, calibrated.refit.changes, file
             )
             conversion = replace(conversion, edits={**conversion.edits, **refitted})
+
+        # 6. The weights, the configuration, and the code that travels.
         announce("rewriting weights")
         written = rewrite_checkpoint(
             conversion.checkpoint, conversion.family, conversion.sharing, conversion.edits, stage.folder
         )
-        validation = _validate(conversion, recipe, options, stage, announce) if options.validate else None
+
+        # 7. Both models run; the gate may refuse the result.
+        validation = _validate(conversion, recipe, options, stage) if options.validate else None
+
+        # 8. What people read of it. The folder appears.
         report = _report(conversion, written, validation, recipe_name)
-        report = replace(report, refit=found.refit.report if found and found.refit else None)
+        report = replace(report, refit=calibrated.refit.report if calibrated and calibrated.refit else None)
         _publish(report, conversion, recipe, stage)
     return report
-
-
-def source_of(checkpoint: Checkpoint, model: str) -> Path:
-    """The file or folder of a model, which must survive: of one on the Hub, that in the cache."""
-    path = Path(model).expanduser()
-    return path if path.exists() else checkpoint.folder
-
-
-def _described(model: str, options: ConvertOptions, announce: Announce) -> Model:
-    """From headers alone. Code of the model is not run, but refused here where it would have to."""
-    subject = model_of(open_model(model, None, options.stored_dtype))
-    notes(subject.checkpoint.identity, (*subject.checkpoint.notes, *left_out(subject.checkpoint)))
-    return replace(subject, checkpoint=allow_code(subject.checkpoint, options.trust_remote_code, announce))
-
-
-def _complete(subject: Model, model: str, workspace: Path, options: ConvertOptions, announce: Announce) -> Model:
-    """With all weights at hand, as safetensors."""
-    described = subject.checkpoint
-    if described.absent:
-        announce(f"downloading what the cache lacks of {described.identity}")
-    if not described.is_safetensors:
-        announce("reading weights")
-    found = complete(described, model, workspace, options.stored_dtype)
-    return subject if found is described else model_of(found)
 
 
 def _with_text(recipe: "Recipe", options: ConvertOptions) -> "Recipe":
     return recipe.with_text(options.calibration) if options.calibration else recipe
 
 
-def _check_calibration(subject: Model, recipe: "Recipe") -> None:
+def _check_calibration(model: Model, recipe: "Recipe") -> None:
     """What can be refused before weights are read. Raises RecipeError, CheckpointError."""
     if recipe.sharing.search is not None:
         from sa_convert.search.budget import check_budget
 
-        check_budget(Units(subject.geometry), recipe.sharing.search, recipe.origin)
+        check_budget(Units(model.geometry), recipe.sharing.search, recipe.origin)
     if recipe.refit == "ridge":
-        check_refittable(subject.checkpoint, subject.family, subject.geometry)
+        check_refittable(model.checkpoint, model.family, model.geometry)
 
 
 def _calibrate(
-    subject: Model,
-    recipe: "Recipe",
-    sharing: SharingMap | None,
-    options: ConvertOptions,
-    announce: Announce,
-    refits: bool = True,
+    model: Model, recipe: "Recipe", sharing: SharingMap | None, options: ConvertOptions, *, refits: bool = True
 ) -> "Calibrated":
-    from sa_convert.console.amounts import human_bytes
     from sa_convert.search.calibration import calibrate
 
     announce("loading the model to calibrate it")
-    with trusting(subject.checkpoint.folder, subject.checkpoint.trusted):
-        found = calibrate(
-            subject.checkpoint, subject.family, subject.geometry, recipe, sharing, options.device, options.dtype,
-            options.layer_by_layer, refits, announce,
-        )  # fmt: skip
+    with trusting(model.checkpoint.folder, model.checkpoint.trusted):
+        calibrated = calibrate(model, recipe, sharing, options, refits=refits)
     announce(f"calibrated; peak memory {human_bytes(peak_memory())}")
-    return found
+    return calibrated
 
 
-def _validate(
-    conversion: ConversionPlan, recipe: "Recipe", options: ConvertOptions, stage: Stage, announce: Callable[[str], None]
-) -> Validation:
+def _validate(conversion: ConversionPlan, recipe: "Recipe", options: ConvertOptions, stage: Stage) -> Validation:
     from sa_convert.measure.quality.gate import refuse_if_failed, validate
-    from sa_convert.models.placement import NO_MEMORY
     from sa_convert.texts.text import load_text
 
     announce("validating")
-    with trusting(conversion.checkpoint.folder, conversion.checkpoint.trusted):
-        validation = validate(
-            conversion.checkpoint.folder,
-            stage.folder,
-            load_text(recipe.calibration.text),
-            recipe.gate.max_perplexity_increase,
-            options.device,
-            options.dtype,
-            max_memory=NO_MEMORY if options.layer_by_layer else None,
-        )
+    base, text = conversion.checkpoint, load_text(recipe.calibration.text)
+    with trusting(base.folder, base.trusted):
+        validation = validate(base.folder, stage.folder, text, recipe.gate.max_perplexity_increase, options)
     refuse_if_failed(validation)
     return validation
 
@@ -203,12 +156,10 @@ def _validate(
 def _report(
     conversion: ConversionPlan, written: Written, validation: Validation | None, recipe_name: str | None
 ) -> Report:
-    """Sizes are those of the files as written, and of a real cache where one was measured."""
+    """Sizes are those of the files as written, and of a real cache if one was measured."""
     checkpoint = conversion.checkpoint
     code = checkpoint.code if checkpoint.trusted else ()
-    savings: Savings = replace(
-        conversion.savings, checkpoint_bytes=Change(checkpoint.weight_bytes, written.total_bytes)
-    )
+    savings = replace(conversion.savings, checkpoint_bytes=Change(checkpoint.weight_bytes, written.total_bytes))
     if validation is not None:
         savings = replace(savings, cache_bytes_per_token=validation.cache_bytes_per_token)
     return Report(

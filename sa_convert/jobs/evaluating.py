@@ -1,4 +1,4 @@
-"""Evaluation: one model, or two on the same tokens, never both in memory."""
+"""What `sa-convert evaluate` does: one model, or two on the same tokens, never both in memory."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.domain.evaluation import CopyingLoss, Evaluation, ModelQuality
+from sa_convert.domain.model import RunOptions
 from sa_convert.errors import CheckpointError, SaConvertError
 from sa_convert.measure.quality import copying
 from sa_convert.measure.quality.decode import decode_check, rounding_without_cache
@@ -14,7 +15,7 @@ from sa_convert.measure.quality.divergence import Comparison, KeptLogits
 from sa_convert.measure.quality.gate import DECODED, KINDS, LENGTH, SEQUENCES
 from sa_convert.measure.quality.perplexity import perplexity
 from sa_convert.models.load import embedded_tokens, refuse_foreign_tokens, release_memory
-from sa_convert.models.placement import most_positions, place, positions, read_config, usable_positions
+from sa_convert.models.placement import most_positions, placed, positions, read_config, usable_positions
 from sa_convert.models.quiet import keep_module_cache_clean
 from sa_convert.models.subject import Subject, open_subject
 from sa_convert.models.task import Task, task_of
@@ -26,105 +27,102 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """How to evaluate. length: tokens of a sequence; None: LENGTH, or as many as both models have positions for.
-
-    seed: of the copying probes. device, dtype: see `placement.place`; dtype is also that of the weights that a .gguf
-    file is dequantised to. trust_remote_code: run code in the models' folders that is not ours.
-    """
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(RunOptions):
+    """How to evaluate."""
 
     sequences: int = SEQUENCES
+    """Of the text."""
+
     length: int | None = None
+    """Tokens of a sequence; None: LENGTH, or as many as both models have positions for."""
+
     seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-    trust_remote_code: bool = False
+    """Of the copying probes."""
 
 
-def evaluate(
-    model: str,
-    against: str | None,
-    text: Text,
-    options: EvaluateOptions | None = None,
-    announce: Callable[[str], None] = lambda step: None,
-) -> Evaluation:
+def evaluate(model: str, against: str | None, text: Text, options: EvaluateOptions | None = None) -> Evaluation:
     """Measure `model`, and `against` if it is given, on the validation part of `text` and on copying probes.
 
-    model, against: folders, ordinary or converted, .gguf files, or models on the Hub. announce: told what code of the
-    models is trusted. Converted models run by the code in their folders.
-    What they predict is what `sa_convert.models.task.task_of` says: the next token, masked ones, or spans; the copying
-    probe is for the first, the decode check for models with a cache.
+    model, against: folders, ordinary or converted, .gguf files, or models on the Hub. Converted models run by the code
+    in their folders. What they predict is what `sa_convert.models.task.task_of` says: the next token, masked ones, or
+    spans; the copying probe is for the first, the decode check for models with a cache.
 
     Raises DataError (no language-modelling head, no tokenizer, text too short), CheckpointError (a model that cannot be
-    loaded, two that cannot be compared), OutputError (no room for temporary files), and SaConvertError where a
-    perplexity is not finite or `length` is more than a model has positions.
+    loaded, two that cannot be compared), OutputError (no room for temporary files), and SaConvertError if a perplexity
+    is not finite or `length` is more than a model has positions.
     """
     options = options or EvaluateOptions()
     keep_module_cache_clean()
-    stored = "float32" if options.dtype == "auto" else options.dtype
     with termination_as_exit(), TemporaryDirectory(prefix="sa-convert-evaluate-") as temporary:
-        opened: list[Subject] = []
-        for number, reference in enumerate([model] if against is None else [model, against]):
-            workspace = Path(temporary) / f"model{number}"
-            opened.append(open_subject(reference, workspace, stored, options.trust_remote_code, announce))
-        return _evaluate(opened[0], opened[1] if against is not None else None, text, options, Path(temporary))
+        # 1. Both models, as safetensors; nothing is loaded yet.
+        references = [model] if against is None else [model, against]
+        subjects = [
+            open_subject(reference, Path(temporary) / f"model{number}", options)
+            for number, reference in enumerate(references)
+        ]
 
+        # 2. The same tokens for both.
+        held_out = text.split("validation", KINDS)
+        asked = _asked(subjects, held_out, options)
 
-def _evaluate(
-    subject: Subject, against: Subject | None, text: Text, options: EvaluateOptions, temporary: Path
-) -> Evaluation:
-    subjects = [subject] if against is None else [subject, against]
-    held_out = text.split("validation", KINDS)
-    tokenizer = subject.tokenizer()
-    task = task_of(read_config(subject.folder), tokenizer, subject.name)
-    tokens = token_sequences(tokenizer, held_out, options.sequences, _length(options.length, subjects), task.frame)
-    if against is not None:
-        other_tokenizer = against.tokenizer()
-        other_task = task_of(read_config(against.folder), other_tokenizer, against.name)
-        if task.name != other_task.name:
-            raise CheckpointError(
-                f"{subject.name} does {task.name} prediction and {against.name} {other_task.name} prediction, so they "
-                "cannot be compared: evaluate them one at a time, without --against."
-            )
-        other_tokens = token_sequences(other_tokenizer, held_out, len(tokens), tokens.shape[1], other_task.frame)
-        if task != other_task or not tokens.equal(other_tokens):
-            raise CheckpointError(
-                f"The tokenizers of {subject.name} and {against.name} make different tokens of the same text, so the "
-                "models cannot be compared: evaluate them one at a time, without --against."
-            )
-    probe_length = min([copying.LENGTH, *_limits(subjects)])
-    measure = _Measure(tokenizer, tokens, task, probe_length, options)
-    other = agreement = None
-    if against is None:
-        quality = measure(subject)
-    else:
-        folder = temporary / "logits"
-        folder.mkdir()
-        reference = KeptLogits(folder, len(tokens))
-        other = measure(against, reference.keep)
-        release_memory()
-        comparison = Comparison(reference)
-        quality = measure(subject, comparison.add)
-        agreement = comparison.agreement
+        # 3. The other model, whose logits wait on the disk; then the model. Never are both in memory.
+        other = agreement = None
+        if against is None:
+            quality = asked.measure(subjects[0])
+        else:
+            folder = Path(temporary) / "logits"
+            folder.mkdir()
+            kept = KeptLogits(folder, len(asked.tokens))
+            other = asked.measure(subjects[1], kept.keep)
+            release_memory()
+            comparison = Comparison(kept)
+            quality = asked.measure(subjects[0], comparison.add)
+            agreement = comparison.agreement
+
+    # 4. What was measured.
     return Evaluation(
         text=held_out.name,
-        task=task.name,
-        tokens=task.count(task.scored(tokens)),
-        sequences=tokens.shape[0],
-        length=tokens.shape[1],
+        task=asked.task.name,
+        tokens=asked.task.count(asked.task.scored(asked.tokens)),
+        sequences=asked.tokens.shape[0],
+        length=asked.tokens.shape[1],
         seed=options.seed,
-        probes=copying.PROBES if task.copies else 0,
-        probe_length=probe_length,
+        probes=copying.PROBES if asked.task.copies else 0,
+        probe_length=asked.probe_length,
         model=quality,
         against=other,
         agreement=agreement,
     )
 
 
-@dataclass(frozen=True)
-class _Measure:
-    """Everything that is measured of one model. tokens: (sequences, length)."""
+def _asked(subjects: list[Subject], text: Text, options: EvaluateOptions) -> "_Asked":
+    """Raises CheckpointError if two models cannot be asked the same."""
+    subject, *others = subjects
+    tokenizer = subject.tokenizer()
+    task = task_of(read_config(subject.folder), tokenizer, subject.name)
+    tokens = token_sequences(tokenizer, text, options.sequences, _length(options.length, subjects), task.frame)
+    for other in others:
+        other_tokenizer = other.tokenizer()
+        other_task = task_of(read_config(other.folder), other_tokenizer, other.name)
+        if task.name != other_task.name:
+            raise CheckpointError(
+                f"{subject.name} does {task.name} prediction and {other.name} {other_task.name} prediction, so they "
+                "cannot be compared: evaluate them one at a time, without --against."
+            )
+        other_tokens = token_sequences(other_tokenizer, text, len(tokens), tokens.shape[1], other_task.frame)
+        if task != other_task or not tokens.equal(other_tokens):
+            raise CheckpointError(
+                f"The tokenizers of {subject.name} and {other.name} make different tokens of the same text, so the "
+                "models cannot be compared: evaluate them one at a time, without --against."
+            )
+    probe_length = min([copying.LENGTH, *_limits(subjects)])
+    return _Asked(tokenizer=tokenizer, tokens=tokens, task=task, probe_length=probe_length, options=options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What every model is asked. tokens: (sequences, length). probe_length: tokens of a copying probe."""
 
     tokenizer: Any
     tokens: "torch.Tensor"
@@ -132,11 +130,11 @@ class _Measure:
     probe_length: int
     options: EvaluateOptions
 
-    def __call__(
+    def measure(
         self, subject: Subject, observe: "Callable[[torch.Tensor], None]" = lambda logits: None
     ) -> ModelQuality:
         """observe: called with the scored logits of each sequence of the text."""
-        placement = place(subject.folder, self.options.device, self.options.dtype)
+        placement = placed(subject.folder, self.options)
         with subject.load(placement) as loaded:
             model = loaded.model
             refuse_foreign_tokens(subject.folder, embedded_tokens(model), self.tokens, self.task.inserted)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sa_convert.domain.model import RunOptions
 from sa_convert.errors import CheckpointError, SaConvertError
 from sa_convert.models.auto_class import TASKS, auto_class_name
 
@@ -65,6 +66,11 @@ def place(
     if max_memory is None and computed.itemsize > fits:
         max_memory = _bounds(device)
     return Placement(device, computed, stored, max_memory)
+
+
+def placed(folder: Path, run: RunOptions) -> Placement:
+    """As `place`, by what the user asks for."""
+    return place(folder, run.device, run.dtype, NO_MEMORY if run.layer_by_layer else None)
 
 
 def weight_bytes(folder: Path) -> int:

@@ -4,15 +4,16 @@ An ordinary model runs by the code of transformers. A converted one runs by the 
 run it; that is done without asking only where this code is, byte for byte, what this version of sa-convert writes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import sa_convert.runtime
-from sa_convert.console.progress import notes
+from sa_convert.console.progress import announce, notes
 from sa_convert.domain.checkpoint import Checkpoint
+from sa_convert.domain.model import RunOptions
 from sa_convert.domain.report import BaseModel
 from sa_convert.errors import CheckpointError
 from sa_convert.families.family import PREFIX
@@ -47,34 +48,28 @@ class Subject:
         return load_tokenizer(self.folder, self.converted or self.trusted, "")
 
 
-def open_subject(
-    reference: str,
-    workspace: Path,
-    stored_dtype: str,
-    trust_remote_code: bool,
-    announce: Callable[[str], None] = lambda step: None,
-) -> Subject:
+def open_subject(reference: str, workspace: Path, run: RunOptions) -> Subject:
     """The model that the user calls `reference`: a folder, ordinary or converted, a .gguf file, or one on the Hub.
 
-    workspace: where a model that is not in safetensors is written as such, in `stored_dtype` if it is quantised.
-    Raises CheckpointError, UnsupportedModelError, OutputError; CheckpointError, too, for code in the folder that is not
-    ours and would have to run, unless trust_remote_code; what of a model on the Hub is not in the cache is downloaded.
-    announce: told what code is trusted.
+    workspace: where a model that is not in safetensors is written as such. What of a model on the Hub is not in the
+    cache is downloaded; what code is trusted is told on stderr. Raises CheckpointError, UnsupportedModelError,
+    OutputError; CheckpointError, too, for code in the folder that is not ours and would have to run, unless it is
+    trusted.
     """
     keep_module_cache_clean()
     from transformers import CONFIG_MAPPING
 
-    checkpoint = open_model(reference, None, stored_dtype)
+    checkpoint = open_model(reference, None, run.stored_dtype)
     notes(checkpoint.identity, checkpoint.notes)
     converted = str(checkpoint.config.get("model_type")).startswith(PREFIX)
     named = not converted and bool(list(code_references(checkpoint)))
     own = checkpoint.config.get("auto_map") and checkpoint.config.get("model_type") not in CONFIG_MAPPING
-    if named and own and not trust_remote_code:
+    if named and own and not run.trust:
         raise CheckpointError(
             f"{reference}: transformers does not know this type of model, but the folder names code that does: look at "
             "the code, then use --trust-remote-code to run it."
         )
-    if trust_remote_code and named:
+    if run.trust and named:
         refuse_code_elsewhere(checkpoint)
         announce(f"trusting {shown_code(checkpoint)}")
     if not checkpoint.is_safetensors:
@@ -83,14 +78,14 @@ def open_subject(
         needed = checkpoint.weight_bytes
         require_space(workspace.parent, needed, f"The weights of {reference} as safetensors", "a folder with those")
     # The code of a converted model is compared with ours before it runs.
-    trusted = replace(checkpoint, trusted=converted or (trust_remote_code and named))
-    checkpoint = complete(trusted, reference, workspace, stored_dtype)
-    if converted and not trust_remote_code and (fault := foreign_code(checkpoint)):
+    trusted = replace(checkpoint, trusted=converted or (run.trust and named))
+    checkpoint = complete(trusted, reference, workspace, run.stored_dtype)
+    if converted and not run.trust and (fault := foreign_code(checkpoint)):
         raise CheckpointError(
             f"{reference}: {fault}, not what this version of sa-convert writes, and evaluating the model would run "
             "it: look at the code, then use --trust-remote-code, or convert the model again."
         )
-    return Subject(BaseModel.of(checkpoint.identity).id, checkpoint.folder, converted, trust_remote_code)
+    return Subject(BaseModel.of(checkpoint.identity).id, checkpoint.folder, converted, run.trust)
 
 
 def foreign_code(checkpoint: Checkpoint) -> str | None:

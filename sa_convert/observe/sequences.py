@@ -68,6 +68,7 @@ def calibration_set(
     text: Text,
     sequences: int,
     length: int,
+    *,
     seed: int = 0,
     written: "torch.Tensor | None" = None,
     task: Task = NEXT_TOKEN,

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.domain.calibrated import Measure
-from sa_convert.domain.checkpoint import Checkpoint
-from sa_convert.domain.geometry import ModelGeometry
+from sa_convert.domain.model import Model, RunOptions
 from sa_convert.domain.units import Units
 from sa_convert.errors import DataError
-from sa_convert.families.family import Family
 from sa_convert.models.load import load_base, load_tokenizer
-from sa_convert.models.placement import NO_MEMORY, Placement, place, positions
+from sa_convert.models.placement import Placement, placed, positions
 from sa_convert.models.task import NEXT_TOKEN, task_of
 from sa_convert.observe.probe import Probe
 from sa_convert.observe.sequences import CalibrationSet, calibration_set
@@ -26,15 +24,14 @@ WRITTEN_PART = 3
 """One sequence in so many is written by the model, where the text is built-in and the model fits in memory."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Session:
     """probe: around the base model. samples: what is learned from and judged on. measure: how costs are measured.
 
     streamed: the model does not fit in memory, so its weights come from the disk layer by layer.
     """
 
-    checkpoint: Checkpoint
-    family: Family
+    model: Model
     units: Units
     probe: Probe
     tokenizer: Any
@@ -50,29 +47,21 @@ class Session:
 
 @contextmanager
 def open_session(
-    checkpoint: Checkpoint,
-    family: Family,
-    geometry: ModelGeometry,
-    calibration: "Calibration",
-    device: str = "auto",
-    dtype: str = "auto",
-    seed: int = 0,
-    layer_by_layer: bool = False,
+    model: Model, calibration: "Calibration", run: RunOptions | None = None, seed: int = 0
 ) -> Iterator[Session]:
-    """Load the base model in `checkpoint.folder` (safetensors or .bin) and make the calibration set.
+    """Load the base model in the checkpoint's folder (safetensors or .bin) and make the calibration set.
 
-    device, dtype: see `sa_convert.models.placement.place`. layer_by_layer: keep one layer's weights in memory at a
-    time even if all would fit. Raises DataError (text, tokenizer, no language-modelling head) and
-    CheckpointError (model).
+    Raises DataError (text, tokenizer, no language-modelling head) and CheckpointError (model).
     """
     if calibration.sequences < 2:
         raise DataError("Calibration needs at least 2 sequences, of which one is held out: write more in the recipe.")
-    tokenizer = load_tokenizer(checkpoint.folder)
-    task = task_of(checkpoint.config, tokenizer, f"The model in {checkpoint.folder}")
+    folder, run = model.checkpoint.folder, run or RunOptions()
+    tokenizer = load_tokenizer(folder)
+    task = task_of(model.checkpoint.config, tokenizer, f"The model in {folder}")
     text = load_text(calibration.text)
-    placement = place(checkpoint.folder, device, dtype, NO_MEMORY if layer_by_layer else None)
-    length = min(calibration.length, positions(checkpoint.folder) or calibration.length)
-    with load_base(checkpoint.folder, placement) as loaded:
+    placement = placed(folder, run)
+    length = min(calibration.length, positions(folder) or calibration.length)
+    with load_base(folder, placement) as loaded:
         embeddings = loaded.model.get_input_embeddings().weight.shape[0]
         written = None
         own = calibration.sequences // WRITTEN_PART
@@ -80,7 +69,16 @@ def open_session(
             from sa_convert.observe.written import written_by
 
             written = written_by(loaded.model, tokenizer, own, length, seed)
-        samples = calibration_set(tokenizer, embeddings, text, calibration.sequences, length, seed, written, task)
-        probe = Probe(loaded.model, family)
-        measure: Measure = "fisher" if placement.max_memory is None else "output error"
-        yield Session(checkpoint, family, Units(geometry), probe, tokenizer, samples, measure, placement, seed)
+        samples = calibration_set(
+            tokenizer, embeddings, text, calibration.sequences, length, seed=seed, written=written, task=task
+        )
+        yield Session(
+            model=model,
+            units=Units(model.geometry),
+            probe=Probe(loaded.model, model.family),
+            tokenizer=tokenizer,
+            samples=samples,
+            measure="fisher" if placement.max_memory is None else "output error",
+            placement=placement,
+            seed=seed,
+        )

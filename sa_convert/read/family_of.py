@@ -51,7 +51,9 @@ def family_of(config: Mapping[str, Any], tensors: Iterable[str] = ()) -> Family:
 def type_of(config: Mapping[str, Any]) -> Any:
     """The model type that transformers goes by: it takes a Mistral that lists its layers' types for a Ministral."""
     model_type = config.get("model_type")
-    return "ministral" if model_type == "mistral" and "layer_types" in config else model_type
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    key, other = family.taken_for if family is not None and family.taken_for else (None, None)
+    return other if key in config else model_type
 
 
 def architecture_of(config: Mapping[str, Any], family: Family) -> str:

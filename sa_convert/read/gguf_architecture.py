@@ -1,8 +1,16 @@
-"""What GGUF calls the metadata and tensors of a kind of models, and what transformers calls them."""
+"""What GGUF calls the metadata and tensors of a kind of models, and what transformers calls them.
+
+Each architecture of GGUF has a file in gguf_architectures/, whose keys are the fields of `Architecture`.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from sa_convert.families.entries import Entries, made
+
+HOME = Path(__file__).parent / "gguf_architectures"
 
 
 @dataclass(frozen=True)
@@ -11,48 +19,49 @@ class Architecture:
 
     A file's `general.architecture` chooses it. What it does not name is refused by `gguf_config` and `gguf_tensors`, so
     that nothing which llama.cpp computes with is lost unsaid.
-
-    keys: config keys by metadata key, which is told without the architecture's name. Two metadata keys that stand for
-    one config key must agree.
-    fixed: config values that the architecture implies.
-    neutral: by metadata key, the values with which llama.cpp computes what transformers does; others are refused.
-    tensors: module names by GGUF name, without ".weight" or ".bias". {} is the number of the layer; [] that of the
-        expert, one for each matrix of the tensor.
-    whole: tensors whose names have no such ending, name by name.
-    biased: modules, by their GGUF names, that have a bias in every model of the type.
-    biases: modules that have a bias if a config key is set, by that key.
-    transposed: modules whose weights transformers keeps with rows and columns exchanged.
-    unsqueezed: modules whose weights get one more dimension, of size 1, and the place of that dimension.
-    single: modules whose weights stay float32 where the others are float16.
-    left_out: tensors that change nothing, with the reason.
-    head_size: the config tells the size of a head ("told"), or may tell it if it is not hidden size by heads ("extra"),
-        or cannot ("none").
-    rotary: queries and keys are rotated in "all" of their numbers, in a "part" that the config tells, or not ("none").
-    scalings: the ways to scale positions (rope types of transformers) that the config takes.
-    window: the config tells the window of its sliding layers; layer_types: and which layers those are.
-    scale: the config tells the square of what scores are divided by, under this key.
-    always_tied: the output has the weights of the embedding, and a tensor of its own is a copy of them.
     """
 
     model_type: str
+    """As transformers calls it."""
     keys: Mapping[str, str]
+    """Config keys by metadata key, which is told without the architecture's name. If two metadata keys stand for one
+    config key, they must agree."""
     tensors: Mapping[str, str]
+    """Module names by GGUF name, without ".weight" or ".bias". {} is the number of the layer, [] of the expert, one
+    for each matrix of the tensor. Data files list those of layers ("blk.{}...") as `layers`: see `_architecture`."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Config values that the architecture implies."""
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """By metadata key, the values with which llama.cpp computes what transformers does; others are refused."""
     whole: Mapping[str, str] = field(default_factory=dict)
+    """Tensors whose names have no such ending, name by name."""
     biased: tuple[str, ...] = ()
+    """Modules, by their GGUF names, that have a bias in every model of the type."""
     biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Modules that have a bias if a config key is set, by that key."""
     transposed: tuple[str, ...] = ()
+    """Modules whose weights transformers keeps with rows and columns exchanged."""
     unsqueezed: Mapping[str, int] = field(default_factory=dict)
+    """Modules whose weights get one more dimension, of size 1, and the place of that dimension."""
     single: tuple[str, ...] = ()
+    """Modules whose weights stay float32 if the others are float16."""
     left_out: Mapping[str, str] = field(default_factory=dict)
+    """Tensors that change nothing, with the reason."""
     head_size: str = "told"
+    """Whether the config tells the size of a head: it does ("told"), it may if that is not hidden size by heads
+    ("extra"), or it cannot ("none")."""
     rotary: str = "all"
+    """Queries and keys are rotated in "all" of their numbers, in a "part" that the config tells, or not ("none")."""
     scalings: tuple[str, ...] = ("linear", "yarn", "llama3")
+    """The ways to scale positions (rope types of transformers) that the config takes."""
     window: bool = False
+    """The config tells the window of its sliding layers."""
     layer_types: bool = False
+    """The config tells which layers those are."""
     scale: str | None = None
+    """The config key of the square of what scores are divided by, if it tells that."""
     always_tied: bool = False
+    """The output has the weights of the embedding, and a tensor of its own is a copy of them."""
 
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -84,3 +93,19 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "rescale_every_n_layers": (0,),
 }
 """Values with which a key of any architecture changes nothing: the feature that it tells of is off."""
+
+
+def architectures_in(home: Path) -> Entries[Architecture]:
+    """Every architecture of a folder, by its name in GGUF."""
+    return Entries(home, _architecture)
+
+
+def _architecture(name: str, said: dict[str, Any], where: str) -> Architecture:
+    """`layers` are tensors of a layer: {"attn_q": "self_attn.q_proj"} in "model.layers", or what `layers_in` says."""
+    ours, inside = said.pop("layers", {}), said.pop("layers_in", "model.layers")
+    layers = {f"blk.{{}}.{key}": f"{inside}.{{}}.{module}" for key, module in ours.items()}
+    return made(Architecture, said | {"tensors": {**said.get("tensors", {}), **layers}}, where)
+
+
+ARCHITECTURES = architectures_in(HOME)
+"""Every architecture that sa-convert reads."""

@@ -9,8 +9,7 @@ from typing import Any
 
 from sa_convert.errors import CheckpointError, UnsupportedModelError
 from sa_convert.families.refusals import NO_ENTRY, reason_for
-from sa_convert.read.gguf_architecture import Architecture
-from sa_convert.read.gguf_architectures import ARCHITECTURES
+from sa_convert.read.gguf_architecture import ARCHITECTURES, Architecture
 from sa_convert.read.gguf_attention import attention_config, refuse_groups
 from sa_convert.read.gguf_header import FOLDER, REMAKE, GgufHeader
 from sa_convert.read.gguf_metadata import DEPTH, GROUPS, HIDDEN, Metadata

@@ -4,9 +4,10 @@ Where a type of model has a family, its configuration and model classes are thos
 converted is what these compute. Code of the model's own can only be that of its tokenizer.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
+from sa_convert.console.progress import announce
 from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.errors import CheckpointError, UnsupportedModelError
 from sa_convert.read.hub_download import side_json
@@ -15,8 +16,8 @@ from sa_convert.read.side_files import CUSTOM_GENERATE
 TOKENIZER = "tokenizer_config.json"
 
 
-def allow_code(checkpoint: Checkpoint, trust: bool, announce: Callable[[str], None]) -> Checkpoint:
-    """The checkpoint, trusted if it needs to be and the user says so. announce: told what code that is.
+def allow_code(checkpoint: Checkpoint, trust: bool) -> Checkpoint:
+    """The checkpoint, trusted if it needs to be and the user says so; what code that is, is told on stderr.
 
     Raises UnsupportedModelError where it names code of its own and `trust` is not given, CheckpointError as
     `refuse_code_elsewhere`.

@@ -13,17 +13,6 @@ from sa_convert.read.folder import read_json
 
 PROCESSOR, IMAGES, VIDEOS = "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
 
-CLASSES: Mapping[str, Mapping[str, str]] = {
-    "gemma3": {PROCESSOR: "Gemma3Processor", IMAGES: "Gemma3ImageProcessor"},
-    "trocr": {PROCESSOR: "TrOCRProcessor", IMAGES: "ViTImageProcessor"},
-    "qwen2_5_vl": {
-        PROCESSOR: "Qwen2_5_VLProcessor",
-        IMAGES: "Qwen2VLImageProcessor",
-        VIDEOS: "Qwen2VLVideoProcessor",
-    },
-}
-"""By model type and by the file that should name it, the class that transformers registers. A test compares them."""
-
 _KEYS = {
     IMAGES: ("image_processor_type", "feature_extractor_type"),
     VIDEOS: ("video_processor_type",),
@@ -37,8 +26,8 @@ def processor_configs(checkpoint: Checkpoint, family: Family) -> dict[str, dict[
     The processor's own class may stand in any of several files; if it is in none, the first that the base has gets it.
     Raises CheckpointError for a file that is no JSON object.
     """
-    classes = CLASSES.get(family.model_type)
-    if classes is None:
+    classes = {PROCESSOR: family.processor.main, IMAGES: family.processor.images, VIDEOS: family.processor.videos}
+    if not any(classes.values()):
         return {}
     found = {
         name: read_json(checkpoint.folder / name)
@@ -52,7 +41,7 @@ def processor_configs(checkpoint: Checkpoint, family: Family) -> dict[str, dict[
         changed[home] = {**found.get(home, {}), "processor_class": classes[PROCESSOR]}
     for name in (IMAGES, VIDEOS):
         content = found.get(name)
-        if content is None or name not in classes or _code(content):
+        if content is None or classes[name] is None or _code(content):
             continue
         if not any(key in content or key in checkpoint.config for key in _KEYS[name]):
             changed[name] = {**changed.get(name, content), _KEYS[name][0]: classes[name]}

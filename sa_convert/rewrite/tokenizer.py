@@ -21,12 +21,6 @@ _PLAIN = "PreTrainedTokenizerFast"
 
 TEKKEN = "tekken.json"
 
-MISTRAL_COMMON = ("ministral", "ministral3", "mistral", "mixtral")
-"""The types for which AutoTokenizer reads tekken.json by mistral-common, if that is installed."""
-
-CORRECTED = ("ministral", "mistral")
-"""The types of which `fix_mistral_regex` corrects a tokenizer.json that transformers 4 has saved."""
-
 _PLAIN_NAMES = (_PLAIN, "TokenizersBackend")
 
 
@@ -41,7 +35,7 @@ def tokenizer_config(checkpoint: Checkpoint, family: Family) -> dict[str, Any] |
     if not checkpoint.trusted:
         _refuse_local_code(base)
     has_json = "tokenizer.json" in names
-    tekken = TEKKEN in names and family.model_type in MISTRAL_COMMON
+    tekken = TEKKEN in names and family.tokenizer.mistral_common
     if not (has_json or tekken or names & {"tokenizer.model", "vocab.json", "vocab.txt"}) or "auto_map" in base:
         return None
     declared = base.get("tokenizer_class") or checkpoint.config.get("tokenizer_class")
@@ -99,7 +93,7 @@ def _references(base: Mapping[str, Any]) -> list[str]:
 def _code_of(checkpoint: Checkpoint, family: Family, tekken: bool) -> str | None:
     """The class of ours that does for the converted model what AutoTokenizer does for its base by the model type."""
     written = str(checkpoint.config.get("transformers_version") or "0").partition(".")[0]
-    corrected = family.model_type in CORRECTED and written.isdecimal() and int(written) < 5
+    corrected = family.tokenizer.corrected and written.isdecimal() and int(written) < 5
     if tekken:
         return "CorrectableTekkenTokenizer" if corrected else "TekkenTokenizer"
     return "CorrectableTokenizer" if corrected and Path("tokenizer.json") in checkpoint.side_files else None

@@ -1,14 +1,12 @@
 """Calibration as a whole: what a recipe leaves to be found on text, its map and its refitted matrices."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sa_convert.domain.checkpoint import Checkpoint
-from sa_convert.domain.geometry import ModelGeometry
+from sa_convert.console.progress import announce
+from sa_convert.domain.model import Model, RunOptions
 from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.domain.units import Units
-from sa_convert.families.family import Family
 from sa_convert.heal.refit import Refit, refit
 from sa_convert.observe.session import Session, open_session
 from sa_convert.observe.tried import Reference
@@ -30,31 +28,20 @@ class Calibrated:
 
 
 def calibrate(
-    checkpoint: Checkpoint,
-    family: Family,
-    geometry: ModelGeometry,
-    recipe: "Recipe",
-    sharing: SharingMap | None,
-    device: str = "auto",
-    dtype: str = "auto",
-    layer_by_layer: bool = False,
-    refits: bool = True,
-    announce: Callable[[str], None] = lambda step: None,
+    model: Model, recipe: "Recipe", sharing: SharingMap | None, run: RunOptions, *, refits: bool = True
 ) -> Calibrated:
     """Search and refit as the recipe says.
 
-    checkpoint: with its weights in `folder`. sharing: the recipe's map; None: to be searched. refits: False leaves the
-    refit out. layer_by_layer: see `open_session`. announce: told each step. Raises RecipeError (a budget that cannot be
-    met), DataError (text, tokenizer) and CheckpointError (a model that cannot be loaded, or overflows).
+    model: with its weights in the checkpoint's folder. sharing: the recipe's map; None: to be searched. refits: False
+    leaves the refit out. Raises RecipeError (a budget that cannot be met), DataError (text, tokenizer) and
+    CheckpointError (a model that cannot be loaded, or overflows).
     """
     refits = refits and recipe.refit == "ridge"
     search = recipe.sharing.search
     if sharing is None:
         assert search is not None
-        check_budget(Units(geometry), search, recipe.origin)
-    with open_session(
-        checkpoint, family, geometry, recipe.calibration, device, dtype, layer_by_layer=layer_by_layer
-    ) as session:
+        check_budget(Units(model.geometry), search, recipe.origin)
+    with open_session(model, recipe.calibration, run) as session:
         how = f"{len(session.samples.fit)} sequences of {session.samples.text}"
         announce(f"calibrating on {how}; costs by {session.measure}")
         reference = Reference(session.probe, session.samples.held_out)

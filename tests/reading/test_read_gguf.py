@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from sa_convert.errors import CheckpointError, SaConvertError, UnsupportedModelError
-from sa_convert.read.gguf_architectures import ARCHITECTURES
+from sa_convert.read.gguf_architecture import ARCHITECTURES
 from sa_convert.read.open_model import open_model
 from support.gguf_files import VOCABULARY, llama3_tensor, rope_keys, write_gguf
 

@@ -20,7 +20,7 @@ def refusal(config, tensors=()):
     ("types", "words"),
     [
         ("gpt_neo mpt codegen ctrl xlm xlnet openai-gpt cpmant", "code of its own"),
-        ("mamba falcon_mamba rwkv xlstm", "no attention weights to share"),
+        ("mamba falcon_mamba rwkv xlstm", "no attention probabilities to share"),
         ("nemotron_h zamba zamba2", "hybrid layers"),
         ("afmoe beam laguna lfm3 hrm_text", "gates the attention's output"),
         ("granite_swa granitemoe_swa", "sinks"),

@@ -17,12 +17,13 @@ from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.families.table import FAMILIES
 from sa_convert.read.family_of import family_of
 from sa_convert.read.folder import open_folder
-from sa_convert.rewrite.processor import CLASSES, IMAGES, PROCESSOR, VIDEOS
+from sa_convert.rewrite.processor import IMAGES, PROCESSOR
 from sa_convert.rewrite.rewrite import rewrite_checkpoint
-from sa_convert.rewrite.tokenizer import MISTRAL_COMMON
 from support.cli_cases import edit_json
 from support.make_checkpoint import tiny_llama
 from support.processes import run_cli
+
+MISTRAL_COMMON = [name for name, family in FAMILIES.items() if family.tokenizer.mistral_common]
 
 DIGITS = r"\p{N}{1,3}|[^\p{N}]+"
 TEXT = "12 goats, 345 boats"
@@ -159,13 +160,13 @@ def test_processor_classes_are_those_of_transformers():
     # The table itself is empty where torchvision is not installed.
     videos = dict(re.findall(r'\("(\w+)", \{"torchvision": "(\w+)"', inspect.getsource(video_processing_auto)))
     assert len(videos) > 10
-    tables = {PROCESSOR: PROCESSOR_MAPPING_NAMES, IMAGES: IMAGE_PROCESSOR_MAPPING_NAMES, VIDEOS: videos}
-    for model_type in FAMILIES:
-        for file, table in tables.items():
+    tables = {"main": PROCESSOR_MAPPING_NAMES, "images": IMAGE_PROCESSOR_MAPPING_NAMES, "videos": videos}
+    for model_type, family in FAMILIES.items():
+        for kind, table in tables.items():
             registered = table.get(model_type)
             if isinstance(registered, dict):
                 registered = registered.get("torchvision")
-            assert CLASSES.get(model_type, {}).get(file) == registered, (model_type, file)
+            assert getattr(family.processor, kind) == registered, (model_type, kind)
 
 
 PARTS = {

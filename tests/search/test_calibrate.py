@@ -224,7 +224,7 @@ def tokenizer(tmp_path_factory):
 
 
 def test_calibration_sets_are_repeatable_broad_and_hold_samples_out(tokenizer):
-    made = [calibration_set(tokenizer, 120, load_text("builtin"), 20, 64, seed) for seed in (0, 0, 1)]
+    made = [calibration_set(tokenizer, 120, load_text("builtin"), 20, 64, seed=seed) for seed in (0, 0, 1)]
     first, second, other = ([s.tokens.tolist() for s in (*found.fit, *found.held_out)] for found in made)
     assert first == second
     assert first != other
@@ -237,7 +237,7 @@ def test_calibration_sets_are_repeatable_broad_and_hold_samples_out(tokenizer):
 
 
 def test_repetitions_are_scored_where_they_repeat(tokenizer):
-    for sample in calibration_set(tokenizer, 120, load_text("builtin"), 20, 200, 0).fit:
+    for sample in calibration_set(tokenizer, 120, load_text("builtin"), 20, 200).fit:
         if sample.repetition:
             tokens, at = sample.tokens.tolist(), sample.scored.tolist().index(True)
             period = next(

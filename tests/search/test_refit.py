@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sa_convert.domain.model import RunOptions
 from sa_convert.domain.recipe import Calibration
 from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.heal.refit import fit_layers, refit
@@ -42,9 +43,8 @@ def base(request, tmp_path_factory):
 
 
 def open_base(folder):
-    subject = model_of(open_model(str(folder)))
-    calibration = Calibration(sequences=16, length=48)
-    return open_session(subject.checkpoint, subject.family, subject.geometry, calibration, device="cpu")
+    model = model_of(open_model(str(folder)))
+    return open_session(model, Calibration(sequences=16, length=48), RunOptions(device="cpu"))
 
 
 def divergence(model, rows, samples, changes, output):
@@ -70,11 +70,11 @@ def test_held_out_samples_are_never_worse_with_the_refit(base, name):
 
     sharing = MAPS[name]
     with open_base(base) as session:
-        if session.family.model_type == "gemma2" and name != "some heads":
+        if session.model.family.model_type == "gemma2" and name != "some heads":
             pytest.skip("layers of two kinds alternate")  # such maps are refused before
         reference = Reference(session.probe, session.samples.held_out)
         found = refit(session, sharing.layers, reference)
-        samples, output = session.samples.held_out, session.family.modules.output
+        samples, output = session.samples.held_out, session.model.family.modules.output
     model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
     rows = {layer: list(row) for layer, row in sharing.layers.items()}
     before = divergence(model, rows, samples, {}, output)
@@ -101,10 +101,9 @@ def test_each_kept_layer_lowers_the_error_on_text_and_on_repetition(base):
 def test_a_layer_whose_error_is_random_keeps_its_projection(tmp_path):
     """Where sharing changes nothing, there is nothing to fit."""
     folder = save_planted(tmp_path / "base", {0: 0})
-    subject = model_of(open_model(str(folder)))
-    calibration = Calibration(sequences=8, length=48)
+    model = model_of(open_model(str(folder)))
     exact = SharingMap({1: ((0, 0), (0, 1), *[None] * 6)})
-    with open_session(subject.checkpoint, subject.family, subject.geometry, calibration, device="cpu") as session:
+    with open_session(model, Calibration(sequences=8, length=48), RunOptions(device="cpu")) as session:
         found = refit(session, exact.layers, Reference(session.probe, session.samples.held_out))
     assert found.report.before.divergence < 1e-7
     assert all(change.abs().max() < 1e-3 for change in found.changes.values())

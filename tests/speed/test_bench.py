@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sa_convert.domain.benchmark import Spread
+from sa_convert.domain.model import RunOptions
 from sa_convert.errors import CheckpointError, OutputError, SaConvertError
 from sa_convert.jobs.benchmarking import bench
 from sa_convert.measure.speed import peak_memory as memory
@@ -307,7 +308,7 @@ def test_models_that_cannot_be_compared(base, tmp_path):
 
 def test_contexts_and_positions(base, tmp_path):
     def subject(folder):
-        return open_subject(str(folder), tmp_path / "workspace", "float32", False)
+        return open_subject(str(folder), tmp_path / "workspace", RunOptions())
 
     with pytest.raises(SaConvertError, match=r"base: a context of 254 and 3 new tokens is more than .* 256 positions"):
         bench(str(base), str(base), BenchOptions(**{**vars(SMALL), "contexts": (8, 254)}))
@@ -336,7 +337,7 @@ def test_what_goes_wrong_in_a_process(base, tmp_path):
         with pytest.raises(SaConvertError, match="base: cannot be run: "):
             worker.ask("begin", context=1, batch=1, steps=1)  # nothing is loaded
         with pytest.raises(CheckpointError, match="no weights"):
-            worker.ask("load", **{**load_request(base), "folder": str(tmp_path)})
+            worker.ask("load", **load_request(tmp_path))
         worker._process.kill()
         with pytest.raises(SaConvertError, match=r"base: the process that ran it was killed, .* lack of memory"):
             worker.ask("end")
@@ -349,10 +350,8 @@ def test_what_goes_wrong_in_a_process(base, tmp_path):
 
 
 def load_request(folder: Path) -> dict:
-    return {
-        "name": "base", "folder": str(folder), "converted": False, "trusted": False, "device": "cpu", "dtype": "auto",
-        "attention": None, "static": False, "threads": 1, "seed": 0,
-    }  # fmt: skip
+    subject = {"name": "base", "folder": str(folder), "converted": False, "trusted": False}
+    return {"subject": subject, "options": {"device": "cpu", "threads": 1}}
 
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])

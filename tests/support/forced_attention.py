@@ -1,7 +1,7 @@
-"""The reference: the unmodified base model, with attention weights of reusing heads forced to their sources'.
+"""The reference: the unmodified base model, with probabilities of borrowers forced to their sources'.
 
-It shares no code with sa_convert. The family's own eager attention function computes every head; then the weights of
-reusing heads are overwritten, and the output is computed again from the weights and the values.
+It shares no code with sa_convert. The family's own eager attention function computes every head. Then the
+probabilities of borrowers are overwritten, and the output is computed again from them and the values.
 """
 
 import sys

@@ -43,7 +43,7 @@ def _probabilities(
 
 
 class _Forced(TorchFunctionMode):
-    """Overwrites the probabilities of reusing heads. running: the layers whose attention runs, innermost last."""
+    """Overwrites the probabilities of borrowers. running: the layers whose attention runs, innermost last."""
 
     def __init__(self, rows: dict[int, list]) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class _Forced(TorchFunctionMode):
         layer = self.running[-1]
         assert layer not in self.probabilities, f"two softmaxes in the attention of layer {layer}"
         row = self.rows.get(layer) or ()
-        # (B, H, T, S or, where a sink is appended, S + 1: the last column has no value and is dropped later)
+        # (B, H, T, S or, if a sink is appended, S + 1: the last column has no value and is dropped later)
         forced = result.clone() if result.dim() == 4 or not row else result.unflatten(0, (-1, len(row))).clone()
         for head, source in enumerate(row):
             if source is not None:
@@ -107,7 +107,7 @@ def forced(model: nn.Module, attentions: Sequence[nn.Module | None], rows: dict[
     """While open, one forward pass of `model` attends by the map.
 
     attentions: the attention module of each layer, None for a layer without. rows: {layer: [None or
-    [source layer, source head], ...]}. AssertionError where attention of a layer in the map made no probabilities.
+    [source layer, source head], ...]}. AssertionError if attention of a layer in the map made no probabilities.
     """
     mode = _Forced(rows)
     with _watched(mode, attentions):

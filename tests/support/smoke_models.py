@@ -207,7 +207,7 @@ def smoke_config(model_type: str) -> Any:
 def smoke_model(model_type: str) -> Any:
     """A random model in eager mode, every weight, bias and norm away from its initial value.
 
-    Raises ValueError where it cannot be tiny, and whatever transformers raises where it cannot be built.
+    Raises ValueError if it cannot be tiny, and whatever transformers raises if it cannot be built.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -227,7 +227,7 @@ def smoke_model(model_type: str) -> Any:
 
 def smoke_map(geometry: ModelGeometry, layers: list[int]) -> dict[int, list]:
     """A random map of the most demanding kind, among these layers: of those of a kind, the first owns its attention,
-    the others reuse single heads, all heads, and whole KV groups in turn; where only layers can, every other one does.
+    the others borrow single heads, all heads, and whole KV groups in turn; if only layers can, every other one does.
     """
     chance = random.Random(0)
     classes: dict = {}

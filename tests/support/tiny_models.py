@@ -182,7 +182,7 @@ def with_cache(model, cache):
 
 
 def attentions_of(model, entry):
-    """The attention modules of all layers, in the order in which layers are numbered; None where there is none."""
+    """The attention modules of all layers, in the order in which layers are numbered; None if there is none."""
     found = []
     for stack in entry.all_stacks:
         for layer in model.get_submodule(stack.layers):
@@ -266,7 +266,7 @@ def kinds_of(model_type: str) -> list[str]:
 
 
 def write_recipe(path: Path, rows: dict[int, list], stacks: tuple = (), **keys) -> Path:
-    """A recipe with an explicit map (JSON is YAML). stacks: names and depths, where a model has several."""
+    """A recipe with an explicit map (JSON is YAML). stacks: names and depths, if a model has several."""
     content = {}
     for layer, row in rows.items():
         name, first = "", 0

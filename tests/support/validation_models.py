@@ -49,7 +49,7 @@ def save_base(folder: Path, family: str = "llama", dtype: torch.dtype = torch.fl
 
 
 def save_converted(base: Path, folder: Path, source: int = 1, span: tuple[int, ...] = (2, 3)) -> Path:
-    """The base with the layers of a span reusing all heads of a source layer, as convert writes it."""
+    """The base with the layers of a span borrowing from all heads of a source layer, as convert writes it."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     family = FAMILIES[model.config.model_type]
     options = model.config.to_dict()

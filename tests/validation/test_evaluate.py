@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from sa_convert.domain.model import RunOptions
 from sa_convert.errors import CheckpointError, SaConvertError
 from sa_convert.jobs.evaluating import EvaluateOptions, evaluate
 from sa_convert.measure.quality.copying import Probes, copying_loss
@@ -138,14 +139,16 @@ def test_pickled_weights(base, tmp_path):
 
 def test_bfloat16_has_a_tolerance_of_its_own(tmp_path, base):
     half = save_base(tmp_path / "half", dtype=torch.bfloat16)
-    check = evaluate(str(half), None, load_text("builtin"), EvaluateOptions(2, 64, dtype="bfloat16")).model.decode_check
+    check = evaluate(
+        str(half), None, load_text("builtin"), EvaluateOptions(sequences=2, length=64, dtype="bfloat16")
+    ).model.decode_check
     assert check.passed
     assert check.tolerance > 1e-3
     assert rounding_without_cache(AutoModelForCausalLM.from_pretrained(base), torch.arange(2, 40)) == 0
 
 
 def test_convert_reports_the_same_probe(base, converted):
-    copying = validate(base, converted, load_text("builtin"), None, "cpu", sequences=2, length=64).copying
+    copying = validate(base, converted, load_text("builtin"), None, sequences=2, length=64).copying
     found = evaluate(str(converted), str(base), load_text("builtin"), OPTIONS)
     assert (copying.period, copying.tokens) == (128, 8 * 128)
     assert copying.before == found.against.headline.loss
@@ -167,10 +170,10 @@ def test_changed_code_runs_only_where_it_is_trusted(copied, tmp_path):
 def test_every_way_to_foreign_code_is_found(converted, copied):
     def fault(folder):
         with pytest.raises(CheckpointError) as caught:
-            open_subject(str(folder), folder.parent / "workspace", "float32", False)
+            open_subject(str(folder), folder.parent / "workspace", RunOptions())
         return str(caught.value)
 
-    opened = open_subject(str(converted), converted.parent / "workspace", "float32", False)
+    opened = open_subject(str(converted), converted.parent / "workspace", RunOptions())
     assert (opened.name, opened.converted) == ("converted", True)
     custom = copied / "custom_generate" / "generate.py"
     custom.parent.mkdir()

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from sa_convert.domain.model import RunOptions
 from sa_convert.domain.report import GateResult
 from sa_convert.errors import CheckpointError, DataError, GateRefused, SaConvertError
 from sa_convert.measure.quality.cache_bytes import cache_bytes_per_token
@@ -29,7 +30,7 @@ from sa_convert.models.tokens import token_sequences
 from sa_convert.texts.text import load_text
 from support.validation_models import VOCABULARY, save_base, save_converted, tiny_config
 
-SMALL = {"sequences": 3, "length": 96, "device": "cpu"}
+SMALL = {"sequences": 3, "length": 96, "run": RunOptions(device="cpu")}
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def test_agreement_equals_numpy(base, converted, monkeypatch):
     assert found.kl == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=1e-5)
     assert found.top1 == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean())
     full = SimpleNamespace(total=10**12, used=10**12, free=0)
-    monkeypatch.setattr("sa_convert.measure.quality.divergence.shutil.disk_usage", lambda _: full)
+    monkeypatch.setattr("sa_convert.output.disk_space.shutil.disk_usage", lambda _: full)
     assert validate(base, converted, load_text("builtin"), None, **SMALL).agreement is None
 
 
@@ -135,7 +136,7 @@ from sa_convert.measure.quality.gate import validate
 from sa_convert.models.load import load_converted
 from sa_convert.models.placement import place
 base, converted = Path({str(base)!r}), Path({str(converted)!r})
-validate(base, converted, load_text("builtin"), None, "cpu", sequences=2, length=64)
+validate(base, converted, load_text("builtin"), None, sequences=2, length=64)
 from transformers import AutoConfig
 assert type(AutoConfig.from_pretrained(converted)).__module__.startswith("sa_convert."), "not registered"
 with load_converted(converted, place(base, "cpu")) as loaded:
@@ -188,7 +189,9 @@ def test_float16_is_computed_in_float32_on_a_cpu_and_its_cache_counts_as_float16
 def test_bfloat16_passes_with_the_tolerance_of_its_base(tmp_path):
     half = save_base(tmp_path / "half", dtype=torch.bfloat16)
     shared = save_converted(half, tmp_path / "shared")
-    validation = validate(half, shared, load_text("builtin"), None, dtype="bfloat16", **SMALL)
+    validation = validate(
+        half, shared, load_text("builtin"), None, **{**SMALL, "run": RunOptions(device="cpu", dtype="bfloat16")}
+    )
     assert validation.perplexity.dtype == "bfloat16"
     assert validation.decode_check.passed
     assert validation.decode_check.max_abs_logit_difference > 1e-3

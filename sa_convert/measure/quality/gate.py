@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.domain.evaluation import CopyingLoss
+from sa_convert.domain.model import RunOptions
 from sa_convert.domain.report import Change, CopyingReport, GateResult, PerplexityReport, Validation
 from sa_convert.errors import CheckpointError, GateRefused
 from sa_convert.measure.quality import stored_dtype as stored
@@ -25,7 +26,7 @@ from sa_convert.models.load import (
     refuse_foreign_tokens,
     release_memory,
 )
-from sa_convert.models.placement import Placement, place, positions, read_config
+from sa_convert.models.placement import Placement, placed, positions, read_config
 from sa_convert.models.quiet import keep_module_cache_clean
 from sa_convert.models.task import Task, task_of
 from sa_convert.models.tokens import token_sequences
@@ -48,8 +49,8 @@ def validate(
     converted: Path,
     text: Text,
     max_perplexity_increase: float | None,
-    device: str = "auto",
-    dtype: str = "auto",
+    run: RunOptions | None = None,
+    *,
     sequences: int = SEQUENCES,
     length: int = LENGTH,
     max_memory: Mapping[int | str, int] | None = None,
@@ -57,15 +58,14 @@ def validate(
     """Measure the base model and then the converted one, never both in memory, on the validation part of `text`.
 
     What the models predict is what `sa_convert.models.task.task_of` says of them: the next token, masked ones, or
-    spans.
-    The copying probe is for the first, the decode check for models with a cache.
+    spans. The copying probe is for the first, the decode check for models with a cache.
 
     base, converted: folders; the converted model runs by the code in its folder. max_perplexity_increase: the gate,
-    0.05 is 5%, or None for no limit. device, dtype, max_memory: see `placement.place`. sequences of `length` tokens,
-    fewer tokens where the model has fewer positions.
+    0.05 is 5%, or None for no limit. sequences of `length` tokens, fewer tokens if the model has fewer positions.
+    max_memory: see `placement.place`.
 
     Raises DataError (no language-modelling head, no tokenizer, text too short), CheckpointError (a model that cannot be
-    loaded), and GateRefused where a perplexity is not finite; every other verdict is in the result, for
+    loaded), and GateRefused if a perplexity is not finite; every other verdict is in the result, for
     `refuse_if_failed`.
     """
     keep_module_cache_clean()
@@ -78,32 +78,43 @@ def validate(
     same = task == task_of(read_config(converted), other, "The converted model")
     if not (same and tokens.equal(token_sequences(other, held_out, len(tokens), tokens.shape[1], task.frame))):
         raise CheckpointError("The tokenizer in the converted folder makes other tokens than the base model's.")
-    placement = place(base, device, dtype, max_memory)
+    placement = placed(base, run or RunOptions())
+    if max_memory is not None:
+        placement = replace(placement, max_memory=max_memory)
     with TemporaryDirectory(prefix="sa-convert-logits-") as kept:
-        reference = Predictions(Path(kept), min(COMPARED, len(tokens)))
-        measured = _measure_base(base, placement, tokens, task, tokenizer, min(LENGTH, limit or LENGTH), reference)
+        asked = _Questions(
+            tokens=tokens,
+            task=task,
+            placement=placement,
+            predictions=Predictions(Path(kept), min(COMPARED, len(tokens))),
+        )
+        measured = _measure_base(base, asked, tokenizer, min(LENGTH, limit or LENGTH))
         release_memory()
         if stored.is_wider(placement):
             in_files = stored.in_stored_dtype(partial(load_base, base), placement, tokens, task, "base")
             measured = replace(measured, stored=in_files)
-        return _measure_converted(
-            converted, placement, tokens, task, measured, reference, held_out.name, max_perplexity_increase
-        )
+        return _measure_converted(converted, asked, measured, held_out.name, max_perplexity_increase)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Questions:
+    """What both models are asked. tokens: (sequences, length). predictions: those of the base, kept to be compared."""
+
+    tokens: "torch.Tensor"
+    task: Task
+    placement: Placement
+    predictions: Predictions
 
 
 def _measure_converted(
-    converted: Path,
-    placement: Placement,
-    tokens: "torch.Tensor",
-    task: Task,
-    measured: "_Base",
-    reference: Predictions,
-    name: str,
-    max_perplexity_increase: float | None,
+    converted: Path, asked: _Questions, measured: "_Base", text: str, max_perplexity_increase: float | None
 ) -> Validation:
-    """name: of the text."""
+    """text: its name."""
+    tokens, task, placement = asked.tokens, asked.task, asked.placement
     with load_converted(converted, placement, measured.unexpected) as loaded:
-        after = perplexity(loaded.model, tokens, "perplexity of the converted model", 1, reference.compare, task)
+        after = perplexity(
+            loaded.model, tokens, "perplexity of the converted model", 1, asked.predictions.compare, task
+        )
         if not after.finite:
             raise GateRefused(
                 "The converted model's perplexity is not finite, though the base model's is: try a recipe that shares "
@@ -128,12 +139,12 @@ def _measure_converted(
         again = stored.in_stored_dtype(load, placement, tokens, task, "converted")
         in_files = stored.compared(placement, (measured.few, few), (measured.stored, again))
     before = measured.perplexity.perplexity
-    report = PerplexityReport(name, after.tokens, before, after.perplexity, placement.dtype_name, task.name, in_files)
+    report = PerplexityReport(text, after.tokens, before, after.perplexity, placement.dtype_name, task.name, in_files)
     gate = None
     if max_perplexity_increase is not None:
         decodes = check is None or check.passed
         gate = GateResult(max_perplexity_increase, report.increase <= max_perplexity_increase and decodes)
-    return Validation(report, check, gate, Change(measured.cache, cache_after), copying, reference.agreement)
+    return Validation(report, check, gate, Change(measured.cache, cache_after), copying, asked.predictions.agreement)
 
 
 def refuse_if_failed(validation: Validation) -> None:
@@ -176,19 +187,12 @@ class _Base:
     stored: Perplexity | None = None
 
 
-def _measure_base(
-    folder: Path,
-    placement: Placement,
-    tokens: "torch.Tensor",
-    task: Task,
-    tokenizer: Any,
-    probe_length: int,
-    reference: Predictions,
-) -> _Base:
+def _measure_base(folder: Path, asked: _Questions, tokenizer: Any, probe_length: int) -> _Base:
+    tokens, task, placement = asked.tokens, asked.task, asked.placement
     with load_base(folder, placement) as loaded:
         model = loaded.model
         refuse_foreign_tokens(folder, embedded_tokens(model), tokens, task.inserted)
-        before = perplexity(model, tokens, "perplexity of the base model", 1, reference.keep, task)
+        before = perplexity(model, tokens, "perplexity of the base model", 1, asked.predictions.keep, task)
         if not before.finite:
             raise GateRefused(
                 f"{folder}: the base model's perplexity is not finite: its weights are damaged, or overflow in "

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sa_convert.domain.model import RunOptions
 from sa_convert.domain.report import PredictionTask
 from sa_convert.errors import CheckpointError, SaConvertError
 from sa_convert.families.family import PREFIX
@@ -13,27 +14,36 @@ from sa_convert.models.subject import Subject
 CONTEXTS = (128, 512, 2048, 4096)
 
 
-@dataclass(frozen=True)
-class BenchOptions:
-    """contexts: tokens that are prefilled; None: those of CONTEXTS that the models have positions for. batches: of how
-    many sequences. steps: tokens decoded after each prefill. repeats: turns that count, after `warmup` that do not.
-
-    device, dtype: see `placement.place`. threads: of torch in each process; None: as many as torch takes. attention:
-    "eager" or "sdpa"; None: what transformers chooses. static: a static cache. seed: of the tokens.
-    """
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(RunOptions):
+    """How two models are timed."""
 
     contexts: tuple[int, ...] | None = None
+    """Tokens that are prefilled; None: those of CONTEXTS that the models have positions for."""
+
     batches: tuple[int, ...] = (1, 4)
+    """Sequences at once."""
+
     steps: int = 32
+    """Tokens decoded after each prefill."""
+
     repeats: int = 5
+    """Turns that count."""
+
     warmup: int = 1
-    device: str = "auto"
-    dtype: str = "auto"
+    """Turns before those."""
+
     threads: int | None = None
+    """Of torch in each process; None: as many as torch takes."""
+
     attention: str | None = None
+    """"eager" or "sdpa"; None: what transformers chooses."""
+
     static: bool = False
+    """A static cache, of the size that is needed."""
+
     seed: int = 0
-    trust_remote_code: bool = False
+    """Of the tokens."""
 
 
 def common_task(subjects: Sequence[Subject], options: BenchOptions) -> PredictionTask:

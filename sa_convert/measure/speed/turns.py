@@ -7,6 +7,7 @@ from typing import Any
 
 from sa_convert.domain.benchmark import Spread
 from sa_convert.measure.speed.process import Worker
+from sa_convert.measure.speed.request import BenchOptions
 
 BLOCK = 8
 """Steps that a model decodes until it is the other's turn. Long enough for its weights to be back in the processor's
@@ -33,26 +34,21 @@ class Turns:
 
 
 def take_turns(
-    workers: Sequence[Worker],
-    context: int,
-    batch: int,
-    steps: int,
-    repeats: int,
-    warmup: int,
-    told: Callable[[], Any] = lambda: None,
+    workers: Sequence[Worker], context: int, batch: int, options: BenchOptions, told: Callable[[], Any] = lambda: None
 ) -> list[Turns]:
     """What each did, run i of one right after run i of the other.
 
-    A turn is a prefill by each, then blocks of steps, by each in turn; its first `warmup` turns do not count. Peak
-    memory is that of all turns. steps: 0 for models without a cache. told: called after each turn.
+    A turn is a prefill by each, then blocks of steps, by each in turn; the first `options.warmup` turns do not count.
+    Peak memory is that of all turns. There are no steps for models without a cache. told: called after each turn.
     """
+    steps = options.steps
     runs = [Turns() for _ in workers]
     for worker in workers:
         worker.ask("begin", context=context, batch=batch, steps=steps)
-    for turn in range(warmup + repeats):
+    for turn in range(options.warmup + options.repeats):
         prefills = [worker.ask("prefill") for worker in workers]
         blocks = [[worker.ask("decode", steps=size)["seconds"] for worker in workers] for size in block_sizes(steps)]
-        if turn >= warmup:
+        if turn >= options.warmup:
             for place, run in enumerate(runs):
                 run.prefills.append(prefills[place]["seconds"])
                 run.blocks += [median(block[place]) for block in blocks]

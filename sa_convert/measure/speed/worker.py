@@ -29,46 +29,39 @@ class Timer:
         self._runner: Any = None
         self._memory: Any = None
 
-    def load(
-        self,
-        name: str,
-        folder: str,
-        converted: bool,
-        trusted: bool,
-        device: str,
-        dtype: str,
-        attention: str | None,
-        static: bool,
-        threads: int | None,
-        seed: int,
-    ) -> dict[str, Any]:
-        """Load a model as `sa_convert.models.subject.Subject` names it, and describe it."""
+    def load(self, subject: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+        """Load a model and describe it. subject, options: fields of `Subject` and `BenchOptions`."""
         import torch
 
         from sa_convert.measure.speed.parameters_read import weights_of
         from sa_convert.measure.speed.peak_memory import PeakMemory
+        from sa_convert.measure.speed.request import BenchOptions
         from sa_convert.measure.speed.runner import Runner
         from sa_convert.models.auto_class import prediction_task
         from sa_convert.models.load import embedded_tokens, first_line
-        from sa_convert.models.placement import place, read_config, usable_positions
+        from sa_convert.models.placement import placed, read_config, usable_positions
         from sa_convert.models.subject import Subject
 
-        if threads is not None:
-            torch.set_num_threads(threads)
-        task = prediction_task(read_config(Path(folder)), name)
-        placement = place(Path(folder), device, dtype)
+        named, asked = Subject(**{**subject, "folder": Path(subject["folder"])}), BenchOptions(**options)
+        name = named.name
+        if asked.threads is not None:
+            torch.set_num_threads(asked.threads)
+        task = prediction_task(read_config(named.folder), name)
+        placement = placed(named.folder, asked)
         if placement.max_memory is not None:
             raise SaConvertError(
                 f"{name}: does not fit into the free memory of {placement.device} beside the other model, and from "
                 "the disk its speed would be the disk's: free memory, or give a narrower --dtype."
             )
-        model = self._stack.enter_context(Subject(name, Path(folder), converted, trusted).load(placement)).model
-        if attention is not None:
+        model = self._stack.enter_context(named.load(placement)).model
+        if asked.attention is not None:
             try:
-                model.set_attn_implementation(attention)
+                model.set_attn_implementation(asked.attention)
             except (ValueError, ImportError) as error:
-                raise SaConvertError(f"{name}: cannot run with --attn {attention}: {first_line(error)}") from error
-        self._runner = runner = Runner(model, task, static, seed)
+                raise SaConvertError(
+                    f"{name}: cannot run with --attn {asked.attention}: {first_line(error)}"
+                ) from error
+        self._runner = runner = Runner(model, task, asked.static, asked.seed)
         self._memory = PeakMemory(placement.device)
         runner.begin(_PROBE, 1, 1)
         weights = weights_of(model, runner.prefill, runner.step if runner.caches else None, runner.keeps_one)

@@ -9,6 +9,7 @@ from pathlib import Path
 from sa_convert.console.amounts import format_percent, human_bytes, human_count
 from sa_convert.domain.calibrated import RefitReport
 from sa_convert.domain.report import TASK_NAMES, Change, CopyingReport, DecodeCheck, Report
+from sa_convert.present.terminal.aligned import aligned
 
 FILE = "report.json"
 
@@ -42,9 +43,7 @@ def installed_versions() -> dict[str, str]:
 
 def render_report(report: Report) -> str:
     """The report as an aligned table for a terminal, without a final newline."""
-    rows = list(_rows(report))
-    width = max(len(label) for label, _ in rows) + 2
-    return "\n".join(f"{label:<{width}}{text}" for label, text in rows)
+    return aligned(_rows(report))
 
 
 def _rows(report: Report) -> Iterator[tuple[str, str]]:

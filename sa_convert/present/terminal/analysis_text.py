@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from sa_convert.console.amounts import human_bytes
 from sa_convert.domain.analysis import Analysis
 from sa_convert.domain.stacks import layer_label, layer_names, place_of
+from sa_convert.present.terminal.aligned import aligned
 
 SHOWN = 5
 """Units that are listed."""
@@ -13,9 +14,7 @@ SHOWN = 5
 
 def render_analysis(analysis: Analysis) -> str:
     """An aligned table, without a final newline."""
-    rows = list(_rows(analysis))
-    width = max(len(label) for label, _ in rows) + 2
-    return "\n".join(f"{label:<{width}}{text}".rstrip() for label, text in rows)
+    return aligned(_rows(analysis))
 
 
 def _rows(analysis: Analysis) -> Iterator[tuple[str, str]]:

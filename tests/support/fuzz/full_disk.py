@@ -62,7 +62,7 @@ def _all(subjects: Subjects, folder: Path) -> Disks:
             except PermissionError:
                 result.not_run.append(told)
     for reserving in (True, False):
-        told = "pages of a file" + ("" if reserving else ", where no room can be reserved")
+        told = "pages of a file" + ("" if reserving else ", if no room can be reserved")
         _series(result, told, subjects, partial(_file_size, folder), reserving)
     return result
 
@@ -119,7 +119,7 @@ def _convert(subjects: Subjects, place: Path, reserving: bool) -> tuple[int | No
 
 @contextmanager
 def _mounted(disk: Path, option: str, unit: int, limit: int) -> Iterator[Path]:
-    """A file system in memory of this size; raises PermissionError where mounting is not allowed."""
+    """A file system in memory of this size; raises PermissionError if mounting is not allowed."""
     command = ["mount", "-t", "tmpfs", "-o", f"{option}={limit * unit}", "tmpfs", str(disk)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

@@ -69,7 +69,7 @@ def start(arguments: Sequence[str], temporary: Path | None = None) -> subprocess
 
 
 def measure(model: Path, recipe: Path, folder: Path, *options: str) -> Scene:
-    """A scene, from one run that nobody ends. Raises AssertionError where it does not convert."""
+    """A scene, from one run that nobody ends. Raises AssertionError if it does not convert."""
     began = time.monotonic()
     done = start(command(model, recipe, folder / "measured", *options))
     _, err = done.communicate(timeout=PATIENCE)

@@ -23,7 +23,7 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def write_page(page: Path, result: dict[str, Any]) -> None:
-    """Put the tables between the two marks of the page. Raises ValueError where it has no marks."""
+    """Put the tables between the two marks of the page. Raises ValueError if it has no marks."""
     text = page.read_text(encoding="utf-8")
     head, _, rest = text.partition(BEGIN)
     _, mark, tail = rest.partition(END)

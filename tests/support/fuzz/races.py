@@ -81,7 +81,7 @@ def _wrong(
 
 
 def _mixed(output: Path) -> str | None:
-    """The map in config.json, that in the recipe, and the tensors of reusing layers agree."""
+    """The map in config.json, that in the recipe, and the tensors of borrowing layers agree."""
     import yaml
     from safetensors import safe_open
 

@@ -22,7 +22,7 @@ def readable(request: Request, kinds: str | None, name: str) -> Repository:
 
 
 def opened(request: Request, kinds: str | None, name: str) -> Repository:
-    """The repository, where the contents of its files may be read: gated ones show only their listing to all."""
+    """The repository, if the contents of its files may be read: gated ones show only their listing to all."""
     repository = readable(request, kinds, name)
     user = request.user
     if repository.gated and not belongs(request, name.split("/")[0]):

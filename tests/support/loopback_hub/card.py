@@ -26,7 +26,7 @@ RELATIONS = ("adapter", "merge", "quantized", "finetune")
 
 
 def front_matter(content: str) -> Any:
-    """The metadata between the two lines of dashes; None without any, the YAML error where it is none."""
+    """The metadata between the two lines of dashes; None without any, the YAML error if it is none."""
     match = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", content, re.DOTALL)
     if match is None:
         return None

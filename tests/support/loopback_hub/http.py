@@ -170,7 +170,7 @@ class Handler(BaseHTTPRequestHandler):
             yield piece
 
     def read_body(self, faults: Iterable[Fault]) -> bytes | None:
-        """All of the body, or None where a fault cuts it."""
+        """All of the body, or None if a fault cuts it."""
         body = bytearray()
         for piece in self.pieces():
             body += piece
