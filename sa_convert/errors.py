@@ -22,8 +22,8 @@ class RecipeError(SaConvertError):
     """The recipe cannot be read, or asks for something impossible."""
 
 
-class SharingError(SaConvertError):
-    """A sharing map breaks a rule; the message names the layer and the head."""
+class PlanError(SaConvertError):
+    """A plan breaks a rule of a treatment; the message names the layer, and the head or KV group."""
 
 
 class OutputError(SaConvertError):

@@ -1,4 +1,4 @@
-"""The shape of a model's attention, layer by layer, as far as sharing depends on it."""
+"""The shape of a model's attention, layer by layer, as far as plans depend on it."""
 
 from dataclasses import dataclass
 
@@ -30,6 +30,15 @@ class LayerGeometry:
     def group_size(self) -> int:
         """Query heads per KV group."""
         return self.heads // self.groups
+
+    @property
+    def kind(self) -> str:
+        """Its attention in a word: "full", or "sliding(512)"."""
+        name = "no softmax attention" if self.attention == "none" else self.attention.removesuffix("_attention")
+        if not self.heads:
+            return name
+        window = f"({self.window})" if self.window else ""
+        return name + window + ("" if self.rotary else " without rotary")
 
     def group_of(self, head: int) -> int:
         return head // self.group_size

@@ -1,4 +1,4 @@
-"""A recipe: what to share, and how good the result must be. Frozen data, validated by pydantic.
+"""A recipe: what to do to a model, and how good the result must be. Frozen data, validated by pydantic.
 
 The messages of the validators complete a line such as "recipe.yaml, line 7: ..." (`sa_convert.plan.recipe_file`).
 Importing this module loads pydantic; commands import it inside their bodies.
@@ -6,7 +6,7 @@ Importing this module loads pydantic; commands import it inside their bodies.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -25,8 +25,7 @@ from pydantic import (
 
 from sa_convert.console.amounts import format_percent, parse_percent
 from sa_convert.domain.layer_range import LayerRange
-from sa_convert.domain.recipe_map import HeadSource, RecipeValueError, parse_map
-from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.domain.recipe_map import HeadSource, RecipeValueError, parse_map, parse_plan
 
 
 @dataclass(frozen=True)
@@ -147,15 +146,33 @@ class Recipe(_Frozen):
     """A whole recipe. `origin` tells where it was written."""
 
     description: StrictStr = ""
-    sharing: Sharing
+    sharing: Sharing | None = None
+    plan: dict[int | str, dict[int, dict[str, Any]] | str] | None = None
     refit: Literal["none", "ridge"] = "none"
     calibration: Calibration = Calibration()
     gate: Gate = Gate()
     _origin: Origin = PrivateAttr(default_factory=Origin)
 
+    @field_validator("plan", mode="before")
+    @classmethod
+    def _parse_plan(cls, value: object) -> object:
+        return None if value is None else parse_plan(value)
+
+    @model_validator(mode="after")
+    def _one_substance(self) -> "Recipe":
+        if self.sharing is None and self.plan is None:
+            raise RecipeValueError("the key 'sharing' is missing; or give a 'plan'")
+        _exactly_one(self, "a recipe", ("sharing", "plan"))
+        return self
+
     @property
     def origin(self) -> Origin:
         return self._origin
+
+    @property
+    def search(self) -> Search | None:
+        """What it leaves to a search; None: it says everything itself."""
+        return self.sharing.search if self.sharing else None
 
     def written_at(self, origin: Origin) -> "Recipe":
         """The same recipe, with another origin."""
@@ -166,7 +183,7 @@ class Recipe(_Frozen):
     @property
     def needs(self) -> frozenset[str]:
         """What it asks for beyond spans and maps: "search", "ridge refit"."""
-        return frozenset(["search"] if self.sharing.search else []) | frozenset(
+        return frozenset(["search"] if self.search else []) | frozenset(
             ["ridge refit"] if self.refit == "ridge" else []
         )
 
@@ -180,16 +197,9 @@ class Recipe(_Frozen):
         calibration = self.calibration.model_copy(update={"text": text})
         return self.model_copy(update={"calibration": calibration})
 
-    def resolved(self, sharing: SharingMap) -> "Recipe":
-        """The same recipe with the sharing that came of it, as an explicit map."""
-        rows = cast(
-            "dict[int | str, Any]",
-            {
-                int(label) if label.isdigit() else label: tuple(source and tuple(source) for source in row)
-                for label, row in sharing.to_json().items()
-            },
-        )
-        return self.model_copy(update={"sharing": Sharing.model_construct(map=rows)})
+    def resolved(self, substance: Mapping[str, Any]) -> "Recipe":
+        """The same recipe with what came of it. substance: the one of its keys `sharing` and `plan` that says it."""
+        return self.model_copy(update={"sharing": None, "plan": None, **substance})
 
 
 def _exactly_one(model: BaseModel, name: str, keys: tuple[str, ...]) -> None:

@@ -1,7 +1,8 @@
-"""The explicit map of a recipe: what no model could run is refused here, the rest where the model is known."""
+"""Explicit plans and maps of a recipe: what no model could run is refused here, the rest where the model is known."""
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 HeadSource = tuple[int, int]
 """A source layer and a query head in it."""
@@ -26,19 +27,58 @@ def parse_map(value: object) -> dict[int | str, tuple[HeadSource | None, ...]]:
         raise RecipeValueError(f"map should list heads for each layer, such as {{27: [[26, 4], null]}}, not {value!r}")
     layers: dict[int | str, tuple[HeadSource | None, ...]] = {}
     for key, row in value.items():
-        match = None if isinstance(key, bool) else _LAYER_KEY.fullmatch(str(key))
-        if match is None:
-            raise RecipeValueError(
-                f"{key!r} is not a layer; write its number (27), after encoder. or decoder. where a model has both",
-                key,
-            )
-        layer: int | str = match[0] if match[1] else int(match[2])
+        layer, index = _layer(key)
         if layer in layers:
             raise RecipeValueError(f"layer {layer} is listed twice", key)
-        layers[layer] = _parse_row(row, layer, int(match[2]), key)
+        layers[layer] = _parse_row(row, layer, index, key)
     if not any(source for row in layers.values() for source in row):
         raise RecipeValueError("the map shares nothing; give at least one head a source, [layer, head]")
     return layers
+
+
+def parse_plan(value: object) -> dict[int | str, Any]:
+    """Layer -> {KV group: {treatment: arguments}} or the treatment of the whole layer, in the order of the file.
+
+    Treatments and their arguments are checked where they are known. Raises RecipeValueError.
+    """
+    if not isinstance(value, Mapping) or not value:
+        raise RecipeValueError(
+            f"plan should list KV groups for each layer, such as {{27: {{0: {{share: [[26, 4]]}}}}}}, not {value!r}"
+        )
+    layers: dict[int | str, Any] = {}
+    for key, plan in value.items():
+        layer = _layer(key)[0]
+        if layer in layers:
+            raise RecipeValueError(f"layer {layer} is listed twice", key)
+        if not isinstance(plan, str) and (not isinstance(plan, Mapping) or not plan):
+            raise RecipeValueError(
+                f"layer {layer} should be the name of a treatment, or {{KV group: {{treatment: arguments}}}}, not "
+                f"{_short(plan)}",
+                key,
+            )
+        for group, treatments in () if isinstance(plan, str) else plan.items():
+            if not isinstance(group, int) or isinstance(group, bool) or group < 0:
+                raise RecipeValueError(f"{group!r} is not a KV group of layer {layer}; write its number", key, group)
+            named = isinstance(treatments, Mapping) and all(isinstance(name, str) for name in treatments)
+            if not named or not treatments:
+                raise RecipeValueError(
+                    f"layer {layer} KV group {group} should be {{treatment: arguments}}, not {_short(treatments)}",
+                    key,
+                    group,
+                )
+        layers[layer] = plan
+    return layers
+
+
+def _layer(key: object) -> tuple[int | str, int]:
+    """A layer as a recipe names it, and its number in its stack. Raises RecipeValueError."""
+    match = None if isinstance(key, bool) else _LAYER_KEY.fullmatch(str(key))
+    if match is None:
+        raise RecipeValueError(
+            f"{key!r} is not a layer; write its number (27), after encoder. or decoder. where a model has both",
+            key,  # type: ignore[arg-type]
+        )
+    return (match[0] if match[1] else int(match[2])), int(match[2])
 
 
 def _parse_row(row: object, layer: int | str, index: int, key: str | int) -> tuple[HeadSource | None, ...]:

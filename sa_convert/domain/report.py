@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from sa_convert.domain.agreement import Agreement
 from sa_convert.domain.calibrated import RefitReport
-from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.domain.stacks import Stacks
+from sa_convert.domain.treated import Treated
 
 PredictionTask = Literal["next-token", "masked-token", "teacher-forced"]
 """What a loss or perplexity is of: tokens that follow those before them, masked ones, or a decoder's spans."""
@@ -64,7 +65,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Savings:
-    """What sharing removes. cache_bytes_per_token: one sequence, in the dtype of the weights.
+    """What a plan removes. cache_bytes_per_token: one sequence, in the dtype of the weights.
 
     key_cache_removed: the part of all keys in the cache that is gone, 0 to 1.
     """
@@ -166,13 +167,11 @@ class Validation:
 @dataclass(frozen=True)
 class Report:
     """All of report.json. The parts that validation measures are None with --no-validate. auto_class: the class of
-    transformers that loads the model."""
+    transformers that loads the model. stacks: those of the model, which name its layers."""
 
     base_model: BaseModel
     family: str
-    sharing: SharingMap
-    reused_groups: int
-    total_groups: int
+    treated: tuple[Treated, ...]
     savings: Savings
     perplexity: PerplexityReport | None = None
     decode_check: DecodeCheck | None = None
@@ -183,6 +182,17 @@ class Report:
     recipe: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     auto_class: str = "AutoModelForCausalLM"
+    stacks: Stacks = ()
+
+    @property
+    def sections(self) -> dict[str, Any]:
+        """What treatments add to report.json."""
+        return {key: value for treated in self.treated for key, value in treated.section.items()}
+
+    @property
+    def used(self) -> tuple[Treated, ...]:
+        """What was done by the treatments that the plan uses."""
+        return tuple(treated for treated in self.treated if treated.used)
 
     @property
     def caches(self) -> bool:
@@ -195,18 +205,14 @@ class Report:
             "base_model": self.base_model.to_json(),
             "family": self.family,
             "recipe": self.recipe,
-            "sharing": {
-                "layers": self.sharing.to_json(),
-                "reused_groups": self.reused_groups,
-                "total_groups": self.total_groups,
-            },
+            **self.sections,
             "savings": {**asdict(self.savings), "key_cache_removed": round(self.savings.key_cache_removed, 6)},
             "perplexity": self.perplexity and _perplexity_json(self.perplexity),
             "decode_check": self.decode_check and _decode_json(self.decode_check),
             "gate": self.gate and asdict(self.gate),
             "copying": self.copying and _copying_json(self.copying),
             "agreement": self.agreement and self.agreement.to_json(),
-            "refit": self.refit and self.refit.to_json(self.sharing.stacks),
+            "refit": self.refit and self.refit.to_json(self.stacks),
             "versions": dict(sorted(self.versions.items())),
         }
 

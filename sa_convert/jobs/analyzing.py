@@ -15,9 +15,11 @@ from sa_convert.domain.units import Unit, Units
 from sa_convert.errors import RecipeError
 from sa_convert.models.trust import trusting
 from sa_convert.output.staging import staging
+from sa_convert.plan.conversion import resolved_recipe
 from sa_convert.present.files.analysis_folder import write_analysis
 from sa_convert.present.files.report_file import installed_versions
 from sa_convert.read.work_on import bytes_to_read, describe, source_of, with_weights
+from sa_convert.treatments.share.plans import plan_of
 
 if TYPE_CHECKING:
     from sa_convert.domain.recipe import Calibration, Recipe
@@ -79,7 +81,9 @@ def analyze(reference: str, output: Path, options: AnalyzeOptions) -> Analysis:
 
         # 5. Tables, figures, and a recipe.
         announce("drawing figures")
-        write_analysis(analysis, _recipe(analysis, options), stage.folder)
+        found = plan_of(analysis.sharing, model.geometry)
+        recipe = resolved_recipe(_recipe(analysis, options), found, model.geometry)
+        write_analysis(analysis, recipe, stage.folder)
         stage.publish()
     return analysis
 
@@ -189,7 +193,7 @@ def _recipe(analysis: Analysis, options: AnalyzeOptions) -> "Recipe":
 
     shipped = [load_recipe(name) for name in ("light", "balanced", "aggressive")]
     model = next(
-        (r for r in shipped if r.sharing.search and (r.sharing.search.key_cache or 0) >= options.key_cache - 1e-9),
+        (r for r in shipped if r.search and (r.search.key_cache or 0) >= options.key_cache - 1e-9),
         shipped[-1],
     )
     share = f"{analysis.key_cache_removed:.1%} of the {analysis.keys_name}"

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from sa_convert.console.amounts import human_bytes
 from sa_convert.console.progress import announce, notes, peak_memory
 from sa_convert.domain.model import Model, RunOptions
+from sa_convert.domain.plan import Plan
 from sa_convert.domain.report import BaseModel, Change, Report, Validation
-from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.domain.units import Units
 from sa_convert.models.auto_class import auto_class_name, prediction_task
 from sa_convert.models.trust import trusting
 from sa_convert.output.staging import Stage, staging
-from sa_convert.plan.plan import ConversionPlan, plan_conversion
+from sa_convert.plan.conversion import ConversionPlan, plan_conversion, resolved_recipe
 from sa_convert.present.files.report_file import installed_versions, write_report
 from sa_convert.read.remote_code import left_out
 from sa_convert.read.work_on import bytes_to_read, describe, source_of, with_weights
@@ -49,7 +49,7 @@ def plan(reference: str, recipe: "Recipe", options: ConvertOptions) -> Conversio
     recipe = _with_text(recipe, options)
     model = describe(reference, options)
     notes(model.checkpoint.identity, left_out(model.checkpoint))
-    if recipe.sharing.search is None:
+    if recipe.search is None:
         return plan_conversion(model, recipe)
     _check_calibration(model, recipe)
     # 2. The search.
@@ -57,7 +57,7 @@ def plan(reference: str, recipe: "Recipe", options: ConvertOptions) -> Conversio
         loaded = with_weights(model, reference, Path(workspace), options)
         calibrated = _calibrate(loaded, recipe, None, options, refits=False)
     # 3. The plan that it has found.
-    return plan_conversion(model, recipe, calibrated.sharing)
+    return plan_conversion(model, recipe, calibrated.plan)
 
 
 def convert(
@@ -78,7 +78,7 @@ def convert(
         prediction_task(described.config, reference)
 
     # 2. The plan, unless a search has to find it.
-    conversion = None if recipe.sharing.search else plan_conversion(model, recipe)
+    conversion = None if recipe.search else plan_conversion(model, recipe)
     _check_calibration(model, recipe)
 
     # 3. A folder beside the output, which becomes it at the end.
@@ -87,11 +87,11 @@ def convert(
         # 4. All weights, as safetensors.
         model = with_weights(model, reference, stage.root / "workspace", options)
 
-        # 5. What the recipe leaves to be found on text: its map, its refitted matrices.
+        # 5. What the recipe leaves to be found on text: its plan, its refitted matrices.
         calibrated = None
         if recipe.needs:
-            calibrated = _calibrate(model, recipe, conversion.sharing if conversion else None, options)
-        conversion = plan_conversion(model, recipe, calibrated.sharing if calibrated else None)
+            calibrated = _calibrate(model, recipe, conversion.plan if conversion else None, options)
+        conversion = plan_conversion(model, recipe, calibrated.plan if calibrated else None)
         if calibrated and calibrated.refit:
             file = stage.workspace / "refitted.safetensors"
             refitted = refit_edits(
@@ -101,9 +101,7 @@ def convert(
 
         # 6. The weights, the configuration, and the code that travels.
         announce("rewriting weights")
-        written = rewrite_checkpoint(
-            conversion.checkpoint, conversion.family, conversion.sharing, conversion.edits, stage.folder
-        )
+        written = rewrite_checkpoint(model.checkpoint, model.family, conversion.plan, conversion.edits, stage.folder)
 
         # 7. Both models run; the gate may refuse the result.
         validation = _validate(conversion, recipe, options, stage) if options.validate else None
@@ -121,22 +119,22 @@ def _with_text(recipe: "Recipe", options: ConvertOptions) -> "Recipe":
 
 def _check_calibration(model: Model, recipe: "Recipe") -> None:
     """What can be refused before weights are read. Raises RecipeError, CheckpointError."""
-    if recipe.sharing.search is not None:
+    if recipe.search is not None:
         from sa_convert.search.budget import check_budget
 
-        check_budget(Units(model.geometry), recipe.sharing.search, recipe.origin)
+        check_budget(Units(model.geometry), recipe.search, recipe.origin)
     if recipe.refit == "ridge":
         check_refittable(model.checkpoint, model.family, model.geometry)
 
 
 def _calibrate(
-    model: Model, recipe: "Recipe", sharing: SharingMap | None, options: ConvertOptions, *, refits: bool = True
+    model: Model, recipe: "Recipe", plan: Plan | None, options: ConvertOptions, *, refits: bool = True
 ) -> "Calibrated":
     from sa_convert.search.calibration import calibrate
 
     announce("loading the model to calibrate it")
     with trusting(model.checkpoint.folder, model.checkpoint.trusted):
-        calibrated = calibrate(model, recipe, sharing, options, refits=refits)
+        calibrated = calibrate(model, recipe, plan, options, refits=refits)
     announce(f"calibrated; peak memory {human_bytes(peak_memory())}")
     return calibrated
 
@@ -146,7 +144,7 @@ def _validate(conversion: ConversionPlan, recipe: "Recipe", options: ConvertOpti
     from sa_convert.texts.text import load_text
 
     announce("validating")
-    base, text = conversion.checkpoint, load_text(recipe.calibration.text)
+    base, text = conversion.model.checkpoint, load_text(recipe.calibration.text)
     with trusting(base.folder, base.trusted):
         validation = validate(base.folder, stage.folder, text, recipe.gate.max_perplexity_increase, options)
     refuse_if_failed(validation)
@@ -157,17 +155,16 @@ def _report(
     conversion: ConversionPlan, written: Written, validation: Validation | None, recipe_name: str | None
 ) -> Report:
     """Sizes are those of the files as written, and of a real cache if one was measured."""
-    checkpoint = conversion.checkpoint
+    checkpoint = conversion.model.checkpoint
     code = checkpoint.code if checkpoint.trusted else ()
     savings = replace(conversion.savings, checkpoint_bytes=Change(checkpoint.weight_bytes, written.total_bytes))
     if validation is not None:
         savings = replace(savings, cache_bytes_per_token=validation.cache_bytes_per_token)
     return Report(
         base_model=BaseModel.of(checkpoint.identity, checkpoint.revision).with_code(code),
-        family=conversion.family.model_type,
-        sharing=conversion.sharing,
-        reused_groups=conversion.reused_groups,
-        total_groups=conversion.geometry.total_groups,
+        family=conversion.model.family.model_type,
+        stacks=conversion.model.geometry.stacks,
+        treated=conversion.treated,
         savings=savings,
         perplexity=validation.perplexity if validation else None,
         decode_check=validation.decode_check if validation else None,
@@ -182,13 +179,14 @@ def _report(
 
 def _publish(report: Report, conversion: ConversionPlan, recipe: "Recipe", stage: Stage) -> None:
     from sa_convert.plan.recipe_file import dump_recipe
-    from sa_convert.present.charts import map_figure as figure
+    from sa_convert.present.charts import plan_figure as figure
     from sa_convert.present.files.card import write_card
 
-    resolved = dump_recipe(recipe, conversion.sharing)
+    geometry = conversion.model.geometry
+    resolved = dump_recipe(resolved_recipe(recipe, conversion.plan, geometry))
     (stage.folder / RECIPE_FILE).write_text(resolved, encoding="utf-8")
     write_report(report, stage.folder)
-    figure.sharing_figure(conversion.sharing, conversion.geometry, stage.folder / figure.FILE)
-    card = conversion.checkpoint.folder / "README.md"
+    figure.plan_figure(conversion.plan, geometry, stage.folder / figure.FILE)
+    card = conversion.model.checkpoint.folder / "README.md"
     write_card(report, resolved, stage.folder, card if card.exists() else None)
     stage.publish()

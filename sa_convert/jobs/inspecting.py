@@ -1,21 +1,21 @@
-"""What `sa-convert inspect` does: says what a model is and what of it can be shared, from config.json and headers."""
+"""What `sa-convert inspect` does: says what a model is and what can be done to it, from config.json and headers."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from sa_convert.console.progress import notes
 from sa_convert.domain.checkpoint import Checkpoint
-from sa_convert.domain.geometry import ModelGeometry
-from sa_convert.domain.inspection import Inspection, Kind
-from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.domain.inspection import Inspection
+from sa_convert.domain.model import Model
+from sa_convert.domain.plan import Plan
 from sa_convert.errors import UnsupportedModelError
 from sa_convert.families.family import PREFIX
 from sa_convert.plan.converted import converted_parts
+from sa_convert.plan.savings import bytes_per_token
 from sa_convert.read.family_of import family_of
 from sa_convert.read.geometry_of import geometry_of
 from sa_convert.read.open_model import open_model
-from sa_convert.treatments.share.rules import layer_difference
-from sa_convert.treatments.share.savings import cache_bytes
+from sa_convert.treatments.registry import treatments
 
 
 def inspect(reference: str) -> Inspection:
@@ -33,21 +33,22 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     Raises CheckpointError where the files contradict each other.
     """
     config, tensors = checkpoint.config, checkpoint.tensors
-    family = geometry = reason = shared = cache = None
+    family = geometry = reason = plan = cache = None
     try:
         if str(config.get("model_type")).startswith(PREFIX) and isinstance(config.get("shared_attention"), Mapping):
-            family, geometry, shared = converted_parts(checkpoint)
-            cache = cache_bytes(checkpoint, family, geometry, shared)
+            model, plan = converted_parts(checkpoint)
+            family, geometry = model.family, model.geometry
+            cache = bytes_per_token(model, plan)
             reason = "The model shares attention already; convert its base model with another recipe."
         else:
             family = family_of(config, tensors)
             geometry = geometry_of(checkpoint, family)
-            cache = cache_bytes(checkpoint, family, geometry, SharingMap())
+            cache = bytes_per_token(Model(checkpoint=checkpoint, family=family, geometry=geometry), Plan())
     except UnsupportedModelError as error:
         reason = str(error)
-    kinds = _kinds(geometry) if geometry else ()
-    if reason is None and not any(kind.reusing for kind in kinds):
-        reason = "Every layer is the only one of its kind, so none has an earlier layer to reuse."
+    told = tuple(treatment.inspected(geometry, plan, reason) for treatment in treatments())
+    if reason is None and all(inspected.reason for inspected in told):
+        reason = told[0].reason
     dtypes: dict[str, int] = {}
     for tensor in tensors.values():
         dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.elements
@@ -63,8 +64,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         kv_groups=first.groups if first else _told(config, "num_key_value_heads", "num_kv_heads"),
         head_dim=first.head_dim if first else _told(config, "head_dim"),
         geometry=geometry,
-        kinds=kinds,
-        shared=shared,
+        treatments=told,
         tensors=len(tensors),
         shards=len(checkpoint.shards),
         parameters=sum(dtypes.values()),
@@ -72,26 +72,6 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         checkpoint_bytes=sum(tensor.bytes for tensor in tensors.values()),
         cache_bytes_per_token=cache,
     )
-
-
-def _kinds(geometry: ModelGeometry) -> tuple[Kind, ...]:
-    """The classes of layers that the rules of sharing allow to share, by their first layers."""
-    classes: list[list[int]] = []
-    for index, layer in enumerate(geometry.layers):
-        if not layer.heads:
-            continue
-        home = next((c for c in classes if layer_difference(geometry.layers[c[0]], layer) is None), None)
-        if home is None:
-            classes.append([index])
-        else:
-            home.append(index)
-    kinds = []
-    for members in classes:
-        first = geometry.layers[members[0]]
-        groups = sum(geometry.layers[index].groups for index in members[1:])
-        reusing = tuple(members[1:])
-        kinds.append(Kind(first.stack, first.attention, first.window, first.rotary, tuple(members), reusing, groups))
-    return tuple(kinds)
 
 
 def _told(config: Mapping[str, Any], *keys: str) -> int | None:

@@ -1,24 +1,25 @@
-"""A model that shares attention already: what its base was like, and what it shares."""
+"""A converted model: what its base was like, and its plan."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.domain.geometry import ModelGeometry
-from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.domain.model import Model
+from sa_convert.domain.plan import Plan
 from sa_convert.domain.stacks import layer_of, parse_label
 from sa_convert.errors import CheckpointError, UnsupportedModelError
 from sa_convert.families.family import PREFIX, Family
 from sa_convert.families.table import FAMILIES
 from sa_convert.read.geometry_of import geometry_of
 from sa_convert.read.names import attention_config
-from sa_convert.treatments.share.rules import check_map
+from sa_convert.treatments.registry import named, used_in
 
 
-def converted_parts(checkpoint: Checkpoint) -> tuple[Family, ModelGeometry, SharingMap]:
-    """Family, geometry of the base, and map of a converted model; the keys that it lost are not in its files.
+def converted_parts(checkpoint: Checkpoint) -> tuple[Model, Plan]:
+    """A converted model, with the geometry of its base, and its plan; the keys that it lost are not in its files.
 
-    Raises UnsupportedModelError for an unknown base type, CheckpointError or SharingError for wrong files.
+    Raises UnsupportedModelError for an unknown base type, CheckpointError or PlanError for wrong files.
     """
     config = checkpoint.config
     base = str(config["model_type"]).removeprefix(PREFIX)
@@ -27,16 +28,29 @@ def converted_parts(checkpoint: Checkpoint) -> tuple[Family, ModelGeometry, Shar
         raise UnsupportedModelError(
             f"The model has type '{config['model_type']}', whose base '{base}' this version does not know."
         )
-    rows: Any = config["shared_attention"].get("layers")
-    geometry = geometry_of(checkpoint, family, rows if isinstance(rows, Mapping) else ())
+    labels: Any = config["shared_attention"].get("layers")
+    geometry = geometry_of(checkpoint, family, labels if isinstance(labels, Mapping) else ())
+    model = Model(checkpoint=checkpoint, family=family, geometry=geometry)
+    layers = upgraded(config, family, geometry)["shared_attention"].get("layers")
     try:
-        shared = SharingMap.from_json(rows, geometry.stacks)
-    except (AttributeError, TypeError, ValueError, IndexError):
+        plan = Plan.from_json(layers, geometry.stacks)
+        for name in plan.treatments:
+            treatment = named(name)
+            if treatment is None:
+                raise UnsupportedModelError(
+                    f"config.json: 'shared_attention' names the treatment '{name}', which this version does not know: "
+                    "run pip install -U sa-convert."
+                )
+            for groups in plan.groups_of(name).values():
+                for arguments in groups.values():
+                    treatment.parse(arguments)
+    except (AttributeError, TypeError, ValueError, LookupError):
         raise CheckpointError(
-            "config.json: 'shared_attention' does not list sources for the heads of layers."
+            "config.json: 'shared_attention' does not list treatments, such as sources for heads, for KV groups."
         ) from None
-    check_map(shared, geometry)
-    return family, geometry, shared
+    for treatment in used_in(plan):
+        treatment.check(plan, geometry)
+    return model, plan
 
 
 VERSION = 2

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sa_convert
-from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.domain.plan import plain
 from sa_convert.errors import RecipeError
 from sa_convert.plan.recipe_errors import did_you_mean, explain
 from sa_convert.plan.yaml_lines import parse_yaml
+from sa_convert.treatments.base import Treatment
+from sa_convert.treatments.registry import named, treatments
 
 if TYPE_CHECKING:
     from sa_convert.domain.recipe import Recipe
@@ -71,20 +73,44 @@ def parse_recipe(text: str, file: str) -> "Recipe":
     value, lines = parse_yaml(text.replace("\t", " ") if file.endswith(".json") else text, file)
     origin = Origin(file, lines)
     if value is None:
-        raise RecipeError(f"{file} is empty; a recipe needs at least the key 'sharing'.")
+        raise RecipeError(f"{file} is empty; a recipe needs at least the key 'sharing' or 'plan'.")
     if not isinstance(value, Mapping):
         raise RecipeError(f"{origin.at()}: a recipe is a mapping of keys ({', '.join(Recipe.model_fields)})")
     try:
-        return Recipe.model_validate(value).written_at(origin)
+        recipe = Recipe.model_validate(value).written_at(origin)
     except ValidationError as error:
         raise RecipeError(explain(error, origin)) from None
+    _check_treatments(recipe)
+    return recipe
 
 
-def dump_recipe(recipe: "Recipe", sharing: SharingMap | None = None) -> str:
-    """The recipe as YAML that loads as an equal recipe; with `sharing`, resolved to that explicit map.
+def _check_treatments(recipe: "Recipe") -> None:
+    """Raises RecipeError for a treatment that there is not, or arguments that it cannot have."""
+    for layer, plan in (recipe.plan or {}).items():
+        if isinstance(plan, str):
+            _treatment(plan, recipe.origin.at("plan", layer))
+            continue
+        for group, told in plan.items():
+            for name, arguments in told.items():
+                treatment = _treatment(name, recipe.origin.at("plan", layer, group, name))
+                try:
+                    treatment.parse(arguments)
+                except ValueError as error:
+                    where = recipe.origin.at("plan", layer, group, name, *getattr(error, "path", ()))
+                    raise RecipeError(f"{where}: layer {layer} KV group {group}: {error}") from None
 
-    Each layer of a map stays on one line.
-    """
+
+def _treatment(name: str, where: str) -> Treatment:
+    found = named(name)
+    if found is None:
+        known = [treatment.name for treatment in treatments()]
+        hint = did_you_mean(name, known) or f"; there are {', '.join(known)}"
+        raise RecipeError(f"{where}: there is no treatment '{name}'{hint}")
+    return found
+
+
+def dump_recipe(recipe: "Recipe") -> str:
+    """The recipe as YAML that loads as an equal recipe. Each layer of a map or plan stays on one line."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
@@ -100,19 +126,25 @@ def dump_recipe(recipe: "Recipe", sharing: SharingMap | None = None) -> str:
     Dumper.add_representer(OneLine, lambda d, data: d.represent_sequence("tag:yaml.org,2002:seq", data, True))
     Dumper.add_representer(Inline, lambda d, data: d.represent_mapping("tag:yaml.org,2002:map", data, True))
 
-    if sharing is not None:
-        recipe = recipe.resolved(sharing)
     content = recipe.model_dump()
-    content["sharing"] = {}
-    if recipe.sharing.map is not None:
-        rows = recipe.sharing.map.items()
-        content["sharing"]["map"] = {
-            layer: OneLine(None if source is None else list(source) for source in row) for layer, row in rows
-        }
-    if recipe.sharing.search is not None:
-        content["sharing"]["search"] = Inline(recipe.sharing.search.model_dump(exclude_none=True))
-    if recipe.sharing.spans is not None:
-        content["sharing"]["spans"] = [span.model_dump(exclude_none=True) for span in recipe.sharing.spans]
+    if (sharing := recipe.sharing) is None:
+        del content["sharing"]
+    else:
+        content["sharing"] = {}
+        if sharing.map is not None:
+            rows = sharing.map.items()
+            content["sharing"]["map"] = {
+                layer: OneLine(None if source is None else list(source) for source in row) for layer, row in rows
+            }
+        if sharing.search is not None:
+            content["sharing"]["search"] = Inline(sharing.search.model_dump(exclude_none=True))
+        if sharing.spans is not None:
+            content["sharing"]["spans"] = [span.model_dump(exclude_none=True) for span in sharing.spans]
+    if recipe.plan is None:
+        del content["plan"]
+    else:
+        layers = recipe.plan.items()
+        content["plan"] = {layer: plan if isinstance(plan, str) else Inline(plain(plan)) for layer, plan in layers}
     content["gate"] = Inline(content["gate"])
     if not recipe.description:
         del content["description"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sa_convert.console.progress import progress_bytes
 from sa_convert.domain.checkpoint import Checkpoint, TensorEdit
-from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.domain.plan import Plan
 from sa_convert.families.family import Family
 from sa_convert.rewrite.carried import TOKENIZERS, write_code
 from sa_convert.rewrite.config import converted_config
@@ -28,7 +28,7 @@ def needed_bytes(checkpoint: Checkpoint, edits: Mapping[str, TensorEdit]) -> int
 def rewrite_checkpoint(
     checkpoint: Checkpoint,
     family: Family,
-    sharing: SharingMap,
+    plan: Plan,
     edits: Mapping[str, TensorEdit],
     folder: Path,
 ) -> Written:
@@ -48,7 +48,7 @@ def rewrite_checkpoint(
     for name, content in processor_configs(checkpoint, family).items():
         (folder / name).write_text(as_json(content), encoding="utf-8")
     write_code(folder)
-    config = as_json(converted_config(checkpoint, family, sharing))
+    config = as_json(converted_config(checkpoint, family, plan))
     (folder / "config.json").write_text(config, encoding="utf-8")
     total = sum(plan.bytes for plan in plan_shards(checkpoint, edits))
     with progress_bytes(total, "Writing weights") as bar:

@@ -1,11 +1,11 @@
-"""Calibration as a whole: what a recipe leaves to be found on text, its map and its refitted matrices."""
+"""Calibration as a whole: what a recipe leaves to be found on text, its plan and its refitted matrices."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sa_convert.console.progress import announce
 from sa_convert.domain.model import Model, RunOptions
-from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.domain.plan import Plan
 from sa_convert.domain.units import Units
 from sa_convert.heal.refit import Refit, refit
 from sa_convert.observe.session import Session, open_session
@@ -13,6 +13,7 @@ from sa_convert.observe.tried import Reference
 from sa_convert.search.budget import check_budget, too_much
 from sa_convert.search.choose import Step, path, rounds
 from sa_convert.search.within import within_limit
+from sa_convert.treatments.share.plans import map_of, plan_of
 
 if TYPE_CHECKING:
     from sa_convert.domain.recipe import Origin, Recipe, Search
@@ -20,25 +21,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """sharing: the recipe's map, or the one that was found. step, refit: None where the recipe asks for none."""
+    """plan: the recipe's, or the one that was found. step, refit: None where the recipe asks for none."""
 
-    sharing: SharingMap
+    plan: Plan
     step: Step | None
     refit: Refit | None
 
 
-def calibrate(
-    model: Model, recipe: "Recipe", sharing: SharingMap | None, run: RunOptions, *, refits: bool = True
-) -> Calibrated:
+def calibrate(model: Model, recipe: "Recipe", plan: Plan | None, run: RunOptions, *, refits: bool = True) -> Calibrated:
     """Search and refit as the recipe says.
 
-    model: with its weights in the checkpoint's folder. sharing: the recipe's map; None: to be searched. refits: False
+    model: with its weights in the checkpoint's folder. plan: the recipe's; None: to be searched. refits: False
     leaves the refit out. Raises RecipeError (a budget that cannot be met), DataError (text, tokenizer) and
     CheckpointError (a model that cannot be loaded, or overflows).
     """
     refits = refits and recipe.refit == "ridge"
-    search = recipe.sharing.search
-    if sharing is None:
+    search = recipe.search
+    if plan is None:
         assert search is not None
         check_budget(Units(model.geometry), search, recipe.origin)
     with open_session(model, recipe.calibration, run) as session:
@@ -46,12 +45,12 @@ def calibrate(
         announce(f"calibrating on {how}; costs by {session.measure}")
         reference = Reference(session.probe, session.samples.held_out)
         step = None
-        if sharing is None:
+        if plan is None:
             assert search is not None
             step = _search(session, search, reference, recipe.origin, recipe.refit == "ridge")
-            sharing = step.sharing
-        found = refit(session, sharing.layers, reference) if refits else None
-    return Calibrated(sharing, step, found)
+            plan = plan_of(step.sharing, model.geometry)
+        found = refit(session, map_of(plan, model.geometry).layers, reference) if refits else None
+    return Calibrated(plan, step, found)
 
 
 def _search(session: Session, search: "Search", reference: Reference, origin: "Origin", refits: bool) -> Step:

@@ -2,7 +2,7 @@
 
 A *treatment* is what may be done to a unit: today it keeps its keys or shares. Each treatment offers itself for a unit
 with its cost and what it saves, and the search takes the offer that saves the most for its cost; another treatment
-(such as keys of low rank) is one more `Treatment`.
+(such as keys of low rank) is one more `Moves`.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ class Move:
     saved: int
 
 
-class Treatment(Protocol):
+class Moves(Protocol):
     """Something that can be done to a unit to save keys."""
 
     def moves(self, state: "State") -> Iterator[Move]:
@@ -58,9 +58,7 @@ class SharingMoves:
 class State:
     """Units that share so far, under costs that were measured at some map."""
 
-    def __init__(
-        self, costs: Costs, sharing: SharingMap, treatments: tuple[Treatment, ...] = (SharingMoves(),)
-    ) -> None:
+    def __init__(self, costs: Costs, sharing: SharingMap, treatments: tuple[Moves, ...] = (SharingMoves(),)) -> None:
         """costs: measured at `sharing`, so that it costs nothing more, or without any map."""
         self.costs, self.units, self.treatments = costs, costs.units, treatments
         given = self.units.from_map(sharing)

@@ -13,12 +13,16 @@ from PIL import Image, ImageColor
 from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
 from sa_convert.domain.report import BaseModel, Change
 from sa_convert.domain.sharing_map import SharingMap
-from sa_convert.present.charts.map_figure import CELL, COLOURS, _font, cells, sharing_figure
-from sa_convert.present.charts.map_figure import FILE as FIGURE
+from sa_convert.present.charts import plan_figure
+from sa_convert.present.charts.plan_figure import CELL, OWN, _font, drawings_of
+from sa_convert.present.charts.plan_figure import FILE as FIGURE
 from sa_convert.present.files.card import write_card
+from sa_convert.treatments.share.drawing import LOOKS, told
+from sa_convert.treatments.share.plans import plan_of
 from support.measured_report import MEASURED, UNMEASURED
 from support.processes import ROOT
 
+COLOURS = {OWN.state: OWN.colour} | {state: look.colour for state, look in LOOKS.items()}
 WHITE = (255, 255, 255)
 RECIPE = "sharing:\n  map: {27: [[26, 4], null]}\n"
 BASE_CARD = """---
@@ -31,6 +35,19 @@ model-index: broken
 ---
 # Base
 """
+
+
+def shared_as(sharing, caches=True):
+    """A report of a model that shares so."""
+    return replace(MEASURED, treated=(told(sharing, 12, 90, caches),), stacks=sharing.stacks)
+
+
+def cells(sharing, model):
+    return plan_figure.cells(drawings_of(plan_of(sharing, model), model), model)
+
+
+def sharing_figure(sharing, model, path):
+    return plan_figure.plan_figure(plan_of(sharing, model), model, path)
 
 
 def test_metadata_and_licence_of_the_base(tmp_path):
@@ -69,7 +86,7 @@ def test_body_holds_what_was_measured(tmp_path):
 
 def test_consecutive_layers_that_share_alike_are_one_row(tmp_path):
     span = SharingMap(dict.fromkeys((23, 24, 25), ((22, 0), (22, 1))))
-    text = write_card(replace(MEASURED, sharing=span), RECIPE, tmp_path).read_text()
+    text = write_card(shared_as(span), RECIPE, tmp_path).read_text()
     assert "| 23-25 | all 2 | 22 (same heads) |" in text
 
 
@@ -77,7 +94,7 @@ def test_rows_of_stacks_have_their_names(tmp_path):
     stacks = (("encoder", 4), ("decoder", 3), ("decoder.cross", 3))
     rows = {layer: ((source, 0), (source, 1)) for layer, source in ((2, 1), (3, 1), (5, 4), (6, 4), (9, 7))}
     shared = SharingMap({**rows, 8: (None, (7, 0))}, stacks)
-    text = write_card(replace(MEASURED, sharing=shared), RECIPE, tmp_path).read_text()
+    text = write_card(shared_as(shared), RECIPE, tmp_path).read_text()
     table = text.partition("|---|---|---|\n")[2].partition("\n\n")[0].splitlines()
     assert table == [
         "| encoder.2-3 | all 2 | encoder.1 (same heads) |",
@@ -91,13 +108,19 @@ def test_rows_of_stacks_have_their_names(tmp_path):
 def test_layers_of_two_stacks_are_never_one_row(tmp_path):
     # Layers 1 and 2 follow each other, the last of one stack and the first but one of the next.
     shared = SharingMap({1: ((0, 0),), 3: ((2, 0),)}, (("encoder", 2), ("decoder", 2)))
-    text = write_card(replace(MEASURED, sharing=shared), RECIPE, tmp_path).read_text()
+    text = write_card(shared_as(shared), RECIPE, tmp_path).read_text()
     assert "| encoder.1 | all 1 | encoder.0 (same heads) |\n| decoder.1 | all 1 | decoder.0 (same heads) |" in text
 
 
 def test_an_encoder_saves_no_cache(tmp_path):
     savings = replace(MEASURED.savings, cache_bytes_per_token=Change(0, 0))
-    encoder = replace(MEASURED, savings=savings, decode_check=None, copying=None, auto_class="AutoModelForMaskedLM")
+    encoder = replace(
+        shared_as(SharingMap({1: ((0, 0),)}), False),
+        savings=savings,
+        decode_check=None,
+        copying=None,
+        auto_class="AutoModelForMaskedLM",
+    )
     text = write_card(encoder, RECIPE, tmp_path).read_text()
     assert "The model caches nothing: what sharing saves are parameters, and the computation of queries, keys" in text
     assert "cache bytes" not in text
@@ -173,12 +196,12 @@ def test_figure_has_a_cell_of_its_colour_for_every_group_in_order(tmp_path, laye
     # Corners of squares; entries of the legend are only half as high.
     found = list(squares(sharing_figure(sharing, geometry(layers), tmp_path / FIGURE)).values())
     drawn = {(cell.layer // columns, cell.group, cell.layer): cell.state for cell in cells(sharing, geometry(layers))}
-    assert found == [ImageColor.getrgb(COLOURS[drawn[place]][0]) for place in sorted(drawn)]
+    assert found == [ImageColor.getrgb(COLOURS[drawn[place]]) for place in sorted(drawn)]
 
 
 def squares(path):
     """Place (x, y) and colour of every square."""
-    colours = {ImageColor.getrgb(colour) for colour, _ in COLOURS.values()}
+    colours = {ImageColor.getrgb(colour) for colour in COLOURS.values()}
     with Image.open(path) as image:
         pixel, (width, height) = image.getpixel, image.size
         return {
@@ -202,7 +225,7 @@ def test_each_stack_has_a_band(tmp_path):
     rows = [[place[0] for place in found if place[1] == y] for y in sorted({y for _, y in found})]
     assert [len(row) for row in rows] == [5, 5, 2, 2, 2, 2, 2, 2]
     assert len({row[0] for row in rows}) == 1  # all bands begin at the left
-    reusing = ImageColor.getrgb(COLOURS["reusing"][0])
+    reusing = ImageColor.getrgb(COLOURS["reusing"])
     assert list(found.values()).count(reusing) == 3
 
 
@@ -225,11 +248,12 @@ def test_card_and_figure_load_neither_the_hub_client_nor_matplotlib(tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[2]); import support.measured_report as t; from pathlib import Path\n"
         "from sa_convert.present.files.card import write_card\n"
-        "from sa_convert.present.charts.map_figure import sharing_figure\n"
+        "from sa_convert.present.charts.plan_figure import plan_figure\n"
+        "from sa_convert.domain.plan import Plan\n"
         "from sa_convert.domain.geometry import LayerGeometry as L, ModelGeometry as M\n"
         "folder = Path(sys.argv[1]); base = folder / 'base.md'; base.write_text('---\\nlicense: mit\\n---\\n')\n"
         "write_card(t.MEASURED, '', folder, base)\n"
-        "sharing_figure(t.SharingMap({}), M((L(2, 1, 8),)), folder / 'f.png')\n"
+        "plan_figure(Plan(), M((L(2, 1, 8),)), folder / 'f.png')\n"
         "print([m for m in ('matplotlib', 'huggingface_hub.hf_api', 'numpy', 'torch') if m in sys.modules])"
     )
     command = [sys.executable, "-c", code, str(tmp_path), str(ROOT / "tests")]

@@ -185,7 +185,7 @@ DAMAGES = {
     "no card": (partial(remove, "README.md"), 1, "README.md"),
     "no recipe": (partial(remove, "recipe.yaml"), 1, "recipe.yaml"),
     "no figure": (partial(remove, "figures/sharing.png"), 1, "sharing.png"),
-    "report of another map": (partial(edit, "report.json", restore_group), 1, "another sharing map"),
+    "report of another map": (partial(edit, "report.json", restore_group), 1, "another plan"),
     "report without parts": (partial(edit, "report.json", lambda report: report.pop("gate")), 1, "not as sa-convert"),
     "report of other weights": (
         partial(edit, "report.json", lambda report: report["savings"]["checkpoint_bytes"].update(after=1)),

@@ -178,12 +178,12 @@ def test_transformers_runs_plain_weights_under_these_methods(tmp_path, method):
 )
 def test_names_of_wrappers_under_architectures(tmp_path, model_type, named, meant):
     """transformers goes by the auto class that it is asked for."""
-    from sa_convert.domain.sharing_map import SharingMap
+    from sa_convert.domain.plan import Plan
     from sa_convert.models.auto_class import architecture_of
 
     folder = write_model(tmp_path / "m", {"model_type": model_type, "architectures": [named]}, llama_tensors(CONFIG))
     checkpoint = open_model(str(folder))
-    written = converted_config(checkpoint, family_of(checkpoint.config), SharingMap())
+    written = converted_config(checkpoint, family_of(checkpoint.config), Plan())
     assert written["architectures"] == [f"SharedAttention{meant}"]
     assert architecture_of(checkpoint.config) == meant
 

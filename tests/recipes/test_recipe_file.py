@@ -11,6 +11,7 @@ from sa_convert.domain.recipe import Recipe
 from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.errors import RecipeError
 from sa_convert.plan.recipe_file import dump_recipe, load_recipe, parse_recipe, shipped_recipes
+from sa_convert.treatments.share.plans import recipe_of
 from sa_convert.treatments.share.spans import sharing_of
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +61,8 @@ REFUSED = {
     "sharing:\n  spans:\n    - layer: 27-30": "line 3: unknown key 'layer' under sharing.spans[0]; "
     "did you mean 'layers'?",
     SPANS + "calibraton: {}": "line 2: unknown key 'calibraton'; did you mean 'calibration'?",
-    SPANS + "zzz: 1": "line 2: unknown key 'zzz'; the keys here are description, sharing, refit, calibration, gate",
+    SPANS
+    + "zzz: 1": "line 2: unknown key 'zzz'; the keys here are description, sharing, plan, refit, calibration, gate",
     SPANS + "1: 3": "line 2: unknown key '1'; the keys here",
     SPANS + "\nsharing: 3": "line 3: key 'sharing' is written twice",
     "refit: none": "line 1: the key 'sharing' is missing",
@@ -157,7 +159,7 @@ def test_unreadable_files(tmp_path):
     cases = {
         latin: f"{latin}, line 2: the file is not UTF-8 text",
         folder: f"'{folder}' is a folder, not a recipe; give the .yaml file itself.",
-        empty: f"{empty} is empty; a recipe needs at least the key 'sharing'.",
+        empty: f"{empty} is empty; a recipe needs at least the key 'sharing' or 'plan'.",
         absent: f"There is no recipe file '{absent}'. `sa-convert recipes` lists the shipped ones.",
         "a\0.yaml": "Cannot read the recipe 'a\0.yaml': embedded null byte.",
         "/dev/zero": "'/dev/zero' is larger than 16 MiB, which no recipe is.",
@@ -202,7 +204,7 @@ def test_dumped_recipes_load_as_the_same():
 def test_a_resolved_recipe_loads_as_the_same_and_keeps_heads_on_a_line():
     sharing = SharingMap({27: ((26, 4), None, (22, 3)), 28: tuple((20, head) for head in range(64))})
     recipe = parse_recipe("description: 'yes: no # %'\n" + SPANS + "gate: {max_perplexity_increase: 7%}", "r.yaml")
-    text = dump_recipe(recipe, sharing)
+    text = dump_recipe(recipe.resolved(recipe_of(sharing)))
     again = parse_recipe(text, "recipe.yaml")
     assert "    27: [[26, 4], null, [22, 3]]\n" in text
     assert "gate: {max_perplexity_increase: 7%}\n" in text
@@ -210,7 +212,7 @@ def test_a_resolved_recipe_loads_as_the_same_and_keeps_heads_on_a_line():
     assert SharingMap.from_json(again.sharing.map) == sharing
     assert again.gate == recipe.gate
     assert again.description == "yes: no # %"
-    assert dump_recipe(again, sharing) == text
+    assert dump_recipe(again.resolved(recipe_of(sharing))) == text
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 
 from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
 from sa_convert.domain.sharing_map import SharingMap
-from sa_convert.errors import SharingError
+from sa_convert.errors import PlanError
 from sa_convert.treatments.share.rules import check_map
 
 FULL = LayerGeometry(heads=4, groups=2, head_dim=8)
@@ -44,13 +44,13 @@ def whole(source: int, heads: int = 4):
     ],
 )
 def test_violations(layers, geometry, message):
-    with pytest.raises(SharingError, match=message):
+    with pytest.raises(PlanError, match=message):
         check_map(SharingMap(layers), geometry)
 
 
 def test_different_windows():
     layers = [LayerGeometry(4, 2, 8, "sliding_attention", window) for window in (8, 16)]
-    with pytest.raises(SharingError, match="window is 8 tokens, the reusing layer's 16"):
+    with pytest.raises(PlanError, match="window is 8 tokens, the reusing layer's 16"):
         check_map(SharingMap({1: whole(0)}), ModelGeometry(tuple(layers)))
 
 

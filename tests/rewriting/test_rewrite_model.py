@@ -9,7 +9,7 @@ import pytest
 
 import sa_convert.runtime
 from sa_convert.domain.checkpoint import TensorEdit
-from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.domain.plan import Plan
 from sa_convert.errors import UnsupportedModelError
 from sa_convert.families.table import FAMILIES
 from sa_convert.read.folder import open_folder
@@ -18,7 +18,7 @@ from sa_convert.rewrite.rewrite import needed_bytes, rewrite_checkpoint
 from sa_convert.rewrite.tokenizer import tokenizer_config
 from support.make_checkpoint import tiny_llama
 
-SHARING = SharingMap({2: ((1, 0), (1, 1), (0, 3), None)})
+SHARING = Plan({2: {0: {"share": [[1, 0], [1, 1]]}, 1: {"share": [[0, 3], None]}}})
 
 
 def test_config_changes_four_keys_and_keeps_the_order(tmp_path):
@@ -89,7 +89,7 @@ def test_tied_embeddings_stay_tied(tmp_path):
     assert "lm_head.weight" not in base.tensors
     start = "model.layers.2.self_attn."
     edits = {f"{start}{name}_proj.weight": TensorEdit(rows=()) for name in "qk"}
-    sharing = SharingMap({2: tuple((1, head) for head in range(4))})
+    sharing = Plan({2: {group: {"share": [[1, 2 * group], [1, 2 * group + 1]]} for group in range(2)}})
     rewrite_checkpoint(base, FAMILIES["llama"], sharing, edits, out)
     model, told = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, output_loading_info=True)
     assert not told["missing_keys"]
@@ -154,7 +154,7 @@ def test_auto_tokenizer_chooses_what_it_chose_for_the_base(tmp_path, tokenizer_j
     (base_folder / "tokenizer_config.json").write_text(json.dumps(content))
     base, out = open_folder(base_folder), tmp_path / f"out_{model_type}_{declared}"
     out.mkdir()
-    rewrite_checkpoint(base, FAMILIES[model_type], SharingMap(), {}, out)
+    rewrite_checkpoint(base, FAMILIES[model_type], Plan(), {}, out)
     declared_now = json.loads((out / "tokenizer_config.json").read_text()).get("tokenizer_class")
     assert declared_now not in (None, "TokenizersBackend"), "transformers 4 could not load it"
     try:

@@ -248,7 +248,7 @@ def test_a_run_killed_in_the_middle_of_the_swap_loses_no_earlier_output(tmp_path
 CONVERT = """
 import sys, time
 from pathlib import Path
-from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.domain.plan import Plan
 from sa_convert.families.table import FAMILIES
 from sa_convert.read.folder import open_folder
 from sa_convert.rewrite import shards
@@ -262,7 +262,7 @@ if len(sys.argv) > 3:
     shards.copy_range = slowly
 base = open_folder(Path(sys.argv[1]))
 with staging(Path(sys.argv[2]), True, needed_bytes(base, {}), base.folder) as stage:
-    rewrite_checkpoint(base, FAMILIES["llama"], SharingMap(), {}, stage.folder)
+    rewrite_checkpoint(base, FAMILIES["llama"], Plan(), {}, stage.folder)
     (stage.folder / "report.json").write_text("{}")
     stage.publish()
 """

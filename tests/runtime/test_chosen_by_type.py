@@ -13,7 +13,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
-from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.domain.plan import Plan
 from sa_convert.families.table import FAMILIES
 from sa_convert.read.family_of import family_of
 from sa_convert.read.folder import open_folder
@@ -47,7 +47,7 @@ def large(tmp_path_factory):
 def converted(base, out):
     checkpoint = open_folder(base)
     out.mkdir()
-    rewrite_checkpoint(checkpoint, family_of(checkpoint.config), SharingMap(), {}, out)
+    rewrite_checkpoint(checkpoint, family_of(checkpoint.config), Plan(), {}, out)
     return out
 
 

@@ -13,13 +13,12 @@ from sa_convert.domain.report import (
     Savings,
 )
 from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.treatments.share.drawing import told
 
 MEASURED = Report(
     base_model=BaseModel("org/base", "0123abc"),
     family="llama",
-    sharing=SharingMap({27: ((26, 4), None), 28: ((22, 0), (22, 1))}),
-    reused_groups=12,
-    total_groups=90,
+    treated=(told(SharingMap({27: ((26, 4), None), 28: ((22, 0), (22, 1))}), 12, 90),),
     savings=Savings(Change(134_515_008, 130_000_000), Change(538_090_408, 520_000_000), Change(46080, 43008), 2 / 15),
     perplexity=PerplexityReport("builtin, validation part", 8176, 14.2948181, 15.0, "float32"),
     decode_check=DecodeCheck(8.869171142578125e-05, True, 0.00127717),

@@ -25,6 +25,7 @@ from sa_convert.observe.sequences import Sample, calibration_set
 from sa_convert.present.files.card import write_card
 from sa_convert.present.files.report_file import render_report
 from sa_convert.texts.text import load_text
+from sa_convert.treatments.share.drawing import told
 from support.cli_cases import refused
 from support.processes import run_cli
 from support.task_models import SIZES, opened, save
@@ -368,7 +369,14 @@ def test_positions_counted_from_behind_the_padding_token(folders):
 def report_of(task: str, cached: int, auto_class: str) -> Report:
     savings = Savings(Change(100, 90), Change(400, 360), Change(cached, cached // 2), 0.25)
     measured = PerplexityReport("text", 10, 5.0, 5.5, "float32", task)
-    return Report(BaseModel("org/base"), "bert", SharingMap({}), 1, 4, savings, measured, auto_class=auto_class)
+    return Report(
+        BaseModel("org/base"),
+        "bert",
+        (told(SharingMap({}), 1, 4, cached > 0),),
+        savings,
+        measured,
+        auto_class=auto_class,
+    )
 
 
 def test_reports_say_what_was_measured(tmp_path):

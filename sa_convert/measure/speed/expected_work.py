@@ -1,35 +1,40 @@
-"""How much work a prefill and a decoding step are, as far as weights, sharing map and cache tell.
+"""How much work a prefill and a decoding step are, as far as weights, plan and cache tell.
 
 The ratio of the work of two models is what the ratio of their times is expected to be:
 
 - A step is bound by memory. It reads its weights once, whatever the batch, and what is cached of every sequence. A
-  reusing head has no key in the cache; it reads its source's probabilities, one number for each token in view.
+  head without scores of its own has no key in the cache; it reads another's probabilities, one number for each token in
+  view.
 - A prefill is bound by arithmetic. Every token is multiplied with all matrices, and each head multiplies its query with
-  the keys, and its probabilities with the values, of the tokens in view. A reusing head does only the latter.
+  the keys, and its probabilities with the values, of the tokens in view. A head without scores of its own does only
+  the latter.
 
 Left out: softmax, norms and other work on each element, the copy that a dynamic cache makes of itself at every step,
 and everything that a kernel does beyond what is needed.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
 
+from sa_convert.domain.answers import Answers
 from sa_convert.domain.checkpoint import Checkpoint
-from sa_convert.domain.geometry import ModelGeometry
-from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.domain.plan import Plan
 from sa_convert.errors import UnsupportedModelError
-from sa_convert.families.family import Family
 from sa_convert.measure.speed.parameters_read import Weights
 from sa_convert.plan.converted import converted_parts
-from sa_convert.read.family_of import family_of
-from sa_convert.read.geometry_of import geometry_of
-from sa_convert.read.names import attention_prefix
+from sa_convert.plan.savings import value_size
+from sa_convert.read.model_of import model_of
+from sa_convert.treatments.plan_answers import layer_answers
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Attention of one layer. heads: query heads, `own` of which compute probabilities. size: elements of a head's
-    query and of its key; value_size: of its value. window: tokens in view, or None for all. causal: a token sees none
-    after it. cached: a decoding step runs it."""
+    """Attention of the KV groups of one layer that see as many tokens.
+
+    heads: query heads that put something out, `own` of which compute probabilities; the others read those of other
+    heads. size: elements of a head's query and of its key; value_size: of its value. window: tokens in view, or None
+    for all. causal: a token sees none after it. cached: a decoding step runs it.
+    """
 
     heads: int
     own: int
@@ -48,32 +53,34 @@ class Attention:
 
 
 def attention_layers(checkpoint: Checkpoint, converted: bool) -> tuple[Attention, ...] | None:
-    """All layers with softmax attention, or None in a family that sa-convert does not know.
+    """All layers with softmax attention, KV groups of different windows apart; None in a family that is not known.
 
     Chunks, of layers that attend within those, are taken to be longer than the context.
     """
     try:
-        if converted:
-            family, geometry, sharing = converted_parts(checkpoint)
-        else:
-            family = family_of(checkpoint.config, checkpoint.tensors)
-            geometry, sharing = geometry_of(checkpoint, family), SharingMap()
+        model, plan = converted_parts(checkpoint) if converted else (model_of(checkpoint), Plan())
     except UnsupportedModelError:
         return None
-    cross = {stack.name for stack in family.all_stacks if stack.cross}
-    return tuple(
-        Attention(
-            heads=layer.heads,
-            own=len(sharing.own_heads(index, layer)),
-            size=layer.head_dim,
-            value_size=_value_size(checkpoint, family, geometry, index),
-            window=layer.window,
-            causal=layer.cached and layer.stack not in cross,
-            cached=layer.cached,
-        )
-        for index, layer in enumerate(geometry.layers)
-        if layer.heads
-    )
+    cross = {stack.name for stack in model.family.all_stacks if stack.cross}
+    found = []
+    for index, layer in enumerate(model.geometry.layers):
+        by_window: dict[int | None, list[Answers]] = defaultdict(list)
+        for answers in layer_answers(plan, model.geometry, index) if layer.heads else ():
+            limits = [limit for limit in (layer.window, answers.reach) if limit is not None]
+            by_window[min(limits, default=None)].append(answers)
+        for window, groups in by_window.items():
+            found.append(
+                Attention(
+                    heads=sum(len(answers.heads) for answers in groups),
+                    own=sum(len(answers.scores) for answers in groups),
+                    size=layer.head_dim,
+                    value_size=value_size(model, index),
+                    window=window,
+                    causal=layer.cached and layer.stack not in cross,
+                    cached=layer.cached,
+                )
+            )
+    return tuple(found)
 
 
 def prefill_flops(weights: Weights, layers: tuple[Attention, ...] | None, context: int, batch: int) -> int | None:
@@ -94,16 +101,7 @@ def step_bytes(
     of a probability."""
     if weights.step_bytes is None or cache is None:
         return None
-    borrowed = sum(
+    read = sum(
         (layer.heads - layer.own) * min(layer.window or context, context) for layer in layers or () if layer.cached
     )
-    return weights.step_bytes + cache + batch * borrowed * itemsize
-
-
-def _value_size(checkpoint: Checkpoint, family: Family, geometry: ModelGeometry, index: int) -> int:
-    layer = geometry.layers[index]
-    if family.modules.fused:
-        return layer.head_dim
-    prefix = attention_prefix(checkpoint, family, geometry.stacks, index)
-    shape = checkpoint.tensors[f"{prefix}{family.modules.value}.weight"].shape
-    return shape[1 if family.modules.transposed else 0] // layer.groups
+    return weights.step_bytes + cache + batch * read * itemsize

@@ -20,10 +20,10 @@ _PAIR = r"(?:null|\[\d+, \d+\])"
 
 
 def write_analysis(analysis: Analysis, recipe: "Recipe", folder: Path) -> None:
-    """Write all files. recipe: whose sharing becomes the map of the analysis."""
+    """Write all files. recipe: with the plan of the analysis."""
     text = json.dumps(analysis.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
     (folder / FILE).write_text(_rows_on_one_line(text) + "\n", encoding="utf-8", newline="\n")
-    (folder / RECIPE_FILE).write_text(dump_recipe(recipe, analysis.sharing), encoding="utf-8", newline="\n")
+    (folder / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8", newline="\n")
     write_charts(analysis, folder / FIGURES)
 
 

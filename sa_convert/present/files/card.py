@@ -6,14 +6,13 @@ from pathlib import Path
 from sa_convert.console.amounts import format_percent
 from sa_convert.domain.report import TASK_NAMES, Report
 from sa_convert.families.table import FAMILIES
-from sa_convert.present.charts import map_figure as figure
+from sa_convert.present.charts import plan_figure as figure
 from sa_convert.present.files.card_metadata import inherited, metadata
-from sa_convert.present.files.card_tables import savings_table, sharing_table, uncached
-from sa_convert.present.files.report_file import refit_summary, sharing_summary
+from sa_convert.present.files.card_tables import savings_table
+from sa_convert.present.files.report_file import refit_summary
 
 FILE = "README.md"
 HUB = "https://huggingface.co"
-PAPER = "https://arxiv.org/abs/2407.12866"
 PLACEHOLDER = "PATH_OR_REPO_ID"
 """What the card in a local folder says in place of the name that the model will have on the Hub."""
 
@@ -46,10 +45,9 @@ def _sections(report: Report, name: str, recipe: str, remark: str | None, drawn:
     shown = f"[{base.id}]({HUB}/{base.id})" if base.on_hub else f"`{base.id}`"
     revision = f" (revision `{base.revision}`)" if base.revision else ""
     yield f"# {name}"
-    yield (
-        f"This is {shown}{revision}, converted so that some attention heads reuse the attention weights of heads in "
-        f"earlier layers ([Shared Attention]({PAPER})). {sharing_summary(report)}; they have no key projections"
-        f"{' and cache no keys' if report.caches else ''}."
+    first, *others = [treated.lead for treated in report.used]
+    yield " ".join(
+        [f"This is {shown}{revision}, converted so that {first}.", *(f"Besides, {lead}." for lead in others)]
     )
     yield _summary(report)
     yield "## How to load it"
@@ -67,13 +65,15 @@ def _sections(report: Report, name: str, recipe: str, remark: str | None, drawn:
         "transformers asks to trust it; where sa_convert is installed, `import sa_convert` does instead. It runs with "
         f"transformers {oldest} and later, in releases that know models of type `{report.family}`."
     )
-    yield "## What is shared"
-    if drawn:
-        yield f"![Which key/value groups reuse attention, and of which layer]({figure.FILE.as_posix()})"
-    yield "\n".join(sharing_table(report))
+    for number, treated in enumerate(report.used):
+        yield f"## {treated.heading}"
+        if drawn and number == 0:
+            yield f"![{treated.caption}]({figure.FILE.as_posix()})"
+        yield "\n".join(treated.table)
     yield "## What it saves"
     yield "\n".join(savings_table(report))
-    yield from uncached(report)
+    for treated in report.used:
+        yield from treated.remarks
     yield "## What it costs"
     yield from _costs(report)
     yield "## Recipe"

@@ -51,7 +51,8 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
     yield "Base model", f"{report.base_model.id}{revision} ({report.family})"
     if report.recipe:
         yield "Recipe", report.recipe
-    yield "Sharing", sharing_summary(report)
+    for treated in report.used:
+        yield treated.label, treated.summary
     savings = report.savings
     yield "Parameters", _change(savings.parameters, *map(human_count, _values(savings.parameters)))
     yield "Checkpoint", _change(savings.checkpoint_bytes, *map(human_bytes, _values(savings.checkpoint_bytes)))
@@ -100,13 +101,6 @@ def refit_summary(refit: RefitReport) -> str:
     share = "" if refit.share == 1 else f", {format_percent(refit.share)} of the way"
     change = f"{refit.before.divergence:.4f} -> {refit.after.divergence:.4f} nats"
     return f"{kept} of {len(refit.layers)} output projections{share}; divergence on held-out text {change}"
-
-
-def sharing_summary(report: Report) -> str:
-    """Such as "12 of 90 KV groups reuse, in 4 layers"."""
-    layers = len(report.sharing.layers)
-    plural = "layer" if layers == 1 else "layers"
-    return f"{report.reused_groups} of {report.total_groups} KV groups reuse, in {layers} {plural}"
 
 
 def copying_summary(copying: CopyingReport) -> str:

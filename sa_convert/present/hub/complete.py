@@ -10,8 +10,9 @@ from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.errors import CheckpointError, GateRefused, OutputError, SaConvertError
 from sa_convert.families.family import PREFIX
 from sa_convert.models.subject import foreign_code
+from sa_convert.plan.conversion import treated_by
 from sa_convert.plan.converted import converted_parts
-from sa_convert.present.charts import map_figure as figure
+from sa_convert.present.charts import plan_figure as figure
 from sa_convert.present.files import card
 from sa_convert.present.files import report_file as report
 from sa_convert.read.folder import INDEX, open_folder, read_json
@@ -42,11 +43,11 @@ def complete_conversion(folder: Path, allow_unvalidated: bool = False) -> Conver
     where its gate did not pass.
     """
     checkpoint = open_folder(folder)
-    _check_model(checkpoint)
+    sections = _check_model(checkpoint)
     root = folder.resolve()
     for name in _WRITTEN:
         check_inside(folder / name, root, "a file that every conversion has")
-    _check_report(folder, checkpoint, read_json(folder / report.FILE), allow_unvalidated)
+    _check_report(folder, checkpoint, read_json(folder / report.FILE), sections, allow_unvalidated)
     files = tuple(sorted(set(_files(checkpoint, root))))
     present = {path.relative_to(root) for path in root.rglob("*") if path.is_file()}
     shown = {path for path in present if not any(part.startswith(".") for part in path.parts)}
@@ -54,15 +55,15 @@ def complete_conversion(folder: Path, allow_unvalidated: bool = False) -> Conver
     return Conversion(root, files, tuple(sorted(shown - set(files))), size)
 
 
-def _check_model(checkpoint: Checkpoint) -> None:
-    """Configuration, map and code."""
+def _check_model(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """Configuration, plan and code. Returns what report.json should say of the plan."""
     folder, config = checkpoint.folder, checkpoint.config
     if not str(config.get("model_type")).startswith(PREFIX) or not isinstance(config.get("shared_attention"), dict):
         raise CheckpointError(
             f"{folder}: is no conversion: its config.json has no 'shared_attention'; run 'sa-convert convert' first."
         )
     try:
-        converted_parts(checkpoint)
+        model, plan = converted_parts(checkpoint)
     except SaConvertError as error:
         raise CheckpointError(f"{folder}: {error} Convert the model again.") from error
     fault = foreign_code(checkpoint)
@@ -73,13 +74,21 @@ def _check_model(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"{folder}: {fault}, not what this version of sa-convert writes; convert the model again."
         )
+    return {key: value for treated in treated_by(plan, model) for key, value in treated.section.items()}
 
 
-def _check_report(folder: Path, checkpoint: Checkpoint, found: Mapping[str, Any], allow_unvalidated: bool) -> None:
+def _check_report(
+    folder: Path,
+    checkpoint: Checkpoint,
+    found: Mapping[str, Any],
+    sections: Mapping[str, Any],
+    allow_unvalidated: bool,
+) -> None:
     """That the report is of this model, and what it says of its quality."""
     file = folder / report.FILE
     try:
-        layers, written = found["sharing"]["layers"], found["savings"]["checkpoint_bytes"]["after"]
+        told = {key: found[key] for key in sections}
+        written = found["savings"]["checkpoint_bytes"]["after"]
         gate, check, perplexity = found["gate"], found["decode_check"], found["perplexity"]
         passed = gate and gate["passed"] is True
         limit = gate and format_percent(gate["max_perplexity_increase"])
@@ -89,8 +98,8 @@ def _check_report(folder: Path, checkpoint: Checkpoint, found: Mapping[str, Any]
         increase = perplexity and f"{perplexity['increase']:+.2%}"
     except (KeyError, TypeError, ValueError, ArithmeticError):
         raise CheckpointError(f"{file}: is not as sa-convert writes it; convert the model again.") from None
-    if layers != checkpoint.config["shared_attention"].get("layers"):
-        raise CheckpointError(f"{file}: reports another sharing map than config.json has; convert the model again.")
+    if told != sections:
+        raise CheckpointError(f"{file}: reports another plan than config.json has; convert the model again.")
     size = sum(shard.file.stat().st_size for shard in checkpoint.shards)
     if size != written:
         raise CheckpointError(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from sa_convert.console.amounts import human_bytes, human_count
 from sa_convert.console.printable import one_line
 from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
-from sa_convert.domain.inspection import Inspection, Kind
+from sa_convert.domain.inspection import Inspection
 from sa_convert.domain.stacks import layer_names, stack_ranges
 from sa_convert.present.terminal.aligned import aligned
 
@@ -37,25 +37,8 @@ def _rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
     yield "Data types", ", ".join(_dtypes(inspection)) + dequantised
     yield "Size", _with_exact(human_bytes(inspection.checkpoint_bytes), inspection.checkpoint_bytes, " bytes")
     yield "Cache per token", _cache(inspection)
-    if inspection.shared and geometry:
-        layers = layer_names(geometry.stacks, inspection.shared.layers)
-        reused = inspection.shared.reused_groups(geometry)
-        yield "Shares already", f"{reused} of {geometry.total_groups} KV groups, in layers {layers}"
-    yield from _sharing(inspection)
-
-
-def _sharing(inspection: Inspection) -> Iterator[tuple[str, str]]:
-    geometry = inspection.geometry
-    if inspection.reason or geometry is None:
-        yield "Can share", f"no: {inspection.reason}"
-        return
-    within = ", within each stack" if len(geometry.stacks) > 1 else ""
-    yield "Can share", "yes, by " + ("query head" if geometry.granularity == "head" else "whole layers only") + within
-    for kind in inspection.kinds:
-        name = _kind(geometry.layers[kind.layers[0]])
-        yield "", f"{name}: {_reach(kind, geometry)}"
-    groups, total = inspection.shareable_groups, geometry.total_groups
-    yield "At most", f"{groups} of {total} KV groups can lose their keys ({groups / total:.1%})"
+    for told in inspection.treatments:
+        yield from told.rows
 
 
 def _shape(geometry: ModelGeometry) -> Iterator[tuple[str, str]]:
@@ -94,18 +77,9 @@ def _cache(inspection: Inspection) -> str:
     return f"{cache:,} bytes in the data type of the weights{pair}"
 
 
-def _reach(kind: Kind, geometry: ModelGeometry) -> str:
-    """Which layers of a kind can reuse which."""
-    first = f"layer {geometry.label(kind.layers[0])} cannot, no earlier layer is of its kind"
-    if not kind.reusing:
-        return first
-    plural = "layer" if len(kind.reusing) == 1 else "layers"
-    return f"{plural} {layer_names(geometry.stacks, kind.reusing)} can reuse earlier ones of this kind; {first}"
-
-
 def _attention(layers: Sequence[LayerGeometry]) -> str:
     """Such as "0-4 sliding(512), 5 full", and how often that repeats."""
-    names = [_kind(layer) for layer in layers]
+    names = [layer.kind for layer in layers]
     if len(set(names)) == 1:
         return f"{names[0]}, all layers"
     for period in range(2, min(_LONGEST_PERIOD, len(names) // 2) + 1):
@@ -122,15 +96,6 @@ def _runs(names: Sequence[str]) -> str:
         else:
             runs.append((index, index, name))
     return ", ".join(f"{first} {name}" if first == last else f"{first}-{last} {name}" for first, last, name in runs)
-
-
-def _kind(layer: LayerGeometry) -> str:
-    """Such as "full" or "sliding(512)"."""
-    name = "no softmax attention" if layer.attention == "none" else layer.attention.removesuffix("_attention")
-    if not layer.heads:
-        return name
-    window = f"({layer.window})" if layer.window else ""
-    return name + window + ("" if layer.rotary else " without rotary")
 
 
 def _dtypes(inspection: Inspection) -> Iterator[str]:

@@ -3,10 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.console.amounts import human_bytes, human_count
-from sa_convert.domain.stacks import layer_names
 
 if TYPE_CHECKING:
-    from sa_convert.plan.plan import ConversionPlan
+    from sa_convert.plan.conversion import ConversionPlan
 
 
 def plan_json(plan: "ConversionPlan") -> dict[str, Any]:
@@ -15,12 +14,8 @@ def plan_json(plan: "ConversionPlan") -> dict[str, Any]:
 
     return {
         "dry_run": True,
-        "family": plan.family.model_type,
-        "sharing": {
-            "layers": plan.sharing.to_json(),
-            "reused_groups": plan.reused_groups,
-            "total_groups": plan.geometry.total_groups,
-        },
+        "family": plan.model.family.model_type,
+        **{key: value for treated in plan.treated for key, value in treated.section.items()},
         "savings": asdict(plan.savings),
         "tensors": {
             "dropped": sorted(name for name, edit in plan.edits.items() if edit.drops),
@@ -30,18 +25,14 @@ def plan_json(plan: "ConversionPlan") -> dict[str, Any]:
 
 
 def render_plan(plan: "ConversionPlan") -> str:
-    """A few aligned lines: what would be shared, and what that saves."""
-    savings, layers = plan.savings, plan.sharing.layers
-    whole = [index for index, row in layers.items() if None not in row]
-    partly = [index for index in layers if index not in whole]
+    """A few aligned lines: what would be done, and what that saves."""
+    savings = plan.savings
     dropped = sum(edit.drops for edit in plan.edits.values())
     sliced = sum(bool(edit.rows) for edit in plan.edits.values())
     cache = savings.cache_bytes_per_token
     lines = [
-        ("family", plan.family.model_type),
-        ("layers that reuse wholly", layer_names(plan.sharing.stacks, whole) or "none"),
-        ("layers that reuse partly", layer_names(plan.sharing.stacks, partly) or "none"),
-        ("KV groups without keys", f"{plan.reused_groups} of {plan.geometry.total_groups}"),
+        ("family", plan.model.family.model_type),
+        *(row for treated in plan.treated if treated.used for row in treated.rows),
         ("tensors", f"{dropped} dropped, {sliced} sliced"),
         ("parameters", _change(savings.parameters.before, savings.parameters.after, human_count)),
         ("weights", _change(savings.checkpoint_bytes.before, savings.checkpoint_bytes.after, human_bytes)),

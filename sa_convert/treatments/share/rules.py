@@ -2,11 +2,11 @@
 
 from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
 from sa_convert.domain.sharing_map import SharingMap, Source
-from sa_convert.errors import SharingError
+from sa_convert.errors import PlanError
 
 
 def check_map(sharing: SharingMap, geometry: ModelGeometry) -> None:
-    """Raise SharingError where the map does not fit the model.
+    """Raise PlanError where the map does not fit the model.
 
     Every source is an own head of an earlier layer with the same attention type, window, head size and treatment of
     positions; where queries are normalised over all heads together, only whole layers reuse.
@@ -14,16 +14,16 @@ def check_map(sharing: SharingMap, geometry: ModelGeometry) -> None:
     depth = len(geometry.layers)
     for index, row in sharing.layers.items():
         if not 0 <= index < depth:
-            raise SharingError(f"Layer {index} reuses attention, but the model has layers 0 to {depth - 1}.")
+            raise PlanError(f"Layer {index} reuses attention, but the model has layers 0 to {depth - 1}.")
         layer, name = geometry.layers[index], geometry.label(index)
         if not layer.heads:
-            raise SharingError(f"Layer {name} has no softmax attention, so it cannot reuse any.")
+            raise PlanError(f"Layer {name} has no softmax attention, so it cannot reuse any.")
         if len(row) != layer.heads:
-            raise SharingError(
+            raise PlanError(
                 f"Layer {name} lists {len(row)} heads, but the model has {layer.heads} query heads in this layer."
             )
         if geometry.granularity == "layer" and None in row:
-            raise SharingError(
+            raise PlanError(
                 f"Layer {name} head {row.index(None)} keeps its own attention while others reuse; this model "
                 "normalises the queries and keys of all heads together, so only whole layers can reuse."
             )
@@ -31,7 +31,7 @@ def check_map(sharing: SharingMap, geometry: ModelGeometry) -> None:
             if source is not None:
                 reason = source_problem(sharing, geometry, index, source)
                 if reason:
-                    raise SharingError(
+                    raise PlanError(
                         f"Layer {name} head {head} cannot reuse layer {geometry.label(source[0])} "
                         f"head {source[1]}: {reason}."
                     )

@@ -1,14 +1,15 @@
 """Spans, the paper's form of sharing, resolved to a sharing map of a particular model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
 from sa_convert.domain.layer_range import LayerRange
+from sa_convert.domain.recipe_map import HeadSource
 from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.domain.stacks import parse_label, stack_ranges
-from sa_convert.errors import RecipeError, SharingError
+from sa_convert.errors import PlanError, RecipeError
 from sa_convert.treatments.share.rules import layer_difference
 
 if TYPE_CHECKING:
@@ -20,17 +21,19 @@ def sharing_of(recipe: "Recipe", geometry: ModelGeometry) -> SharingMap:
 
     Raises RecipeError, naming the line, where a span does not fit the model.
     """
+    assert recipe.sharing is not None
     if recipe.sharing.spans is not None:
         return resolve_spans(recipe.sharing.spans, geometry, recipe.origin)
     if recipe.sharing.map is not None:
-        return _explicit(recipe, geometry)
+        return _explicit(recipe, recipe.sharing.map, geometry)
     raise RecipeError(f"{recipe.origin.at('sharing', 'search')}: a search has no map before it has run")
 
 
-def _explicit(recipe: "Recipe", geometry: ModelGeometry) -> SharingMap:
+def _explicit(
+    recipe: "Recipe", rows: Mapping[int | str, tuple[HeadSource | None, ...]], geometry: ModelGeometry
+) -> SharingMap:
     """Raises RecipeError, naming the line, where the map names a stack that the model does not have."""
     names = [name for name, _ in geometry.stacks]
-    rows = recipe.sharing.map or {}
     for layer in rows:
         stack, number = parse_label(layer)
         if stack not in (names or [""]):
@@ -41,7 +44,7 @@ def _explicit(recipe: "Recipe", geometry: ModelGeometry) -> SharingMap:
             raise RecipeError(f"{where}: there is no layer '{layer}'; {hint.format(number)}")
         depth = dict(geometry.stacks).get(stack, len(geometry.layers))
         if number >= depth:
-            raise SharingError(f"Layer {layer} reuses attention, but the model has layers 0 to {depth - 1}.")
+            raise PlanError(f"Layer {layer} reuses attention, but the model has layers 0 to {depth - 1}.")
     return SharingMap.from_json(rows, geometry.stacks)
 
 

@@ -1,41 +1,62 @@
-"""From a sharing map to what happens to each tensor."""
+"""From a plan to what happens to each tensor.
 
-from collections.abc import Iterable, Iterator, Sequence
+Query heads without scores of their own lose their rows of the query projection, and KV groups without such a head their
+rows of the key projection, with biases and norms: whatever the treatments are that make it so. Besides, each treatment
+has edits of its own.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from sa_convert.domain.checkpoint import Checkpoint, TensorEdit, TensorEntry
 from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
-from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.domain.model import Model
+from sa_convert.domain.plan import Plan
 from sa_convert.errors import CheckpointError
 from sa_convert.families.family import Family, Modules
 from sa_convert.read.names import attention_prefix
-from sa_convert.treatments.share.fused import kept_of_gated, kept_places
+from sa_convert.treatments.fused import kept_of_gated, kept_places
+from sa_convert.treatments.plan_answers import own_groups, own_heads
+from sa_convert.treatments.registry import used_in
 
 
-def tensor_edits(
-    checkpoint: Checkpoint, family: Family, geometry: ModelGeometry, sharing: SharingMap
-) -> dict[str, TensorEdit]:
-    """The edits of every tensor that changes: query and key rows of reusing heads go, with their biases and norms."""
-    tensors, modules = checkpoint.tensors, family.modules
+def plan_edits(model: Model, plan: Plan) -> dict[str, TensorEdit]:
+    """The edits of every tensor that changes. Raises CheckpointError if tensors do not have the shape of heads."""
     edits: dict[str, TensorEdit] = {}
-    for index in sharing.layers:
-        layer = geometry.layers[index]
-        prefix = attention_prefix(checkpoint, family, geometry.stacks, index)
-        own_heads = sharing.own_heads(index, layer)
-        own_groups = sharing.own_groups(index, layer)
-        axis = 1 if modules.transposed else 0
-        for projection, kept, total in _projections(modules, layer, own_heads, own_groups):
-            for name, along in ((f"{prefix}{projection}.weight", axis), (f"{prefix}{projection}.bias", 0)):
-                if name in tensors:
-                    edits[name] = _keep(tensors[name], kept, total, along)
-        for norm, kept, total in (
-            (modules.query_norm, own_heads, layer.heads),
-            (modules.key_norm, own_groups, layer.groups),
-        ):
-            if norm:
-                edits.update(_norm_edits(tensors, f"{prefix}{norm}.", modules.norm, kept, total))
-        if modules.sinks:
-            name = f"{prefix}{modules.sinks}"
-            edits[name] = _keep(tensors[name], own_heads, layer.heads)
+    for index in plan.layers:
+        heads = own_heads(plan, model.geometry, index)
+        edits |= _score_edits(model.checkpoint, model.family, model.geometry, index, heads)
+    for treatment in used_in(plan):
+        edits = combined(edits, treatment.edits(model, plan), treatment.name)
+    return edits
+
+
+def combined(first: Mapping[str, TensorEdit], then: Mapping[str, TensorEdit], name: str) -> dict[str, TensorEdit]:
+    """Both, of which no tensor may have two, unless it goes anyway. name: of what makes the second."""
+    both = [tensor for tensor in then if tensor in first and not (first[tensor].drops and then[tensor].drops)]
+    if both:
+        raise ValueError(f"'{name}' edits '{both[0]}', which another treatment edits as well")
+    return {**first, **then}
+
+
+def _score_edits(
+    checkpoint: Checkpoint, family: Family, geometry: ModelGeometry, index: int, heads: tuple[int, ...]
+) -> dict[str, TensorEdit]:
+    """Queries and keys of a layer of which only these heads compute scores."""
+    tensors, modules, layer = checkpoint.tensors, family.modules, geometry.layers[index]
+    edits: dict[str, TensorEdit] = {}
+    prefix = attention_prefix(checkpoint, family, geometry.stacks, index)
+    groups = own_groups(layer, heads)
+    axis = 1 if modules.transposed else 0
+    for projection, kept, total in _projections(modules, layer, heads, groups):
+        for name, along in ((f"{prefix}{projection}.weight", axis), (f"{prefix}{projection}.bias", 0)):
+            if name in tensors:
+                edits[name] = _keep(tensors[name], kept, total, along)
+    for norm, kept, total in ((modules.query_norm, heads, layer.heads), (modules.key_norm, groups, layer.groups)):
+        if norm:
+            edits.update(_norm_edits(tensors, f"{prefix}{norm}.", modules.norm, kept, total))
+    if modules.sinks:
+        name = f"{prefix}{modules.sinks}"
+        edits[name] = _keep(tensors[name], heads, layer.heads)
     return {name: edit for name, edit in edits.items() if edit.drops or edit.name or edit.rows is not None}
 
 

@@ -1,7 +1,8 @@
 """Where queries, keys and values lie in one fused projection.
 
-Counted in heads, that is in `head_dim` rows. A layer that reuses keeps its own queries, its own keys and all values,
-in this order, whatever the order of the base was: the exported code then splits them without moving any.
+Counted in heads, that is in `head_dim` rows. A layer that has lost queries or keys keeps its own queries, its own keys
+and all values, in this order, whatever the order of the base was: the code that travels then splits them without moving
+any.
 """
 
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ def places(order: str, layer: LayerGeometry) -> Places:
 
 
 def kept_places(order: str, layer: LayerGeometry, own_heads: Sequence[int], own_groups: Sequence[int]) -> list[int]:
-    """The places that a reusing layer keeps, in their new order."""
+    """The places that a layer with these queries and keys of its own keeps, in their new order."""
     at = places(order, layer)
     return [*(at.queries[head] for head in own_heads), *(at.keys[group] for group in own_groups), *at.values]
 

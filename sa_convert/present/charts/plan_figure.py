@@ -1,18 +1,22 @@
-"""The figure of a sharing map: which KV groups of which layers lose their keys, and whose attention they use.
+"""The figure of a plan: what is done to which KV groups of which layers, in the looks that treatments give them.
 
 Pillow draws it. Matplotlib takes 0.7 s to load, and the kernel copies gigabytes of weights in that time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from sa_convert.domain.geometry import ModelGeometry
-from sa_convert.domain.sharing_map import SharingMap
-from sa_convert.domain.stacks import place_of, stack_ranges
+from sa_convert.domain.plan import Plan
+from sa_convert.domain.stacks import stack_ranges
+from sa_convert.domain.treated import Drawing, Look
+from sa_convert.treatments.registry import treatments, used_in
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
     from PIL.ImageFont import FreeTypeFont
 
@@ -28,52 +32,35 @@ CELL, LEFT, LINE, MARGIN, ENTRY, WIDTH = 40, 112, 30, 12, 440, 900
 # Heights of text: the title, other text and one number in a cell, two numbers in a cell.
 TITLE, TEXT, SMALL = 26, 21, 17
 
-# Colours that stay apart in every common kind of colour blindness, and in grey (after Okabe and Ito).
-COLOURS = {
-    "own": ("#e8e8e8", "own attention"),
-    "source": ("#56b4e9", "own attention, used by later layers"),
-    "partial": ("#f5d9a8", "some heads reuse, keys stay"),
-    "reusing": ("#c04f00", "all heads reuse, keys removed"),
-}
+OWN = Look("own", "#e8e8e8", "own attention")
+"""Of KV groups to which nothing is done."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One KV group of one layer. state: a key of COLOURS. sources: layers whose attention its heads use, by their
-    numbers in the stack."""
+    """One KV group of one layer, and its looks: several if several treatments are done to it."""
 
     layer: int
     group: int
-    state: str
-    sources: tuple[int, ...]
+    looks: tuple[Look, ...]
+
+    @property
+    def state(self) -> str:
+        return "+".join(look.state for look in self.looks)
 
     @property
     def label(self) -> str:
-        """The source layer, or the first and the last of several."""
-        ends = dict.fromkeys((self.sources[0], self.sources[-1])) if self.sources else {}
-        return "\n".join(map(str, ends))
+        """In one or two lines."""
+        return next((look.label for look in self.looks if look.label), "")
 
 
-def cells(sharing: SharingMap, geometry: ModelGeometry) -> tuple[Cell, ...]:
+def cells(drawings: Sequence[Drawing], geometry: ModelGeometry) -> tuple[Cell, ...]:
     """Every KV group of the model, layer by layer."""
-    lenders = {
-        (layer, geometry.layers[layer].group_of(head))
-        for row in sharing.layers.values()
-        for layer, head in filter(None, row)
-    }
     found = []
     for index, layer in enumerate(geometry.layers):
-        own = sharing.own_groups(index, layer)
-        row = sharing.layers.get(index, (None,) * layer.heads)
         for group in range(layer.groups):
-            used = {source[0] for head in layer.heads_of(group) if (source := row[head])}
-            sources = tuple(sorted(place_of(geometry.stacks, source)[1] for source in used))
-            state = "partial" if sources else "own"
-            if group not in own:
-                state = "reusing"
-            elif (index, group) in lenders:
-                state = "source"
-            found.append(Cell(index, group, state, sources))
+            looks = [drawing.looks[index, group] for drawing in drawings if (index, group) in drawing.looks]
+            found.append(Cell(index, group, tuple(looks) or (OWN,)))
     return tuple(found)
 
 
@@ -116,36 +103,68 @@ def _numbered(columns: list[int], width: int) -> tuple[int, ...]:
     return tuple(found)
 
 
-def sharing_figure(sharing: SharingMap, geometry: ModelGeometry, path: Path) -> Path:
+def plan_figure(plan: Plan, geometry: ModelGeometry, path: Path) -> Path:
     """Draw layers (x) by KV groups (y) into `path`, which ends in .png; its folder is made if need be.
 
-    Each stack of an encoder-decoder has a band of its own; layers without softmax attention are blank. Equal maps give
+    Each stack of an encoder-decoder has a band of its own; layers without softmax attention are blank. Equal plans give
     equal bytes with one build of Pillow.
     """
     from PIL import Image, ImageDraw
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid = cells(sharing, geometry)
+    drawings = drawings_of(plan, geometry)
+    grid = cells(drawings, geometry)
     blank = any(not layer.heads for layer in geometry.layers)
-    bands = _bands(geometry, MARGIN + LINE * (3 + blank + (len({cell.state for cell in grid}) + 1) // 2))
+    legend = _legend_of(drawings, grid)
+    bands = _bands(
+        geometry, MARGIN + LINE * (1 + len(drawings) + len(_notes(drawings)) + blank + (len(legend) + 1) // 2)
+    )
     columns = max(len(band.layers) for band in bands)
     height = bands[-1].top + bands[-1].groups * CELL + LINE + MARGIN
     image = Image.new("RGB", (max(WIDTH, LEFT + columns * CELL + MARGIN), height), "white")
     canvas = ImageDraw.Draw(image)
-    _legend(canvas, grid, blank)
+    _legend(canvas, drawings, legend, blank)
     for band in bands:
         _axes(canvas, band)
-    tiles: dict[tuple[str, str], Image.Image] = {}
+    tiles: dict[tuple[Look, ...], Image.Image] = {}
     for cell in grid:
-        look = (cell.state, cell.label)
-        if look not in tiles:
-            tiles[look] = Image.new("RGB", (CELL - 2, CELL - 2), COLOURS[cell.state][0])
-            _number(ImageDraw.Draw(tiles[look]), cell)
+        if cell.looks not in tiles:
+            tiles[cell.looks] = _tile(cell)
         band = next(band for band in bands if cell.layer in band.layers)
         column = band.layers.index(cell.layer)
-        image.paste(tiles[look], (LEFT + column * CELL + 1, band.top + cell.group * CELL + 1))
+        image.paste(tiles[cell.looks], (LEFT + column * CELL + 1, band.top + cell.group * CELL + 1))
     image.save(path)
     return path
+
+
+def drawings_of(plan: Plan, geometry: ModelGeometry) -> tuple[Drawing, ...]:
+    """What each treatment that the plan uses draws; of a plan that does nothing, what the first one would."""
+    found = [treatment.drawing(plan, geometry) for treatment in used_in(plan) or treatments()[:1]]
+    return tuple(drawing for drawing in found if drawing is not None)
+
+
+def _tile(cell: Cell) -> "Image":
+    """A square; with several looks, in stripes side by side."""
+    from PIL import Image, ImageDraw
+
+    side = CELL - 2
+    tile = Image.new("RGB", (side, side), cell.looks[0].colour)
+    canvas = ImageDraw.Draw(tile)
+    for at, look in enumerate(cell.looks[1:], start=1):
+        canvas.rectangle((side * at // len(cell.looks), 0, side, side), look.colour)
+    _number(canvas, cell)
+    return tile
+
+
+def _notes(drawings: Sequence[Drawing]) -> list[str]:
+    return [drawing.note for drawing in drawings if drawing.note]
+
+
+def _legend_of(drawings: Sequence[Drawing], grid: Sequence[Cell]) -> list[Look]:
+    """The looks that occur, each once, in their order."""
+    seen = {look.state: look for cell in grid for look in cell.looks}
+    order = [OWN.state, *(state for drawing in drawings for state in drawing.legend)]
+    return [seen[state] for state in dict.fromkeys(order) if state in seen]
 
 
 def _text(canvas: "ImageDraw", place: tuple[float, float], text: str, anchor: str, size: int, ink: str) -> None:
@@ -161,20 +180,17 @@ def _font(size: int) -> "FreeTypeFont":
     return cast("FreeTypeFont", ImageFont.load_default(size))
 
 
-def _legend(canvas: "ImageDraw", grid: tuple[Cell, ...], blank: bool) -> None:
-    """Title, meaning of the numbers, and of the colours that occur. blank: whether some layers are."""
-    states = [cell.state for cell in grid]
-    title = f"Shared attention: {states.count('reusing')} of {len(states)} KV groups reuse attention, and have no keys"
-    note = "Number in a cell: source layer, or the first and the last of several"
-    _text(canvas, (MARGIN, MARGIN + LINE / 2), title, "lm", TITLE, "black")
-    _text(canvas, (MARGIN, MARGIN + LINE * 1.5), note, "lm", TEXT, "black")
-    if blank:
-        _text(canvas, (MARGIN, MARGIN + LINE * 2.5), "Blank: layer without softmax attention", "lm", TEXT, "black")
-    for index, (colour, meaning) in enumerate(entry for state, entry in COLOURS.items() if state in states):
+def _legend(canvas: "ImageDraw", drawings: Sequence[Drawing], looks: Sequence[Look], blank: bool) -> None:
+    """Titles, meaning of the labels, and of the colours that occur. blank: whether some layers are."""
+    lines = [(drawing.title, TITLE) for drawing in drawings] + [(note, TEXT) for note in _notes(drawings)]
+    lines += [("Blank: layer without softmax attention", TEXT)] if blank else []
+    for number, (text, size) in enumerate(lines):
+        _text(canvas, (MARGIN, MARGIN + LINE * (number + 0.5)), text, "lm", size, "black")
+    for index, look in enumerate(looks):
         row, column = divmod(index, 2)
-        x, y = MARGIN + column * ENTRY, MARGIN + LINE * (2 + blank + row)
-        canvas.rectangle((x, y + 5, x + CELL - 1, y + LINE - 6), colour)
-        _text(canvas, (x + CELL + 8, y + LINE / 2), meaning, "lm", TEXT, "black")
+        x, y = MARGIN + column * ENTRY, MARGIN + LINE * (len(lines) + row)
+        canvas.rectangle((x, y + 5, x + CELL - 1, y + LINE - 6), look.colour)
+        _text(canvas, (x + CELL + 8, y + LINE / 2), look.meaning, "lm", TEXT, "black")
 
 
 def _axes(canvas: "ImageDraw", band: Band) -> None:
@@ -192,5 +208,4 @@ def _axes(canvas: "ImageDraw", band: Band) -> None:
 
 def _number(canvas: "ImageDraw", cell: Cell) -> None:
     size, y = (SMALL, CELL / 2 - 3) if "\n" in cell.label else (TEXT, CELL / 2 - 1)
-    ink = "white" if cell.state == "reusing" else "black"
-    _text(canvas, (CELL / 2 - 1, y), cell.label, "mm", size, ink)
+    _text(canvas, (CELL / 2 - 1, y), cell.label, "mm", size, cell.looks[0].ink)

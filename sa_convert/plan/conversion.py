@@ -1,0 +1,104 @@
+"""The plan of a conversion: everything that is decided and checked before the first byte is written."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from sa_convert.domain.checkpoint import TensorEdit
+from sa_convert.domain.geometry import ModelGeometry
+from sa_convert.domain.model import Model
+from sa_convert.domain.plan import Plan
+from sa_convert.domain.report import Savings
+from sa_convert.domain.stacks import parse_label
+from sa_convert.domain.treated import Treated
+from sa_convert.errors import RecipeError
+from sa_convert.plan.savings import plan_savings
+from sa_convert.treatments.registry import treatments, used_in
+from sa_convert.treatments.tensor_edits import plan_edits
+
+if TYPE_CHECKING:
+    from sa_convert.domain.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """A model, the plan for it, what happens to each tensor, and what that saves."""
+
+    model: Model
+    plan: Plan
+    edits: Mapping[str, TensorEdit]
+    savings: Savings
+
+    @property
+    def treated(self) -> tuple[Treated, ...]:
+        """What each treatment says of it."""
+        return treated_by(self.plan, self.model)
+
+
+def plan_conversion(model: Model, recipe: "Recipe", plan: Plan | None = None) -> ConversionPlan:
+    """Resolve a recipe for a model. plan: the one that a search has found, or None for the recipe's own.
+
+    Raises RecipeError for what the recipe asks, PlanError if the resulting plan breaks a rule.
+    """
+    plan = plan or planned(recipe, model)
+    check_plan(plan, model)
+    if not plan:
+        raise RecipeError(
+            f"{recipe.origin.at('sharing')}: no head reuses another, so there is nothing to convert; "
+            "name at least one source."
+        )
+    edits = plan_edits(model, plan)
+    return ConversionPlan(model, plan, edits, plan_savings(model, plan, edits))
+
+
+def planned(recipe: "Recipe", model: Model) -> Plan:
+    """The plan that a recipe spells out. Raises RecipeError, naming the line, and PlanError."""
+    if recipe.plan is not None:
+        return _explicit(recipe, model.geometry)
+    found = (treatment.from_recipe(recipe, model.geometry) for treatment in treatments())
+    return next((plan for plan in found if plan is not None), Plan(stacks=model.geometry.stacks))
+
+
+def _explicit(recipe: "Recipe", geometry: ModelGeometry) -> Plan:
+    """Raises RecipeError, naming the line, if the plan names a layer that the model does not have."""
+    assert recipe.plan is not None
+    for label in recipe.plan:
+        where = recipe.origin.at("plan", label)
+        stack, number = parse_label(label)
+        depth = dict(geometry.stacks or (("", len(geometry.layers)),)).get(stack)
+        if depth is None:
+            names = ", ".join(name for name, _ in geometry.stacks)
+            hint = f"this model has the stacks {names}" if names else "this model has plain numbers"
+            raise RecipeError(f"{where}: there is no layer '{label}'; {hint}")
+        if number >= depth:
+            raise RecipeError(f"{where}: there is no layer '{label}'; the model has layers 0 to {depth - 1}")
+    return Plan.from_json(recipe.plan, geometry.stacks)
+
+
+def resolved_recipe(recipe: "Recipe", plan: Plan, geometry: ModelGeometry) -> "Recipe":
+    """The same recipe with its plan spelled out: run again, it gives the same folder."""
+    used = used_in(plan)
+    told = used[0].to_recipe(plan, geometry) if len(used) == 1 else None
+    if told is None:
+        told = {
+            "plan": {int(key) if key.isdigit() else key: _by_number(groups) for key, groups in plan.to_json().items()}
+        }
+    return recipe.resolved(told)
+
+
+def _by_number(groups: Any) -> Any:
+    return groups if isinstance(groups, str) else {int(group): told for group, told in groups.items()}
+
+
+def check_plan(plan: Plan, model: Model) -> None:
+    """Raise PlanError if the model cannot run the plan."""
+    for treatment in used_in(plan):
+        treatment.check(plan, model.geometry)
+
+
+def treated_by(plan: Plan, model: Model) -> tuple[Treated, ...]:
+    """What each treatment says of the plan, those included that it does not use."""
+    used = plan.treatments
+    return tuple(
+        replace(treatment.treated(plan, model.geometry), used=treatment.name in used) for treatment in treatments()
+    )

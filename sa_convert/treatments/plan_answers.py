@@ -1,0 +1,38 @@
+"""What the KV groups of a layer compute and cache under a plan: the answers of all its treatments together."""
+
+from collections.abc import Iterable
+
+from sa_convert.domain.answers import Answers
+from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
+from sa_convert.domain.plan import Plan
+from sa_convert.treatments.registry import treatments
+
+
+def layer_answers(
+    plan: Plan, geometry: ModelGeometry, index: int, value_size: int | None = None
+) -> tuple[Answers, ...]:
+    """The answers of each KV group of a layer. value_size: elements of a head's value; None: as many as of its key."""
+    layer = geometry.layers[index]
+    values = layer.head_dim if value_size is None else value_size
+    planned = plan.layers.get(index, {})
+    found = []
+    for group in range(layer.groups):
+        heads = tuple(layer.heads_of(group))
+        answers = Answers(heads=heads, scores=heads, keys=layer.head_dim, values=values)
+        for treatment in treatments():
+            if planned == treatment.name:
+                answers = treatment.answers(answers, layer, None)
+            elif not isinstance(planned, str) and treatment.name in planned.get(group, {}):
+                answers = treatment.answers(answers, layer, planned[group][treatment.name])
+        found.append(answers)
+    return tuple(found)
+
+
+def own_heads(plan: Plan, geometry: ModelGeometry, index: int) -> tuple[int, ...]:
+    """The query heads of a layer that compute scores of their own."""
+    return tuple(head for answers in layer_answers(plan, geometry, index) for head in answers.scores)
+
+
+def own_groups(layer: LayerGeometry, heads: Iterable[int]) -> tuple[int, ...]:
+    """The KV groups whose key these query heads read."""
+    return tuple(sorted({layer.group_of(head) for head in heads}))

@@ -1,0 +1,41 @@
+"""The treatments that there are, one line each, in the order in which they are applied to a KV group."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from sa_convert.domain.plan import Plan
+from sa_convert.treatments.base import Treatment
+from sa_convert.treatments.share.treatment import ShareTreatment
+
+_TREATMENTS: tuple[Treatment, ...] = (
+    ShareTreatment(),
+)  # fmt: skip
+
+_MORE: ContextVar[tuple[Treatment, ...]] = ContextVar("more treatments", default=())
+
+
+def treatments() -> tuple[Treatment, ...]:
+    """All of them."""
+    return (*_TREATMENTS, *_MORE.get())
+
+
+def named(name: str) -> Treatment | None:
+    """The treatment of this name, or None."""
+    return next((treatment for treatment in treatments() if treatment.name == name), None)
+
+
+def used_in(plan: Plan) -> tuple[Treatment, ...]:
+    """Those that a plan uses, in the order in which they are applied. All that it names must be known."""
+    names = plan.treatments
+    return tuple(treatment for treatment in treatments() if treatment.name in names)
+
+
+@contextmanager
+def also(*more: Treatment) -> Iterator[None]:
+    """While open, there are these treatments, too: of a package of the user's own, or of a test."""
+    token = _MORE.set((*_MORE.get(), *more))
+    try:
+        yield
+    finally:
+        _MORE.reset(token)
