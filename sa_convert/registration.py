@@ -21,10 +21,7 @@ from sa_convert.families.table import FAMILIES
 from sa_convert.models.attention_class import attention_class_of
 from sa_convert.plan.converted import upgraded
 from sa_convert.rewrite.carried import auto_map, carried_files
-
-
-def runtime_files() -> dict[str, Path]:
-    return {"share": Path(__file__).parent / "treatments" / "share" / "runtime.py"}
+from sa_convert.treatments.registry import runtime_files
 
 
 @cache

@@ -19,6 +19,11 @@ TOKENIZERS = HOME / "tokenizer" / "tokenization_mistral.py"
 """Carried only by a model whose tokenizer_config.json names it."""
 
 
+def is_carried(name: str) -> bool:
+    """Whether a file of this name may be one that a converted model carries."""
+    return name in (CONFIGURATION, MODELING, TOKENIZERS.name) or name.startswith("shared_attention_")
+
+
 def carried_files(family: Family, treatments: Mapping[str, Path], classes: Iterable[str]) -> dict[str, bytes]:
     """Name and content of every code file that a converted model carries.
 
