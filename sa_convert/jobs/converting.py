@@ -102,8 +102,9 @@ def convert(
 
         # 6. The weights, the configuration, and the code that travels.
         announce("rewriting weights")
+        edits, runtimes = conversion.edits, runtime_files()
         written = rewrite_checkpoint(
-            model.checkpoint, model.family, conversion.plan, conversion.edits, stage.folder, runtimes=runtime_files()
+            model.checkpoint, model.family, conversion.plan, edits, stage.folder, runtimes=runtimes
         )
 
         # 7. Both models run; the gate may refuse the result.

@@ -4,12 +4,14 @@ An ordinary model runs by the code of transformers. A converted one runs by the 
 run it; that is done without asking only where this code is, byte for byte, what this version of sa-convert writes.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sa_convert.console.progress import announce, notes
+from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.domain.model import RunOptions
 from sa_convert.domain.report import BaseModel
 from sa_convert.errors import CheckpointError
@@ -42,7 +44,9 @@ class Subject:
         return load_tokenizer(self.folder, self.converted or self.trusted, "")
 
 
-def open_subject(reference: str, workspace: Path, run: RunOptions) -> Subject:
+def open_subject(
+    reference: str, workspace: Path, run: RunOptions, foreign_code: Callable[[Checkpoint], str | None]
+) -> Subject:
     """The model that the user calls `reference`: a folder, ordinary or converted, a .gguf file, or one on the Hub.
 
     foreign_code: says what of the code in a converted folder is not ours, or None (`sa_convert.plan.audited`).

@@ -36,8 +36,9 @@ def rewrite_checkpoint(
 ) -> Written:
     """Write weights, index, configuration, code and side files of the converted model into `folder`, an empty folder.
 
-    runtimes: the runtime file of each treatment that there is. Shows a progress bar. Raises CheckpointError where the base cannot be read, OSError where the result cannot be
-    written; `staging` makes that an OutputError and removes what was written.
+    runtimes: the runtime file of each treatment that there is. Shows a progress bar. Raises CheckpointError if the base
+    cannot be read, OSError if the result cannot be written; `staging` makes that an OutputError and removes what was
+    written.
     """
     for path in (*checkpoint.side_files, *tokenizer_code(checkpoint)):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)

@@ -64,6 +64,12 @@ def unlike(what):
     )
 
 
+def is_newer():
+    """Whether this transformers is newer than the last that this code was tested on."""
+    found, tested = (release.split(".")[:2] for release in (transformers.__version__, MADE_FOR[1]))
+    return [int("".join(filter(str.isdigit, part)) or 0) for part in found] > [int(part) for part in tested]
+
+
 def is_paged(value):
     """Whether this is the cache of continuous batching, which shares no class with the others."""
     return not isinstance(value, torch.Tensor) and "Paged" in type(value).__name__
@@ -207,9 +213,9 @@ class CacheView:
             keys, values = self._append(layer, *slots, layer_idx, *args, **kwargs)
             return (keys, values) if own else (None, keys)
         fresh = layer is not None and not getattr(layer, "is_initialized", True)
-        if layer is not None and not (fresh or torch.compiler.is_compiling() or hasattr(layer, "shared_attention")):
-            if int(layer.get_seq_length()) > 0:  # slots of the base's shape may be empty, or full of its keys
-                raise self._foreign(layer_idx, None)
+        known = layer is None or fresh or torch.compiler.is_compiling() or hasattr(layer, "shared_attention")
+        if not known and int(layer.get_seq_length()) > 0:  # slots of the base's shape may be empty, or full of its keys
+            raise self._foreign(layer_idx, None)
         if layer is not None:
             layer.shared_attention = True
         if isinstance(kind, type) and issubclass(kind, _QUANTIZED) and (own or value.shape[-1] % 2 == 0):
@@ -675,6 +681,14 @@ class TreatedModel:
     @staticmethod
     def described(config):
         return config.shared_attention
+
+    if is_newer():  # what a later release changed shows anywhere in a pass
+
+        def __call__(self, *args, **kwargs):
+            try:
+                return super().__call__(*args, **kwargs)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise RuntimeError(unlike(f"{type(error).__name__}: {error}")) from error
 
     def _get_name(self):
         """By this name, which is also printed, Trainer tells whose labels are to be shifted."""

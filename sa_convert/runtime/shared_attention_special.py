@@ -333,7 +333,7 @@ def _append_to_positions(rotary, args, output):
 class ThreadedAttention(PlainAttention):
     """Of families that hand no keyword on: exchanges are found by thread, or travel beside the rotary embeddings."""
 
-    checkpoint_options = {"context_fn": _checkpoint_contexts}  # noqa: RUF012
+    checkpoint_options = {"context_fn": _checkpoint_contexts}
 
     @classmethod
     def open_exchange(cls, stack, names):
