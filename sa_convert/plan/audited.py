@@ -60,16 +60,19 @@ def _treatments(plan: Any) -> Iterator[str]:
 
 def audit_code(checkpoint: Checkpoint) -> list[AuditedFile]:
     """Every file of Python code in a converted folder, wherever it lies in it, in the order of their names."""
+    sums = {
+        path.relative_to(checkpoint.folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(checkpoint.folder.rglob("*.py"))
+    }
     expected = expected_code(checkpoint.config) | {TOKENIZERS.name: TOKENIZERS.read_bytes()}
     ours = {name: hashlib.sha256(content).hexdigest() for name, content in expected.items()}
-    earlier = _published()
-    found = []
-    for path in sorted(checkpoint.folder.rglob("*.py")):
-        name, total = path.relative_to(checkpoint.folder).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()
-        version = "this version" if ours.get(name) == total else None
-        version = version or next((label for label, sums in earlier.items() if sums.get(name) == total), None)
-        found.append(AuditedFile(name, total, version))
-    return found
+    # A file that versions have in common is of the one that wrote most of the others.
+    versions = [("this version", ours), *_published().items()]
+    versions.sort(key=lambda version: -sum(version[1].get(name) == total for name, total in sums.items()))
+    return [
+        AuditedFile(name, total, next((label for label, known in versions if known.get(name) == total), None))
+        for name, total in sums.items()
+    ]
 
 
 def missing_code(checkpoint: Checkpoint) -> list[str]:
