@@ -33,7 +33,7 @@ from sa_convert.commands.options import (
     default="builtin",
     show_default=True,
     metavar="TEXT",
-    help="builtin, a .txt, .md or .jsonl file, or hub:DATASET[:CONFIG[:SPLIT]]; its calibration part is used.",
+    help="builtin, a .txt, .md or .jsonl file, or hub:DATASET[:CONFIG[:SPLIT]]. Its calibration part is used.",
 )
 @click.option("--sequences", type=click.IntRange(min=2), default=32, show_default=True, help="Sequences of text.")
 @click.option("--length", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of a sequence.")
@@ -44,11 +44,15 @@ from sa_convert.commands.options import (
 @trust_option
 @json_option
 def command(model: str, output: Path, as_json: bool, **options: Any) -> None:
-    """Find out what sharing attention would cost MODEL, group by group, and write it into the folder DIR.
+    """Find out what sharing attention would cost MODEL, by KV group.
 
-    DIR holds analysis.json, figures (similarity of the layers' attention, its isotropy and variance, cost of each KV
-    group, loss against key cache removed, sources) and recipe.yaml, a map for `sa-convert convert` that removes as much
-    of the key cache as --key-cache says. It appears complete or not at all. The model itself is not changed.
+    The model itself is not changed. DIR appears complete or not at all. It holds:
+
+    \b
+      recipe.yaml    a map for `convert`, which removes the part --key-cache
+      analysis.json  all numbers behind the figures
+      figures/       similarity of layers, isotropy and variance, cost of each KV
+                     group, loss against key cache removed, sources
 
     \b
     Examples:

@@ -45,7 +45,7 @@ NUMBERS = NumbersType()
     "--contexts",
     type=NUMBERS,
     metavar="N,...",
-    help="Tokens of the prompt; default: those of 128,512,2048,4096 that the models have positions for.",
+    help="Tokens of the prompt. Default: those of 128,512,2048,4096 for which the models have positions.",
 )
 @click.option("--batches", type=NUMBERS, default="1,4", show_default=True, metavar="N,...", help="Sequences at once.")
 @click.option(
@@ -57,10 +57,12 @@ NUMBERS = NumbersType()
     help="Decode steps after each prefill.",
 )
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Turns that count.")
-@click.option("--warmup", type=click.IntRange(min=0), default=1, show_default=True, help="Turns before those.")
+@click.option(
+    "--warmup", type=click.IntRange(min=0), default=1, show_default=True, help="Turns before those that count."
+)
 @dtype_option("both are run (auto: as BASE is stored), and of weights read from a .gguf file")
 @device_option
-@click.option("--threads", type=click.IntRange(min=1), help="Of torch, on a CPU; default: as many as torch takes.")
+@click.option("--threads", type=click.IntRange(min=1), help="Of torch, on a CPU. Default: as many as torch takes.")
 @click.option(
     "--attn", "attention", type=click.Choice(["eager", "sdpa"]), help="Default: what transformers chooses, mostly sdpa."
 )
@@ -71,7 +73,7 @@ NUMBERS = NumbersType()
     default="dynamic",
     show_default=True,
     callback=lambda context, option, kind: kind == "static",
-    help="dynamic: the one that the model makes for itself; static: of the size that is needed.",
+    help="dynamic: the one that the model makes for itself. static: of the size that is needed.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens.")
 @trust_any_option
@@ -80,14 +82,15 @@ NUMBERS = NumbersType()
 )
 @json_option
 def command(model: str, against: str, output: Path | None, as_json: bool, **options: Any) -> None:
-    """Time MODEL against BASE: prefill, decoding, cache bytes and peak memory, side by side.
+    """Time MODEL against BASE, side by side, and compare their memory.
 
-    Each model runs in a process of its own, and the two take turns: a prefill each, then a few decode steps each, and
-    so on, so that noise of the machine hits both alike. Ratios are medians over pairs of such runs, with quartiles,
-    beside the ratio that the work of both lets expect. The input is random tokens: the speed does not depend on them.
+    Each model runs in a process of its own, and both are in memory. They take turns: a prefill each, then a few decode
+    steps each, and so on, so that noise of the machine hits both alike. Ratios are medians over pairs of such runs,
+    with quartiles. Beside them stands the ratio that one expects from the work of both. The input is random tokens,
+    since the speed does not depend on them.
 
-    Both models are in memory at once. Encoder-decoders read the context in their encoder and in their decoder; models
-    that cache nothing are timed in one pass.
+    An encoder-decoder reads the context in its encoder and in its decoder. A model that caches nothing is timed in one
+    pass.
 
     \b
     Examples:

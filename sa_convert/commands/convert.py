@@ -18,30 +18,31 @@ from sa_convert.commands.options import (
 
 @click.command("convert")
 @model_argument
-@click.option(
-    "--recipe", "recipe_name", required=True, metavar="NAME-or-FILE", help="A shipped recipe, or a YAML file."
-)
+@click.option("--recipe", "recipe_name", required=True, metavar="NAME-or-FILE", help="A shipped recipe or a YAML file.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder to make.")
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Show the plan and the savings (after a search, if the recipe asks for one); write nothing.",
+    help="Show the plan and the savings, and write nothing. If the recipe asks for a search, it runs.",
 )
 @click.option(
     "--calibration",
     metavar="TEXT",
-    help="Text to calibrate on, and other parts of it to validate on: builtin, a .txt, .md or .jsonl file, or "
-    "hub:DATASET[:CONFIG[:SPLIT]]; default: the recipe's.",
+    help="Text: builtin, a .txt, .md or .jsonl file, or hub:DATASET[:CONFIG[:SPLIT]]. One part calibrates, another "
+    "validates. Default: the recipe's.",
 )
 @click.option(
-    "--max-perplexity-increase", type=PERCENT, metavar="PERCENT", help="The gate, such as 5%; default: the recipe's."
+    "--max-perplexity-increase",
+    type=PERCENT,
+    metavar="PERCENT",
+    help="The gate, for example 5%. Default: the recipe's.",
 )
 @click.option(
     "--no-validate",
     "validate",
     is_flag=True,
     callback=lambda context, option, given: not given,
-    help="Do not run the models; the report then claims no quality.",
+    help="Do not run the models. The report then claims no quality.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an earlier result at DIR.")
 @dtype_option("the models are run (auto: as stored), and of weights read from a .gguf file")
@@ -49,9 +50,9 @@ from sa_convert.commands.options import (
 @click.option(
     "--layer-by-layer",
     is_flag=True,
-    help="Keep one layer's weights in memory at a time, as is done anyway where the model does not fit.",
+    help="Keep one layer's weights in memory at a time. Without it, that is done if the model does not fit.",
 )
-@click.option("--push-to", metavar="REPO_ID", help="Upload the result to the Hub, once it is validated (see push).")
+@click.option("--push-to", metavar="REPO_ID", help="Upload the result to the Hub, after it is validated (see push).")
 @click.option("--private", is_flag=True, help="With --push-to: make the repository private.")
 @trust_option
 @json_option
@@ -68,8 +69,10 @@ def command(
 ) -> None:
     """Convert MODEL by a recipe into the folder DIR.
 
-    The reused query and key projections are deleted, the result is validated by running it, and DIR appears complete or
-    not at all. It loads with AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True).
+    What the recipe takes from the model is deleted. The result is run and compared with MODEL. DIR appears complete or
+    not at all. If the result is worse than the gate allows, the exit status is 3 and there is no DIR.
+
+    DIR loads with AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True).
 
     \b
     Examples:

@@ -16,18 +16,20 @@ from sa_convert.commands.options import (
 
 @click.command()
 @model_argument
-@click.option("--against", metavar="MODEL", help="Another model, measured on the same tokens, and compared with.")
+@click.option("--against", metavar="MODEL", help="Another model. It is measured on the same tokens, and compared with.")
 @click.option(
     "--text",
     "source",
     default="builtin",
     show_default=True,
     metavar="TEXT",
-    help="builtin, a .txt, .md or .jsonl file, or hub:DATASET[:CONFIG[:SPLIT]]; its validation part is used.",
+    help="builtin, a .txt, .md or .jsonl file, or hub:DATASET[:CONFIG[:SPLIT]]. Its validation part is used.",
 )
 @click.option("--sequences", type=click.IntRange(min=1), default=16, show_default=True, help="Sequences of text.")
 @click.option(
-    "--length", type=click.IntRange(min=2), help="Tokens of a sequence; default: 512, or the positions of the model."
+    "--length",
+    type=click.IntRange(min=2),
+    help="Tokens of a sequence. Default: 512, or the positions of the model if it has fewer.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens of the copying probe.")
 @dtype_option("the models are run (auto: as stored), and of weights read from a .gguf file")
@@ -35,13 +37,14 @@ from sa_convert.commands.options import (
 @trust_any_option
 @json_option
 def command(model: str, against: str | None, source: str, as_json: bool, **options: Any) -> None:
-    """Measure the quality of MODEL: perplexity, cached decoding, and copying from the context.
+    """Measure the quality of MODEL, alone or against another.
 
-    With --against also KL divergence and top-1 agreement, and the other model's numbers. A converted model runs by the
-    code in its folder, once that is found to be what sa-convert writes. The two models are never both in memory.
+    Measured are perplexity, cached decoding, and copying from the context.
+    With --against it also measures the other model, KL divergence and top-1 agreement. The two models are never both in
+    memory. A converted model runs by the code in its folder, if that is what sa-convert writes.
 
-    Of a masked language model the perplexity is that of masked tokens, of an encoder-decoder that of spans which its
-    encoder does not see (teacher-forced); what does not apply to it is left out.
+    For a masked language model, perplexity is that of masked tokens. For an encoder-decoder, it is that of spans which
+    the encoder does not see (teacher-forced). What does not apply to a model is left out.
 
     \b
     Examples:

@@ -11,7 +11,7 @@ from sa_convert.commands.options import echo_json, json_option, model_argument
 def command(model: str, as_json: bool) -> None:
     """Show a model's layers, heads and sizes, and what can be shared.
 
-    Reads config.json and the headers of the weights only. A .gguf file is shown as it will be once dequantised.
+    Only config.json and the headers of the weights are read. A .gguf file is shown as it is after it is dequantised.
     """
     from sa_convert.jobs.inspecting import inspect
     from sa_convert.present.terminal.inspection_text import render_inspection

@@ -45,7 +45,7 @@ class _LazyGroup(click.Group):
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="sa-convert")
 def cli() -> None:
-    """Convert Hugging Face checkpoints so that attention is shared across layers.
+    """Give Hugging Face checkpoints a smaller KV cache: attention is shared across layers.
 
     MODEL is a folder in the format of transformers, org/name[@revision] on the Hub, or a .gguf file.
 

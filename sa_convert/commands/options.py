@@ -30,15 +30,20 @@ trust_option = click.option(
     "--trust-remote-code",
     "trust",
     is_flag=True,
-    help="Let code that MODEL brings along run; its files are named first.",
+    help="Run code that MODEL brings along. Its files are named first.",
 )
 trust_any_option = click.option(
-    "--trust-remote-code", "trust", is_flag=True, help="Run code in the folders of models that is not sa-convert's."
+    "--trust-remote-code",
+    "trust",
+    is_flag=True,
+    help="Run code in the folders of models, even if it is not sa-convert's.",
 )
 device_option = click.option(
-    "--device", default="auto", show_default=True, metavar="DEVICE", help="Such as cpu, cuda or cuda:1."
+    "--device", default="auto", show_default=True, metavar="DEVICE", help="For example cpu, cuda or cuda:1."
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else, on stdout."
+)
 
 
 def dtype_option(what: str) -> Callable[[Any], Any]:

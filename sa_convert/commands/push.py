@@ -11,17 +11,18 @@ from sa_convert.commands.options import echo_json, json_option
 @click.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("repo_id", metavar="REPO_ID")
-@click.option("--private", is_flag=True, help="Make the repository private; refused where it is public already.")
-@click.option("--revision", metavar="BRANCH", help="Branch to upload to, made where it is missing; default: main.")
+@click.option("--private", is_flag=True, help="Make the repository private. Refused if it is public already.")
+@click.option("--revision", metavar="BRANCH", help="Branch to upload to. If it is missing, it is made. Default: main.")
 @click.option(
-    "--allow-unvalidated", is_flag=True, help="Push a folder of which nothing was measured (convert --no-validate)."
+    "--allow-unvalidated", is_flag=True, help="Push a folder even if nothing was measured (convert --no-validate)."
 )
 @json_option
 def command(folder: Path, repo_id: str, as_json: bool, **options: Any) -> None:
-    """Upload the conversion in DIR to REPO_ID on the Hub, with its model card, in one commit.
+    """Upload the conversion in DIR to REPO_ID on the Hub.
 
-    DIR must be complete, as `convert` left it, and its gate passed. The repository is made where it is missing. Where
-    the connection was lost, run the same command again: what has arrived is not sent twice. The token is the one of
+    It goes up whole, model card included, in one commit.
+    DIR must be complete, as `convert` left it, and its gate passed. If the repository is missing, it is made. If the
+    connection is lost, run the same command again: what has arrived is not sent twice. The token is that of
     `hf auth login` or HF_TOKEN.
 
     \b

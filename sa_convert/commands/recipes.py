@@ -8,7 +8,7 @@ import click
 def command(name: str | None) -> None:
     """List the shipped recipes, or print one.
 
-    NAME is a shipped recipe or a recipe file; it is checked and printed as it is written.
+    NAME is a shipped recipe or a recipe file. It is checked, and printed as it is written.
     """
     from sa_convert.plan.recipe_file import load_recipe, recipe_text, shipped_recipes
 

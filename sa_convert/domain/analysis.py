@@ -16,11 +16,11 @@ Matrix = tuple[tuple[float | None, ...], ...]
 
 @dataclass(frozen=True)
 class AttentionStatistics:
-    """How alike the attention weights of layers are; see `sa_convert.observe.similarity` for the definitions.
+    """How alike the attention probabilities of layers are; see `sa_convert.observe.similarity` for the definitions.
 
     similarity: (L, L), heads of the same index; None for layers of different numbers of heads, of different stacks, and
     without softmax attention. matched: (L, L), for each layer (row) its heads' best-matching heads in another (column).
-    variance, isotropy: of each layer; isotropy is None where no other layer has as many heads. sequences: how many of
+    variance, isotropy: of each layer; isotropy is None if no other layer has as many heads. sequences: how many of
     text they are averages of.
     """
 
@@ -44,7 +44,7 @@ class AttentionStatistics:
 class UnitCost:
     """What it costs that a unit alone gives up its attention: in nats per token, or relative output error.
 
-    sources: the best for each of its heads. Both are None where it has no possible source.
+    sources: the best for each of its heads. Both are None if it has no possible source.
     """
 
     unit: Unit
@@ -60,7 +60,7 @@ class UnitCost:
             "layer": layer,
             "groups": list(self.unit.groups),
             "heads": list(self.unit.heads),
-            "cost": None if self.cost is None else digits(self.cost),
+            "cost": digits(self.cost),
             "sources": sources,
         }
 
@@ -90,7 +90,7 @@ class CurvePoint:
             "estimated_loss": digits(self.estimated_loss),
             "measured_loss": digits(self.measured_loss),
             "measured_divergence": digits(self.measured_divergence),
-            "measured_repetition_divergence": None if repetition is None else digits(repetition),
+            "measured_repetition_divergence": digits(repetition),
         }
 
 
@@ -109,7 +109,7 @@ class Analysis:
     """All of analysis.json. measure: of the costs, "fisher" or "output error". dtype: in which the model was computed.
 
     heads: query heads of each layer. sharing: the map of recipe.yaml, which removes `key_cache_removed` (0 to 1).
-    peak_memory: bytes that the process had in use at most. caches: whether the model caches keys; where it does not,
+    peak_memory: bytes that the process had in use at most. caches: whether the model caches keys; if it does not,
     the key cache means the keys that are computed.
     """
 
@@ -145,7 +145,7 @@ class Analysis:
 
     @property
     def cost_matrix(self) -> Matrix:
-        """(L, G): the cost of each KV group, None without a source; of a whole layer in its first column where only
+        """(L, G): the cost of each KV group, None without a source; of a whole layer in its first column if only
         whole layers can reuse."""
         rows: list[list[float | None]] = [[] for _ in self.heads]
         for cost in self.costs:
@@ -155,8 +155,8 @@ class Analysis:
     @property
     def best_sources(self) -> Counter[tuple[int, int]]:
         """(layer, source layer) and for how many heads the best source is there."""
-        found = ((cost.unit.layer, layer) for cost in self.costs for layer, _ in cost.sources or ())
-        return Counter(found)
+        pairs = ((cost.unit.layer, layer) for cost in self.costs for layer, _ in cost.sources or ())
+        return Counter(pairs)
 
     @property
     def used_sources(self) -> Counter[tuple[int, int]]:
@@ -188,4 +188,4 @@ class Analysis:
 
 
 def _rounded(row: tuple[float | None, ...]) -> list[float | None]:
-    return [None if value is None else digits(value) for value in row]
+    return [digits(value) for value in row]

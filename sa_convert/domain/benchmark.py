@@ -1,7 +1,7 @@
 """What `bench` measures: two models in turns, for each context and batch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median, quantiles
 from typing import Any
 
@@ -43,7 +43,7 @@ class Spread:
 class Speed:
     """One model at one context and batch.
 
-    prefill: seconds of a pass over the context. step: seconds of decoding one token for each sequence, or None where
+    prefill: seconds of a pass over the context. step: seconds of decoding one token for each sequence, or None if
     the model caches nothing. cache_bytes: of the whole batch, once the context is cached. peak_memory: bytes.
     prefill_flops, step_bytes: what the work is expected to be, see `sa_convert.measure.speed.expected_work`.
     """
@@ -108,10 +108,10 @@ class Pairing:
             "ratio": {
                 "prefill": self.prefill_ratio.to_json(),
                 "step": step and step.to_json(),
-                "cache_bytes": _digits(self.cache_ratio),
+                "cache_bytes": digits(self.cache_ratio),
                 "peak_memory": digits(self.memory_ratio),
             },
-            "expected": {"prefill": _digits(self.expected_prefill), "step": _digits(self.expected_step)},
+            "expected": {"prefill": digits(self.expected_prefill), "step": digits(self.expected_step)},
         }
 
     def _speed_json(self, speed: Speed) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class Pairing:
             "prefill_seconds": speed.prefill.to_json(),
             "prefill_tokens_per_second": digits(self.prefill_rate(speed)),
             "step_seconds": speed.step and speed.step.to_json(),
-            "step_tokens_per_second": _digits(self.step_rate(speed)),
+            "step_tokens_per_second": digits(self.step_rate(speed)),
             "cache_bytes": speed.cache_bytes,
             "peak_memory": speed.peak_memory,
             "expected_prefill_flops": speed.prefill_flops,
@@ -129,60 +129,46 @@ class Pairing:
 
 @dataclass(frozen=True)
 class BenchedModel:
-    """name: what results call it. attention: the implementation that ran ("sdpa"). weight_bytes: of all parameters in
-    memory, those in use twice counted once."""
+    """A model that was timed."""
 
-    name: str
+    id: str
+    """What results call it."""
+
     parameters: int
     weight_bytes: int
+    """Of all parameters in memory, those in use twice counted once."""
+
     attention: str
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "id": self.name,
-            "parameters": self.parameters,
-            "weight_bytes": self.weight_bytes,
-            "attention": self.attention,
-        }
+    """The implementation that ran, such as "sdpa"."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """What both models ran under. cache: "dynamic" or "static". steps: tokens decoded in a turn; block: after how many
-    of them, at the most, the other model's turn came. experts: whether a token uses only some of the weights that are
-    counted.
-    memory: what peak memory is of (see `sa_convert.measure.speed.peak_memory`)."""
+    """What both models ran under."""
 
     task: PredictionTask
     device: str
     dtype: str
     threads: int
     cache: str
-    steps: int
+    """"dynamic" or "static"."""
+
+    new_tokens: int
+    """Decoded in a turn."""
+
     block: int
+    """Steps, at the most, until the other model's turn came."""
+
     repeats: int
     warmup: int
     seed: int
-    memory: str
-    experts: bool
-    processor: str
+    peak_memory: str
+    """What it is of; see `sa_convert.measure.speed.peak_memory`."""
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "task": self.task,
-            "device": self.device,
-            "dtype": self.dtype,
-            "threads": self.threads,
-            "cache": self.cache,
-            "new_tokens": self.steps,
-            "block": self.block,
-            "repeats": self.repeats,
-            "warmup": self.warmup,
-            "seed": self.seed,
-            "peak_memory": self.memory,
-            "mixture_of_experts": self.experts,
-            "processor": self.processor,
-        }
+    mixture_of_experts: bool
+    """A token uses only some of the weights that are counted."""
+
+    processor: str
 
 
 @dataclass(frozen=True)
@@ -199,9 +185,9 @@ class Benchmark:
     def to_json(self) -> dict[str, Any]:
         """For --json and bench.json."""
         return {
-            "model": self.model.to_json(),
-            "against": self.against.to_json(),
-            "conditions": self.conditions.to_json(),
+            "model": asdict(self.model),
+            "against": asdict(self.against),
+            "conditions": asdict(self.conditions),
             "results": [pairing.to_json() for pairing in self.pairings],
             "versions": dict(self.versions),
         }
@@ -209,7 +195,3 @@ class Benchmark:
 
 def _ratio(mine: int | None, theirs: int | None) -> float | None:
     return mine / theirs if mine is not None and theirs else None
-
-
-def _digits(value: float | None) -> float | None:
-    return None if value is None else digits(value)

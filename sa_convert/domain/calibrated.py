@@ -12,7 +12,7 @@ Measure = Literal["fisher", "output error"]
 
 @dataclass(frozen=True)
 class LayerRefit:
-    """strength: of the ridge, or None where no strength helped. text, repetition: the squared error that is left on
+    """strength: of the ridge, or None if no strength helped. text, repetition: the squared error that is left on
     held-out samples, as a part of that without a refit (1 without a refit; repetition is None without such samples)."""
 
     strength: float | None
@@ -48,7 +48,7 @@ class Distance:
 
 @dataclass(frozen=True)
 class RefitReport:
-    """share: the part of the way from the base's matrices to the fitted ones, 0 where they did not help.
+    """share: the part of the way from the base's matrices to the fitted ones, 0 if they did not help.
 
     layers: of every reusing layer. before, after: the divergence from the base on held-out samples. text, sequences,
     length: what it was fitted on.
@@ -69,11 +69,11 @@ class RefitReport:
             "divergence": {"before": self.before.to_json(), "after": self.after.to_json()},
             "layers": {
                 layer_label(stacks, layer): {
-                    "strength": found.strength,
-                    "text": round(found.text, 4),
-                    "repetition": None if found.repetition is None else round(found.repetition, 4),
+                    "strength": fit.strength,
+                    "text": round(fit.text, 4),
+                    "repetition": None if fit.repetition is None else round(fit.repetition, 4),
                 }
-                for layer, found in sorted(self.layers.items())
+                for layer, fit in sorted(self.layers.items())
             },
             "calibration": {"text": self.text, "sequences": self.sequences, "length": self.length},
         }

@@ -81,7 +81,7 @@ class Checkpoint:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weight files, or of the tensors where the files have another format."""
+        """Bytes of the weight files, or of the tensors if the files have another format."""
         if self.is_safetensors:
             return sum(self.size(shard.file.relative_to(self.folder)) for shard in self.shards)
         return sum(tensor.bytes for tensor in self.tensors.values())

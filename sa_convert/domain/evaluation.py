@@ -29,8 +29,8 @@ class CopyingLoss:
 @dataclass(frozen=True)
 class ModelQuality:
     """One model. name: `org/name` or the name of a folder or file. dtype: in which it was computed. loss: of the text,
-    in nats per token. decode_check: None where the model caches nothing. copying: at every distance; the one at
-    `period` goes beyond the second occurrence; empty where the model does not predict the next token."""
+    in nats per token. decode_check: None if the model caches nothing. copying: at every distance; the one at
+    `period` goes beyond the second occurrence; empty if the model does not predict the next token."""
 
     name: str
     dtype: str
@@ -68,7 +68,7 @@ class ModelQuality:
 class Evaluation:
     """A model, and with `against` another on the same tokens. text: its name. task: which tokens were predicted.
 
-    tokens: how many. probes: how many of `probe_length` tokens were made for each distance, by `seed`, or 0 where
+    tokens: how many. probes: how many of `probe_length` tokens were made for each distance, by `seed`, or 0 if
     copying was not probed.
     """
 

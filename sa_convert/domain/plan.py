@@ -51,12 +51,12 @@ class Plan:
 
         Raises ValueError for a stack that the model does not have, and for anything that is not such a mapping.
         """
-        found: dict[int, LayerPlan] = {}
+        plans: dict[int, LayerPlan] = {}
         for label, plan in layers.items():
             if not isinstance(plan, str):
                 plan = {int(group): _named(treatments) for group, treatments in _items(plan)}
-            found[layer_of(stacks, *parse_label(label))] = plan
-        return cls(found, stacks)
+            plans[layer_of(stacks, *parse_label(label))] = plan
+        return cls(plans, stacks)
 
     def to_json(self) -> dict[str, Any]:
         """As in config.json: {"27": {"0": {"share": [[26, 4]]}}, "28": "drop"}."""
@@ -74,13 +74,13 @@ class Plan:
 
     def groups_of(self, treatment: str) -> dict[int, dict[int, Arguments]]:
         """Layer -> KV group -> arguments, of all KV groups that a treatment is done to."""
-        found = {}
+        labels = {}
         for layer, plan in self.layers.items():
             groups = {} if isinstance(plan, str) else plan
             told = {group: names[treatment] for group, names in groups.items() if treatment in names}
             if told:
-                found[layer] = told
-        return found
+                labels[layer] = told
+        return labels
 
     def layers_of(self, treatment: str) -> tuple[int, ...]:
         """The layers that a treatment is done to as a whole."""

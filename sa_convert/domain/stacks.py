@@ -1,4 +1,4 @@
-"""Names of layers where a model has several kinds of attention.
+"""Names of layers if a model has several kinds of attention.
 
 Inside of sa_convert all layers of a model are numbered through: first those of the encoder, then the decoder's own,
 then its cross-attention. People, recipes and config.json name the stack (`encoder.3`, `decoder.3`, `decoder.cross.3`)
@@ -8,7 +8,7 @@ and count from 0 in each; a model with one kind of attention has plain numbers e
 from collections.abc import Iterable, Sequence
 
 Stacks = tuple[tuple[str, int], ...]
-"""Name and number of layers of each stack, in the order in which layers are numbered; () where there is one kind."""
+"""Name and number of layers of each stack, in the order in which layers are numbered; () if there is one kind."""
 
 
 def place_of(stacks: Stacks, layer: int) -> tuple[str, int]:
@@ -27,22 +27,22 @@ def layer_label(stacks: Stacks, layer: int) -> str:
 
 
 def stack_ranges(stacks: Stacks, depth: int) -> list[tuple[str, range]]:
-    """Name and layers of each stack; "" and all `depth` layers where there is one kind."""
-    found, first = [], 0
+    """Name and layers of each stack; "" and all `depth` layers if there is one kind."""
+    ranges, first = [], 0
     for name, layers in stacks or (("", depth),):
-        found.append((name, range(first, first + layers)))
+        ranges.append((name, range(first, first + layers)))
         first += layers
-    return found
+    return ranges
 
 
 def layer_names(stacks: Stacks, layers: Iterable[int]) -> str:
     """Such as "1-29", "2, 4-6", "3-41 (every 2nd)" or "encoder.1-5, decoder.3"."""
     places = [place_of(stacks, layer) for layer in layers]
-    found = []
+    names = []
     for stack in dict.fromkeys(name for name, _ in places):
         runs = _runs([number for name, number in places if name == stack])
-        found += [f"{stack}.{run}" if stack else run for run in runs]
-    return ", ".join(found)
+        names += [f"{stack}.{run}" if stack else run for run in runs]
+    return ", ".join(names)
 
 
 def _runs(numbers: Sequence[int]) -> list[str]:
@@ -59,7 +59,7 @@ def _runs(numbers: Sequence[int]) -> list[str]:
 
 
 def layer_of(stacks: Stacks, stack: str, number: int) -> int:
-    """The layer with this number in a stack. Raises ValueError where there is no such stack."""
+    """The layer with this number in a stack. Raises ValueError if there is no such stack."""
     if not stacks and not stack:
         return number
     before = 0

@@ -39,10 +39,10 @@ class Units:
     @cached_property
     def offsets(self) -> tuple[int, ...]:
         """The number of each layer's first head, and at last the number of all heads."""
-        found = [0]
+        numbers = [0]
         for layer in self.geometry.layers:
-            found.append(found[-1] + layer.heads)
-        return tuple(found)
+            numbers.append(numbers[-1] + layer.heads)
+        return tuple(numbers)
 
     @cached_property
     def _unit_of(self) -> dict[Source, Unit]:
@@ -83,14 +83,14 @@ class Units:
 
     def from_map(self, sharing: SharingMap) -> dict[Unit, tuple[Source, ...]]:
         """The units all of whose heads reuse, with their sources."""
-        found = {}
+        reusing = {}
         for unit in self.all:
             row = sharing.layers.get(unit.layer)
             if row is not None:
                 chosen = [source for head in unit.heads if (source := row[head]) is not None]
                 if len(chosen) == len(unit.heads):
-                    found[unit] = tuple(chosen)
-        return found
+                    reusing[unit] = tuple(chosen)
+        return reusing
 
     def users_of(self, unit: Unit, chosen: "Mapping[Unit, tuple[Source, ...]]") -> list[Unit]:
         """The units some of whose heads have their source in `unit`."""

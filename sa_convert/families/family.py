@@ -220,6 +220,11 @@ class Family:
     """Attention is shared in transformers 5 only: in 4 the family's code does not call the attention interface."""
 
     @property
+    def told_positions(self) -> bool:
+        """Whether decoding tells positions, as generate() does: Bamba counts from 0 in every pass that is not told."""
+        return self.mixed and self.modules.rotary != "none"
+
+    @property
     def granularity(self) -> str:
         """The smallest unit that can reuse: "layer" if queries are normalised over all heads together, else "head"."""
         return "layer" if self.modules.norm == "joint" else "head"

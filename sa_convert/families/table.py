@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sa_convert.families.entries import Entries, made
-from sa_convert.families.family import Family, Modules, Processor, Stack, Tokenizer, Windows
+from sa_convert.families.family import PREFIX, Family, Modules, Processor, Stack, Tokenizer, Windows
 
 HOME = Path(__file__).parent / "models"
 
@@ -36,3 +36,8 @@ def _part(name: str, said: Any, where: str) -> Any:
 
 FAMILIES = families_in(HOME)
 """Every family that sa-convert knows."""
+
+
+def family_named(model_type: object) -> Family | None:
+    """The family of a model type, which may be that of a converted model; None if it is not known."""
+    return FAMILIES.get(str(model_type).removeprefix(PREFIX))

@@ -12,17 +12,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch.nn import functional
+
 from sa_convert.console.progress import progress
 from sa_convert.domain.calibrated import LayerRefit, RefitReport
 from sa_convert.heal.ridge import Sums, combine, solve
-from sa_convert.observe.probe import Loans, Probe, Rows
+from sa_convert.observe.probe import Loans, Probe, Sources
 from sa_convert.observe.replay import Replay, captured
 from sa_convert.observe.sequences import Sample
 from sa_convert.observe.tried import Reference
 
 if TYPE_CHECKING:
-    import torch
-
     from sa_convert.observe.session import Session
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -35,89 +36,85 @@ SHARES = (1.0, 0.5)
 class Refit:
     """changes: (output, input) by layer, float32: what to add to the weight of its output projection."""
 
-    changes: "Mapping[int, torch.Tensor]"
+    changes: Mapping[int, torch.Tensor]
     report: RefitReport
 
 
-def refit(session: "Session", rows: Rows, reference: Reference) -> Refit:
+def refit(session: "Session", sources: Sources, reference: Reference) -> Refit:
     """Fit the output projections of all layers that reuse, and judge them on held-out samples.
 
     reference: of the held-out samples, made from the base model. The session's model has its own weights afterwards.
     """
     probe, samples = session.probe, session.samples
-    fitted, layers = fit_layers(probe, rows, samples.fit, samples.held_out)
-    before = reference.measure(rows, "without refit")
+    fitted, layers = fit_layers(probe, sources, samples.fit, samples.held_out)
+    before = reference.measure(sources, "without refit")
     about = (samples.text, len(samples.fit), len(samples.fit[0].tokens))
     for share in SHARES if fitted else ():
         changes = {layer: share * change for layer, change in fitted.items()}
         with changed(probe, changes):
-            after = reference.measure(rows, "with refit")
+            after = reference.measure(sources, "with refit")
         if after.no_worse(before):
             return Refit(changes, RefitReport(share, layers, before, after, *about))
     return Refit({}, RefitReport(0.0, layers, before, before, *about))
 
 
 def fit_layers(
-    probe: Probe, rows: Rows, fit: tuple[Sample, ...], held_out: tuple[Sample, ...]
-) -> "tuple[dict[int, torch.Tensor], dict[int, LayerRefit]]":
+    probe: Probe, sources: Sources, fit: tuple[Sample, ...], held_out: tuple[Sample, ...]
+) -> tuple[dict[int, torch.Tensor], dict[int, LayerRefit]]:
     """The changes (output, input) that help on held-out samples, by layer, and what was found for every layer."""
     if probe.family.encoder_decoder:
-        return _fit_in_passes(probe, rows, fit, held_out)
-    return _fit_in_replay(probe, rows, fit, held_out)
+        return _fit_in_passes(probe, sources, fit, held_out)
+    return _fit_in_replay(probe, sources, fit, held_out)
 
 
 def _fit_in_replay(
-    probe: Probe, rows: Rows, fit: tuple[Sample, ...], held_out: tuple[Sample, ...]
-) -> "tuple[dict[int, torch.Tensor], dict[int, LayerRefit]]":
+    probe: Probe, sources: Sources, fit: tuple[Sample, ...], held_out: tuple[Sample, ...]
+) -> tuple[dict[int, torch.Tensor], dict[int, LayerRefit]]:
     """Base and shared model side by side, layer by layer."""
-    import torch
-
     samples = (*fit, *held_out)
     replay = Replay(probe, samples)
     shared = base = replay.states
     chunks = [slice(start, start + replay.batch) for start in range(0, len(samples), replay.batch)]
     loans: list[Loans] = [{} for _ in chunks]
-    first, last = min(rows, default=0), max(rows, default=-1)
-    found: dict[int, LayerRefit] = {}
+    first, last = min(sources, default=0), max(sources, default=-1)
+    fits: dict[int, LayerRefit] = {}
     changes: dict[int, torch.Tensor] = {}
     with progress(last + 1, "refit", unit="layer") as bar, torch.no_grad():
         for layer in range(last + 1):
             if layer == first:
                 base = shared.clone()
-            if layer in rows:
+            if layer in sources:
                 work = _LayerFit(len(fit))
                 for chunk, loan in zip(chunks, loans, strict=True):
                     with captured(probe.output_projections[layer], work.note):
                         base[chunk] = replay.run(layer, base[chunk])
-                        with probe.sharing(rows), probe.lending(dict(loan)):
+                        with probe.sharing(sources), probe.lending(dict(loan)):
                             replay.run(layer, shared[chunk])
                     work.add(samples, chunk)
-                change, found[layer] = work.solve()
+                change, fits[layer] = work.solve()
                 if change is not None:
                     changes[layer] = change
             elif layer > first:
                 for chunk in chunks:
                     base[chunk] = replay.run(layer, base[chunk])
             here = {layer: changes[layer]} if layer in changes else {}
-            with changed(probe, here), probe.sharing(rows):
+            with changed(probe, here), probe.sharing(sources):
                 for chunk, loan in zip(chunks, loans, strict=True):
                     with probe.lending(loan):
                         shared[chunk] = replay.run(layer, shared[chunk])
             bar.update()
-    return changes, found
+    return changes, fits
 
 
 def _fit_in_passes(
-    probe: Probe, rows: Rows, fit: tuple[Sample, ...], held_out: tuple[Sample, ...]
-) -> "tuple[dict[int, torch.Tensor], dict[int, LayerRefit]]":
+    probe: Probe, sources: Sources, fit: tuple[Sample, ...], held_out: tuple[Sample, ...]
+) -> tuple[dict[int, torch.Tensor], dict[int, LayerRefit]]:
     """Whole passes of the base and of the shared model for every layer: for models in which layers are not one chain,
     but read what an encoder has made of the text."""
-    import torch
-
     samples = (*fit, *held_out)
-    found: dict[int, LayerRefit] = {}
+    fits: dict[int, LayerRefit] = {}
     changes: dict[int, torch.Tensor] = {}
-    order = [layer for layer in probe.order() if layer in rows]
+    order = [layer for layer in probe.order() if layer in sources]
     with progress(len(order), "refit", unit="layer") as bar, torch.no_grad():
         for layer in order:
             work = _LayerFit(len(fit))
@@ -125,14 +122,14 @@ def _fit_in_passes(
                 inputs = sample.inputs(probe.model)
                 with captured(probe.output_projections[layer], work.note):
                     inputs.logits(probe.model)
-                    with probe.sharing(rows), changed(probe, changes):
+                    with probe.sharing(sources), changed(probe, changes):
                         inputs.logits(probe.model)
                 work.add(samples, slice(at, at + 1))
-            change, found[layer] = work.solve()
+            change, fits[layer] = work.solve()
             if change is not None:
                 changes[layer] = change
             bar.update()
-    return changes, found
+    return changes, fits
 
 
 @dataclass
@@ -144,9 +141,9 @@ class _LayerFit:
 
     fitted: int
     sums: dict[tuple[bool, bool], Sums] = field(default_factory=dict)
-    seen: "list[tuple[torch.Tensor, torch.Tensor]]" = field(default_factory=list)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
-    def note(self, inputs: "torch.Tensor", output: "torch.Tensor") -> None:
+    def note(self, inputs: torch.Tensor, output: torch.Tensor) -> None:
         """Input and output of the layer's projection: first in the base model, then in the shared one."""
         self.seen.append((inputs.reshape(*output.shape[:-1], -1).float().cpu(), output.float().cpu()))
 
@@ -161,7 +158,7 @@ class _LayerFit:
                 x, error = x[sample.scored], error[sample.scored]
             self.sums.setdefault(key, Sums()).add(x, error)
 
-    def solve(self) -> "tuple[torch.Tensor | None, LayerRefit]":
+    def solve(self) -> tuple[torch.Tensor | None, LayerRefit]:
         """The change (output, input), or None where no strength helps on all held-out samples."""
         fit = combine([(1.0, sums) for (fitted, _), sums in self.sums.items() if fitted])
         held = {repetition: sums for (fitted, repetition), sums in self.sums.items() if not fitted}
@@ -180,15 +177,14 @@ class _LayerFit:
 
 
 @contextmanager
-def changed(probe: Probe, changes: "Mapping[int, torch.Tensor]") -> Iterator[None]:
+def changed(probe: Probe, changes: Mapping[int, torch.Tensor]) -> Iterator[None]:
     """While open, these layers' output projections have these changes (output, input) added to their weights.
 
     The weights themselves stay, and may be anywhere: they are only in memory while their module runs.
     """
-    from torch.nn import functional
 
-    def hook(change: "torch.Tensor") -> Any:
-        def apply(_: Any, args: Any, output: "torch.Tensor") -> "torch.Tensor":
+    def hook(change: torch.Tensor) -> Any:
+        def apply(_: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
             return output + functional.linear(args[0], change.to(output.device, output.dtype))
 
         return apply

@@ -81,8 +81,8 @@ def analyze(reference: str, output: Path, options: AnalyzeOptions) -> Analysis:
 
         # 5. Tables, figures, and a recipe.
         announce("drawing figures")
-        found = plan_of(analysis.sharing, model.geometry)
-        recipe = resolved_recipe(_recipe(analysis, options), found, model.geometry)
+        plan = plan_of(analysis.sharing, model.geometry)
+        recipe = resolved_recipe(_recipe(analysis, options), plan, model.geometry)
         write_analysis(analysis, recipe, stage.folder)
         stage.publish()
     return analysis

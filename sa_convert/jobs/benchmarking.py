@@ -29,7 +29,7 @@ _OUTPUT_ROOM = 16_000_000
 """Bytes of disk for the files that are written."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Timed:
     """A model in its process. answer: how that describes it."""
 
@@ -47,7 +47,9 @@ class _Timed:
             cache_bytes=run.cache_bytes,
             peak_memory=run.peak_memory,
             prefill_flops=prefill_flops(self.weights, self.layers, context, batch),
-            step_bytes=step_bytes(self.weights, self.layers, run.cache_bytes, context, batch, itemsize),
+            step_bytes=step_bytes(
+                self.weights, self.layers, cache=run.cache_bytes, context=context, batch=batch, itemsize=itemsize
+            ),
         )
 
     def described(self) -> BenchedModel:
@@ -129,13 +131,13 @@ def _benchmark(
             dtype=mine.answer["dtype"],
             threads=mine.answer["threads"],
             cache="static" if options.static else "dynamic",
-            steps=options.steps,
+            new_tokens=options.steps,
             block=max(block_sizes(options.steps), default=0),
             repeats=options.repeats,
             warmup=options.warmup,
             seed=options.seed,
-            memory=mine.answer["memory"],
-            experts=mine.weights.experts or theirs.weights.experts,
+            peak_memory=mine.answer["memory"],
+            mixture_of_experts=mine.weights.experts or theirs.weights.experts,
             processor=_processor(),
         ),
         pairings=pairings,
@@ -159,7 +161,7 @@ def _load(pair: Sequence[Worker], subjects: Sequence[Subject], options: BenchOpt
 def _loaded(worker: Worker, subject: Subject, options: BenchOptions) -> _Timed:
     answer = worker.ask("load", subject={**vars(subject), "folder": str(subject.folder)}, options=vars(options))
     layers = attention_layers(open_model(str(subject.folder)), subject.converted)
-    return _Timed(worker, subject, answer, Weights(**answer["weights"]), layers)
+    return _Timed(worker=worker, subject=subject, answer=answer, weights=Weights(**answer["weights"]), layers=layers)
 
 
 def _processor() -> str:

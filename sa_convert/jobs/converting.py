@@ -95,9 +95,7 @@ def convert(
         conversion = plan_conversion(model, recipe, calibrated.plan if calibrated else None)
         if calibrated and calibrated.refit:
             file = stage.workspace / "refitted.safetensors"
-            refitted = refit_edits(
-                model.checkpoint, model.family, model.geometry.stacks, calibrated.refit.changes, file
-            )
+            refitted = refit_edits(model, calibrated.refit.changes, file)
             conversion = replace(conversion, edits={**conversion.edits, **refitted})
 
         # 6. The weights, the configuration, and the code that travels.
@@ -128,7 +126,7 @@ def _check_calibration(model: Model, recipe: "Recipe") -> None:
 
         check_budget(Units(model.geometry), recipe.search, recipe.origin)
     if recipe.refit == "ridge":
-        check_refittable(model.checkpoint, model.family, model.geometry)
+        check_refittable(model)
 
 
 def _calibrate(

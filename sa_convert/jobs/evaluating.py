@@ -4,7 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from sa_convert.domain.evaluation import CopyingLoss, Evaluation, ModelQuality
 from sa_convert.domain.model import RunOptions
@@ -15,7 +17,7 @@ from sa_convert.measure.quality.divergence import Comparison, KeptLogits
 from sa_convert.measure.quality.gate import DECODED, KINDS, LENGTH, SEQUENCES
 from sa_convert.measure.quality.perplexity import perplexity
 from sa_convert.models.load import embedded_tokens, refuse_foreign_tokens, release_memory
-from sa_convert.models.placement import most_positions, placed, positions, read_config, usable_positions
+from sa_convert.models.placement import most_positions, placed, positions, usable_positions
 from sa_convert.models.quiet import keep_module_cache_clean
 from sa_convert.models.subject import Subject, open_subject
 from sa_convert.models.task import Task, task_of
@@ -23,9 +25,6 @@ from sa_convert.models.tokens import token_sequences
 from sa_convert.output.signals import termination_as_exit
 from sa_convert.plan.audited import foreign_code
 from sa_convert.texts.text import Text
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +100,11 @@ def _asked(subjects: list[Subject], text: Text, options: EvaluateOptions) -> "_A
     """Raises CheckpointError if two models cannot be asked the same."""
     subject, *others = subjects
     tokenizer = subject.tokenizer()
-    task = task_of(read_config(subject.folder), tokenizer, subject.name)
+    task = task_of(subject.config, tokenizer, subject.name)
     tokens = token_sequences(tokenizer, text, options.sequences, _length(options.length, subjects), task.frame)
     for other in others:
         other_tokenizer = other.tokenizer()
-        other_task = task_of(read_config(other.folder), other_tokenizer, other.name)
+        other_task = task_of(other.config, other_tokenizer, other.name)
         if task.name != other_task.name:
             raise CheckpointError(
                 f"{subject.name} does {task.name} prediction and {other.name} {other_task.name} prediction, so they "
@@ -126,14 +125,12 @@ class _Asked:
     """What every model is asked. tokens: (sequences, length). probe_length: tokens of a copying probe."""
 
     tokenizer: Any
-    tokens: "torch.Tensor"
+    tokens: torch.Tensor
     task: Task
     probe_length: int
     options: EvaluateOptions
 
-    def measure(
-        self, subject: Subject, observe: "Callable[[torch.Tensor], None]" = lambda logits: None
-    ) -> ModelQuality:
+    def measure(self, subject: Subject, observe: Callable[[torch.Tensor], None] = lambda logits: None) -> ModelQuality:
         """observe: called with the scored logits of each sequence of the text."""
         placement = placed(subject.folder, self.options)
         with subject.load(placement) as loaded:
@@ -170,7 +167,7 @@ def _length(asked: int | None, subjects: list[Subject]) -> int:
     if asked is None:
         return min([LENGTH, *_limits(subjects)])
     for subject in subjects:
-        _check_length(asked, most_positions(subject.folder))
+        _check_length(asked, most_positions(subject.config))
     return asked
 
 
@@ -180,4 +177,4 @@ def _check_length(length: int, limit: int | None) -> None:
 
 
 def _limits(subjects: list[Subject]) -> list[int]:
-    return [limit for subject in subjects if (limit := positions(subject.folder)) is not None]
+    return [limit for subject in subjects if (limit := positions(subject.config)) is not None]

@@ -7,7 +7,7 @@ from sa_convert.domain.report import PredictionTask
 from sa_convert.errors import DataError
 from sa_convert.families.family import CLASS_PREFIX, PREFIX
 from sa_convert.families.model_classes import HEADS, auto_class_of, ending_of
-from sa_convert.families.table import FAMILIES
+from sa_convert.families.table import family_named
 from sa_convert.read.family_of import unwrapped
 
 CAUSAL = "AutoModelForCausalLM"
@@ -29,7 +29,7 @@ def auto_class_name(config: Mapping[str, Any]) -> str:
     model names more; of a model with own code, the one that its `auto_map` names. If nothing is said,
     AutoModelForCausalLM."""
     architecture = architecture_of(config)
-    family = FAMILIES.get(_base_type(config))
+    family = family_named(config.get("model_type"))
     known = auto_class_of(family, (architecture or "").removeprefix(CLASS_PREFIX)) if family else None
     if known and _shares(config):
         return known
@@ -47,7 +47,7 @@ def auto_class_name(config: Mapping[str, Any]) -> str:
 def architecture_of(config: Mapping[str, Any]) -> str | None:
     """The model class that config.json names, or that of the family's models that name none."""
     names = config.get("architectures")
-    family = FAMILIES.get(_base_type(config))
+    family = family_named(config.get("model_type"))
     if isinstance(names, list) and names:
         return unwrapped(str(names[0]), family) if family and not _shares(config) else str(names[0])
     return family.default_class if family else None
@@ -56,12 +56,12 @@ def architecture_of(config: Mapping[str, Any]) -> str | None:
 def prediction_task(config: Mapping[str, Any], who: str) -> PredictionTask:
     """How a model with this config.json predicts text. who: what messages call it.
 
-    Raises DataError where it has no language-modelling head, or one that cannot be measured.
+    Raises DataError if it has no language-modelling head, or one that cannot be measured.
     """
     auto_class, architecture = auto_class_name(config), architecture_of(config)
     if auto_class not in TASKS:
         raise headless(who, architecture or auto_class)
-    family = FAMILIES.get(_base_type(config))
+    family = family_named(config.get("model_type"))
     if auto_class == CAUSAL and family and family.modules.bidirectional and not config.get("is_decoder"):
         raise DataError(
             f"{who}: {architecture} sees the tokens that it predicts, since config.json does not set 'is_decoder', so "
@@ -84,13 +84,9 @@ def _by_ending(architecture: str | None, config: Mapping[str, Any]) -> str:
     ending = ending_of(architecture)
     if ending == "ForConditionalGeneration" and not encoder_decoder and "text_config" in config:
         return MULTIMODAL
-    found = HEADS[ending] if ending else CAUSAL
-    return SEQ2SEQ if found == CAUSAL and encoder_decoder else found
+    auto_class = HEADS[ending] if ending else CAUSAL
+    return SEQ2SEQ if auto_class == CAUSAL and encoder_decoder else auto_class
 
 
 def _shares(config: Mapping[str, Any]) -> bool:
     return str(config.get("model_type")).startswith(PREFIX)
-
-
-def _base_type(config: Mapping[str, Any]) -> str:
-    return str(config.get("model_type")).removeprefix(PREFIX)

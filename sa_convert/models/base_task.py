@@ -1,20 +1,19 @@
 """What a task is: it says which tokens of a sequence are scored, and makes of sequences and scored tokens what a model
 is called with. What is scored depends on the sequence and the seed alone, so that all models are asked the same.
 
-Letters in shape comments: B sequences, L tokens of a sequence, P places of the logits, N predictions that are scored.
+Letters in shape comments: B sequences, L tokens of a sequence, P positions of the logits, N scored predictions.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from zlib import crc32
+
+import torch
 
 from sa_convert.domain.report import PredictionTask
 from sa_convert.errors import DataError
-
-if TYPE_CHECKING:
-    import torch
 
 Frame = tuple[tuple[int, ...], tuple[int, ...]]
 """What a tokenizer puts before and after a text."""
@@ -26,20 +25,20 @@ MASKED_PART = 0.15
 @dataclass(frozen=True)
 class Inputs:
     """A batch. kwargs: what the model is called with, tensors on its device, no cache. labels: (B, P) int64 and scored:
-    (B, P) bool, both on the CPU: what the logits at each place predict, and whether that counts."""
+    (B, P) bool, both on the CPU: what the logits at each position predict, and whether that counts."""
 
     kwargs: Mapping[str, Any]
-    labels: "torch.Tensor"
-    scored: "torch.Tensor"
+    labels: torch.Tensor
+    scored: torch.Tensor
 
-    def logits(self, model: Any) -> "torch.Tensor":
+    def logits(self, model: Any) -> torch.Tensor:
         """(B, P, vocabulary), in the model's dtype and on its device."""
         output = model(**self.kwargs)
         # Models with several pretraining heads name that of the masked tokens.
-        found: torch.Tensor = output.prediction_logits if hasattr(output, "prediction_logits") else output.logits
-        return found
+        logits: torch.Tensor = output.prediction_logits if hasattr(output, "prediction_logits") else output.logits
+        return logits
 
-    def rows(self, logits: "torch.Tensor") -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
+    def scored_logits(self, logits: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """For each sequence the scored logits (N, vocabulary) and their labels (N), both where the logits are."""
         for row, labels, scored in zip(logits, self.labels, self.scored, strict=True):
             yield row[scored.to(row.device)], labels[scored].to(row.device)
@@ -49,8 +48,8 @@ class Inputs:
 class Decoding:
     """What cached decoding is checked on. tokens: (T,), of the decoder; source: (S,), of the encoder, or None."""
 
-    tokens: "torch.Tensor"
-    source: "torch.Tensor | None" = None
+    tokens: torch.Tensor
+    source: torch.Tensor | None = None
 
 
 class Task(ABC):
@@ -67,26 +66,24 @@ class Task(ABC):
         return ()
 
     @abstractmethod
-    def scored(self, tokens: "torch.Tensor") -> "torch.Tensor":
+    def scored(self, tokens: torch.Tensor) -> torch.Tensor:
         """Which of the tokens (B, L) are predicted and count: (B, L) bool. Raises DataError for too few tokens."""
 
     @abstractmethod
-    def batch(self, model: Any, tokens: "torch.Tensor", scored: "torch.Tensor | None" = None) -> Inputs:
+    def batch(self, model: Any, tokens: torch.Tensor, scored: torch.Tensor | None = None) -> Inputs:
         """What `model` is called with to predict the scored ones (B, L; None: as `scored` says) of tokens (B, L)."""
 
-    def decoding(self, model: Any, sequence: "torch.Tensor") -> Decoding | None:
+    def decoding(self, model: Any, sequence: torch.Tensor) -> Decoding | None:
         """What to decode of a sequence (L) with a cache, or None where the model has none."""
         return None
 
-    def count(self, scored: "torch.Tensor") -> int:
+    def count(self, scored: torch.Tensor) -> int:
         """How many predictions count."""
         return int(scored.sum())
 
 
-def generator_of(row: "torch.Tensor", seed: int) -> "torch.Generator":
+def generator_of(row: torch.Tensor, seed: int) -> torch.Generator:
     """Random numbers that depend on the tokens (L) of a sequence and the seed alone, not on its place among others."""
-    import torch
-
     return torch.Generator().manual_seed(crc32(row.numpy().tobytes()) ^ (seed & 0xFFFFFFFF))
 
 

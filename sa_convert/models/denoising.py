@@ -13,14 +13,13 @@ need no padding.
 from abc import abstractmethod
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from sa_convert.errors import CheckpointError
 from sa_convert.models.base_task import MASKED_PART, Decoding, Frame, Inputs, Task, generator_of, too_short
 from sa_convert.models.device import input_device
-
-if TYPE_CHECKING:
-    import torch
 
 SPAN = 3
 """Mean tokens of a span."""
@@ -46,9 +45,7 @@ class Spans(Task):
     def show(self, tokens: list[int], scored: list[bool]) -> Shown:
         """One sequence (L) with its frame."""
 
-    def scored(self, tokens: "torch.Tensor") -> "torch.Tensor":
-        import torch
-
+    def scored(self, tokens: torch.Tensor) -> torch.Tensor:
         before, after = map(len, self.frame)
         inside = tokens.shape[1] - before - after
         scored = torch.zeros(tokens.shape, dtype=torch.bool)
@@ -56,9 +53,7 @@ class Spans(Task):
             chosen[before : before + inside] = self._spans(inside, generator_of(row, self.seed))
         return scored
 
-    def batch(self, model: Any, tokens: "torch.Tensor", scored: "torch.Tensor | None" = None) -> Inputs:
-        import torch
-
+    def batch(self, model: Any, tokens: torch.Tensor, scored: torch.Tensor | None = None) -> Inputs:
         scored = self.scored(tokens) if scored is None else scored
         shown = [self.show(*row) for row in zip(tokens.tolist(), scored.tolist(), strict=True)]
         source, labels, counted = (torch.tensor(part) for part in zip(*shown, strict=True))
@@ -73,14 +68,12 @@ class Spans(Task):
             counted,
         )
 
-    def decoding(self, model: Any, sequence: "torch.Tensor") -> Decoding:
+    def decoding(self, model: Any, sequence: torch.Tensor) -> Decoding:
         kwargs = self.batch(model, sequence[None]).kwargs
         return Decoding(kwargs["decoder_input_ids"][0], kwargs["input_ids"][0])
 
-    def _spans(self, inside: int, generator: "torch.Generator") -> "torch.Tensor":
+    def _spans(self, inside: int, generator: torch.Generator) -> torch.Tensor:
         """(inside,) bool: spans that do not touch each other, nor the ends."""
-        import torch
-
         cut = max(1, round(MASKED_PART * inside))
         count = max(1, min(round(cut / SPAN), self.most_spans or cut))
         if inside - cut < count + 1:
@@ -141,9 +134,7 @@ class Infilling(Spans):
 class SecondHalf(Spans):
     """For a tokenizer without sentinels or a mask token."""
 
-    def _spans(self, inside: int, generator: "torch.Generator") -> "torch.Tensor":
-        import torch
-
+    def _spans(self, inside: int, generator: torch.Generator) -> torch.Tensor:
         if inside < 2:
             raise too_short(inside)
         return torch.arange(inside) >= inside // 2
@@ -167,13 +158,13 @@ def spans_task(tokenizer: Any, frame: Frame, seed: int = 0) -> Spans:
     return SecondHalf(frame, seed)
 
 
-def shifted_right(model: Any, labels: "torch.Tensor") -> "torch.Tensor":
+def shifted_right(model: Any, labels: torch.Tensor) -> torch.Tensor:
     """What the decoder reads to predict labels (B, T): what comes before each. Raises CheckpointError where the model
     does not say what comes before the first."""
     known = getattr(model.config, "decoder_start_token_id", None)
     if known is not None and hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        found: torch.Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels)
-        return found
+        read: torch.Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        return read
     start = model.generation_config.decoder_start_token_id if known is None else known
     if start is None:
         raise CheckpointError("config.json has no 'decoder_start_token_id', which the decoder starts with: add it.")
@@ -188,9 +179,7 @@ def _runs(tokens: list[int], scored: list[bool]) -> list[tuple[bool, list[int]]]
     return [(cut, [token for _, token in run]) for cut, run in pairs]
 
 
-def _parts(total: int, count: int, generator: "torch.Generator") -> "torch.Tensor":
+def _parts(total: int, count: int, generator: torch.Generator) -> torch.Tensor:
     """(count,) lengths of at least 1 that add up to `total`; all ways to cut it are equally likely."""
-    import torch
-
     cuts = torch.randperm(total - 1, generator=generator)[: count - 1].sort().values + 1
     return torch.diff(torch.cat([torch.tensor([0]), cuts, torch.tensor([total])]))

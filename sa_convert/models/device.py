@@ -1,14 +1,11 @@
 """Where a model wants its input."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 
-def input_device(model: Any) -> "torch.device":
+def input_device(model: Any) -> torch.device:
     """Where a model wants its tokens: where its embedding is. Hooks of accelerate move them on if it is offloaded."""
-    import torch
-
     device = model.get_input_embeddings().weight.device
     return torch.device("cpu") if device.type == "meta" else device

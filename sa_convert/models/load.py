@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from sa_convert.errors import CheckpointError, DataError
 from sa_convert.families.model_classes import MAPPINGS
 from sa_convert.models.auto_class import auto_class_name, headless, prediction_task
-from sa_convert.models.placement import NO_MEMORY, Placement, read_config
+from sa_convert.models.placement import NO_MEMORY, Placement
 from sa_convert.models.quiet import keep_module_cache_clean, quiet
 from sa_convert.models.trust import is_trusted
+from sa_convert.read.folder import read_config
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +31,8 @@ class Loaded:
 def load_base(folder: Path, placement: Placement, trust_remote_code: bool = False) -> Iterator[Loaded]:
     """The base model, for as long as the context lasts. Code in its folder is not run, unless it is trusted.
 
-    Raises CheckpointError where transformers cannot load it, or finds that tensors are missing or of another shape, and
-    DataError where it has no language-modelling head.
+    Raises CheckpointError if transformers cannot load it, or finds that tensors are missing or of another shape, and
+    DataError if it has no language-modelling head.
     """
     keep_module_cache_clean()
     import transformers
@@ -56,8 +57,8 @@ def load_converted(
     """The converted model, by the code in its own folder, for as long as the context lasts.
 
     unexpected: names of tensors that the base model does not know either; None: superfluous tensors are no fault, since
-    the base model is not known. who: what messages call it. Raises CheckpointError where it cannot be loaded, or a
-    tensor is missing, superfluous or of another shape, and DataError where it has no language-modelling head.
+    the base model is not known. who: what messages call it. Raises CheckpointError if it cannot be loaded, or a
+    tensor is missing, superfluous or of another shape, and DataError if it has no language-modelling head.
     """
     keep_module_cache_clean()
     prediction_task(read_config(folder), who)
@@ -74,10 +75,10 @@ def load_converted(
 
 
 def load_tokenizer(folder: Path, converted: bool = False, otherwise: str = ", or use --no-validate") -> Any:
-    """The tokenizer in a folder. Raises DataError where there is none.
+    """The tokenizer in a folder. Raises DataError if there is none.
 
     converted: the folder's own code is trusted, as for its model; transformers would ask for that on the terminal. That
-    of other folders is where `sa_convert.models.trust` says so.
+    of other folders is if `sa_convert.models.trust` says so.
     otherwise: what else the message says that the user can do.
     """
     keep_module_cache_clean()
@@ -141,7 +142,7 @@ def _loaded(
         if placement.max_memory is None:
             options["device_map"] = {"": placement.device}
         else:
-            # "auto" fails for some models with tied weights, and is not needed where everything goes to the disk.
+            # "auto" fails for some models with tied weights, and is not needed if everything goes to the disk.
             bounds = dict(placement.max_memory)
             options |= (
                 {"device_map": {"": "disk"}} if bounds == NO_MEMORY else {"device_map": "auto", "max_memory": bounds}
@@ -157,7 +158,7 @@ def _loaded(
 
 
 def _remote_config(folder: Path, who: str) -> Any:
-    """The configuration by the code in the folder, even where sa_convert's own classes are registered."""
+    """The configuration by the code in the folder, even if sa_convert's own classes are registered."""
     from transformers import AutoConfig
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -172,7 +173,7 @@ def _remote_config(folder: Path, who: str) -> Any:
 
 
 def _model_class(config: Any, folder: Path, who: str) -> Any:
-    """The auto class that the folder names, or the model class of the folder's code where a folder with the same
+    """The auto class that the folder names, or the model class of the folder's code if a folder with the same
     configuration code was loaded before: the auto class would use the modeling code of that one."""
     import transformers
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -188,7 +189,7 @@ def _model_class(config: Any, folder: Path, who: str) -> Any:
 
 def _refuse_incomplete(who: str, info: dict[str, Any], kinds: tuple[str, ...]) -> None:
     for kind in kinds:
-        if found := info.get(kind):
-            names = sorted(str(name) for name in found)
+        if tensors := info.get(kind):
+            names = sorted(str(name) for name in tensors)
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise CheckpointError(f"{who} has {kind.replace('_', ' ')}: {', '.join(names[:3])}{more}.")

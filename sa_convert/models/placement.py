@@ -1,6 +1,5 @@
 """Where a model runs, in which dtype, and whether it fits there."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sa_convert.domain.model import RunOptions
 from sa_convert.errors import CheckpointError, SaConvertError
 from sa_convert.models.auto_class import TASKS, auto_class_name
+from sa_convert.read.folder import read_config
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ NO_MEMORY: Mapping[int | str, int] = {"cpu": 1}
 class Placement:
     """device: "cpu", "cuda", "cuda:1", "mps". dtype: of the computation. stored: dtype of the weights in the files.
 
-    max_memory: bytes by device as accelerate takes it, or None where the whole model fits on `device`.
+    max_memory: bytes by device as accelerate takes it, or None if the whole model fits on `device`.
     """
 
     device: str
@@ -48,9 +48,9 @@ def place(
     """Decide where the checkpoint in `folder` runs.
 
     device: "auto" takes CUDA, then MPS, then the CPU. dtype: "auto" takes the dtype of the weights; on a CPU it takes
-    float32 instead of float16, and instead of bfloat16 where that fits into memory (few CPUs are fast at either, and
+    float32 instead of float16, and instead of bfloat16 if that fits into memory (few CPUs are fast at either, and
     the decode check is stricter). max_memory: given, the model is always placed by accelerate within these bounds
-    (`{"cpu": bytes}`), and what does not fit stays on disk; None: that is done only where the weights do not fit into
+    (`{"cpu": bytes}`), and what does not fit stays on disk; None: that is done only if the weights do not fit into
     free memory. Raises SaConvertError for a device or dtype that torch does not have.
     """
     import torch
@@ -93,15 +93,14 @@ def stored_dtype(folder: Path) -> "torch.dtype":
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (not a mapping)
-                if found := _SAFETENSORS_DTYPES.get(tensors.get_slice(key).get_dtype()):
-                    return getattr(torch, found)
+                if dtype := _SAFETENSORS_DTYPES.get(tensors.get_slice(key).get_dtype()):
+                    return getattr(torch, dtype)
     return torch.float32
 
 
-def positions(folder: Path) -> int | None:
+def positions(config: Mapping[str, Any]) -> int | None:
     """Tokens of the longest sequence that the model certainly has positions for, as far as its config limits them."""
-    config = read_config(folder)
-    limit = most_positions(folder)
+    limit = most_positions(config)
     if limit is None or TASKS.get(auto_class_name(config)) != "masked-token":
         return limit
     # Some encoders (RoBERTa) count positions from behind the number of their padding token, 0 or 1.
@@ -109,13 +108,12 @@ def positions(folder: Path) -> int | None:
     return limit - padding - 1 if padding in (0, 1) else limit
 
 
-def most_positions(folder: Path) -> int | None:
+def most_positions(config: Mapping[str, Any]) -> int | None:
     """Positions that config.json names, of which the model may not use the first one or two."""
-    config = read_config(folder)
     text = config.get("text_config")
     keys = ("max_position_embeddings",) if config.get("is_encoder_decoder") else _POSITIONS
-    found = (part[key] for part in (config, text) if isinstance(part, dict) for key in keys if part.get(key))
-    return int(limit) if (limit := next(found, None)) else None
+    limits = (level[key] for level in (config, text) if isinstance(level, dict) for key in keys if level.get(key))
+    return int(limit) if (limit := next(limits, None)) else None
 
 
 def usable_positions(model: Any) -> int | None:
@@ -127,12 +125,6 @@ def usable_positions(model: Any) -> int | None:
             if padding is not None:
                 return int(limit) - int(padding) - 1
     return None
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config
 
 
 def _device(name: str) -> str:

@@ -1,15 +1,13 @@
 """A model that decodes: in one pass without a cache, step by step with one, and by generate()."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sa_convert.families.family import PREFIX
-from sa_convert.families.table import FAMILIES
+import torch
+
+from sa_convert.families.table import family_named
 from sa_convert.models.arguments import cache_keyword, cache_of, dynamic_cache
 from sa_convert.models.device import input_device
 from sa_convert.models.task import Decoding
-
-if TYPE_CHECKING:
-    import torch
 
 
 class Steps:
@@ -23,17 +21,14 @@ class Steps:
     def __init__(self, model: Any, decoding: Decoding) -> None:
         self.model = model
         self.tokens = decoding.tokens[None].to(input_device(model))
-        # As generate() tells them; Bamba counts from 0 in every pass that is not told.
-        family = FAMILIES.get(model.config.model_type.removeprefix(PREFIX))
-        self._told_positions = family is not None and family.mixed and family.modules.rotary != "none"
         self._source = None if decoding.source is None else decoding.source[None].to(input_device(model))
 
-    def whole(self, tokens: "torch.Tensor") -> "torch.Tensor":
+    def whole(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits (T, vocabulary) of tokens (1, T), without a cache."""
         logits: torch.Tensor = self.model(**self._named(tokens), use_cache=False).logits[0]
         return logits
 
-    def first(self, tokens: "torch.Tensor") -> Any:
+    def first(self, tokens: torch.Tensor) -> Any:
         """The model's output for tokens (1, T), with a new cache."""
         output = self.model(**self._named(tokens), use_cache=True)
         self.cache = cache_of(output)
@@ -42,25 +37,13 @@ class Steps:
             output = self.model(**self._named(tokens), **{cache_keyword(self.model): self.cache}, use_cache=True)
         return output
 
-    def next(self, output: Any, place: int) -> Any:
-        """The model's output for the token at `place`, with the cache and the `output` for all before."""
-        import torch
-        from transformers.modeling_outputs import BaseModelOutput
+    def next(self, output: Any, position: int) -> Any:
+        """The model's output for the token at `position`, with the cache and the `output` for all before."""
+        read = None if self._source is None else output.encoder_last_hidden_state
+        return self.model(**step_inputs(self.model, self.tokens, position, self.cache, read))
 
-        token = self.tokens[:, place : place + 1]
-        inputs: dict[str, Any]
-        if self._source is None:
-            inputs = {"input_ids": token, "attention_mask": torch.ones_like(self.tokens[:, : place + 1])}
-            if self._told_positions:
-                inputs["position_ids"] = torch.full_like(token, place)
-        else:
-            read = BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)
-            inputs = {"decoder_input_ids": token, "encoder_outputs": read}
-        return self.model(**inputs, **{cache_keyword(self.model): self.cache}, use_cache=True)
-
-    def generate(self, prompt: "torch.Tensor", tokens: int, streamer: Any) -> "torch.Tensor":
+    def generate(self, prompt: torch.Tensor, tokens: int, streamer: Any) -> torch.Tensor:
         """The prompt (1, T) and `tokens` greedy ones after it, decoded with a cache as transformers does it."""
-        import torch
         from transformers import GenerationConfig
 
         inputs = self._named(prompt)
@@ -70,7 +53,7 @@ class Steps:
             config.decoder_start_token_id = int(prompt[0, 0])
         preferred, self.model.generation_config = self.model.generation_config, config
         try:
-            found: torch.Tensor = self.model.generate(
+            text: torch.Tensor = self.model.generate(
                 **inputs,
                 attention_mask=torch.ones_like(inputs["input_ids"]),
                 max_new_tokens=tokens,
@@ -78,11 +61,29 @@ class Steps:
                 use_cache=True,
                 streamer=streamer,
             )
-            return found
+            return text
         finally:
             self.model.generation_config = preferred
 
-    def _named(self, tokens: "torch.Tensor") -> "dict[str, torch.Tensor]":
+    def _named(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         if self._source is None:
             return {"input_ids": tokens}
         return {"input_ids": self._source, "decoder_input_ids": tokens}
+
+
+def step_inputs(model: Any, tokens: torch.Tensor, position: int, cache: Any, read: Any = None) -> dict[str, Any]:
+    """What `model` is called with for the token at `position` of tokens (B, T), once those before are in the cache.
+
+    read: the encoder's last hidden state, of an encoder-decoder.
+    """
+    from transformers.modeling_outputs import BaseModelOutput
+
+    token = tokens[:, position : position + 1]
+    inputs = {cache_keyword(model): cache, "use_cache": True}
+    if read is not None:
+        return inputs | {"decoder_input_ids": token, "encoder_outputs": BaseModelOutput(last_hidden_state=read)}
+    inputs |= {"input_ids": token, "attention_mask": torch.ones_like(tokens[:, : position + 1])}
+    family = family_named(model.config.model_type)
+    if family is not None and family.told_positions:  # as generate() tells them
+        inputs["position_ids"] = torch.full_like(token, position)
+    return inputs

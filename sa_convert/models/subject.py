@@ -4,7 +4,7 @@ An ordinary model runs by the code of transformers. A converted one runs by the 
 run it; that is done without asking only where this code is, byte for byte, what this version of sa-convert writes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,14 +24,22 @@ from sa_convert.read.open_model import complete, open_model
 from sa_convert.read.remote_code import code_references, refuse_code_elsewhere, shown_code
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Subject:
-    """folder: with safetensors. name: what results call the model. trusted: the user lets any code in it run."""
+    """A model that can be loaded: safetensors in a folder."""
 
     name: str
+    """What results call it."""
+
     folder: Path
+    config: Mapping[str, Any]
+    """config.json."""
+
     converted: bool
+    """It runs by the code in its folder."""
+
     trusted: bool
+    """The user lets any code in it run."""
 
     def load(self, placement: Placement) -> AbstractContextManager[Loaded]:
         """Raises CheckpointError."""
@@ -84,4 +92,10 @@ def open_subject(
             f"{reference}: {fault}, not what this version of sa-convert writes, and evaluating the model would run "
             "it: look at the code, then use --trust-remote-code, or convert the model again."
         )
-    return Subject(BaseModel.of(checkpoint.identity).id, checkpoint.folder, converted, run.trust)
+    return Subject(
+        name=BaseModel.of(checkpoint.identity).id,
+        folder=checkpoint.folder,
+        config=checkpoint.config,
+        converted=converted,
+        trusted=run.trust,
+    )

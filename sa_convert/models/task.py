@@ -6,16 +6,15 @@ Letters in shape comments: B sequences, L tokens of a sequence.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from sa_convert.errors import DataError
 from sa_convert.models.auto_class import prediction_task
 from sa_convert.models.base_task import MASKED_PART, Decoding, Frame, Inputs, Task, generator_of, too_short
 from sa_convert.models.denoising import spans_task
 from sa_convert.models.device import input_device
-
-if TYPE_CHECKING:
-    import torch
 
 
 class NextToken(Task):
@@ -25,21 +24,19 @@ class NextToken(Task):
     frame = None
     copies = True
 
-    def scored(self, tokens: "torch.Tensor") -> "torch.Tensor":
-        import torch
-
+    def scored(self, tokens: torch.Tensor) -> torch.Tensor:
         return torch.ones(tokens.shape, dtype=torch.bool)
 
-    def batch(self, model: Any, tokens: "torch.Tensor", scored: "torch.Tensor | None" = None) -> Inputs:
+    def batch(self, model: Any, tokens: torch.Tensor, scored: torch.Tensor | None = None) -> Inputs:
         scored = (self.scored(tokens) if scored is None else scored).roll(-1, dims=1)
         scored[:, -1] = False
         kwargs = {"input_ids": tokens.to(input_device(model)), "use_cache": False}
         return Inputs(kwargs, tokens.roll(-1, dims=1), scored)
 
-    def decoding(self, model: Any, sequence: "torch.Tensor") -> Decoding:
+    def decoding(self, model: Any, sequence: torch.Tensor) -> Decoding:
         return Decoding(sequence)
 
-    def count(self, scored: "torch.Tensor") -> int:
+    def count(self, scored: torch.Tensor) -> int:
         return int(scored[..., 1:].sum())
 
 
@@ -60,9 +57,7 @@ class MaskedToken(Task):
     def inserted(self) -> tuple[int, ...]:
         return (self.mask,)
 
-    def scored(self, tokens: "torch.Tensor") -> "torch.Tensor":
-        import torch
-
+    def scored(self, tokens: torch.Tensor) -> torch.Tensor:
         special = torch.tensor(sorted(self.special), dtype=torch.long)
         scored = torch.zeros(tokens.shape, dtype=torch.bool)
         for row, chosen in zip(tokens, scored, strict=True):
@@ -73,7 +68,7 @@ class MaskedToken(Task):
             chosen[ordinary[order[: max(1, round(MASKED_PART * len(ordinary)))]]] = True
         return scored
 
-    def batch(self, model: Any, tokens: "torch.Tensor", scored: "torch.Tensor | None" = None) -> Inputs:
+    def batch(self, model: Any, tokens: torch.Tensor, scored: torch.Tensor | None = None) -> Inputs:
         scored = self.scored(tokens) if scored is None else scored
         return Inputs({"input_ids": tokens.masked_fill(scored, self.mask).to(input_device(model))}, tokens, scored)
 

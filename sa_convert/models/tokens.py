@@ -1,27 +1,24 @@
 """Documents to sequences of tokens of equal length."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from sa_convert.errors import DataError
 from sa_convert.models.task import Frame
 from sa_convert.texts.text import Text
 
-if TYPE_CHECKING:
-    import torch
-
 
 def token_sequences(
     tokenizer: Any, text: Text, sequences: int, length: int, frame: Frame | None = None
-) -> "torch.Tensor":
+) -> torch.Tensor:
     """Tokens (sequences, length), int64: the documents one after another, cut into equal sequences.
 
     frame: what each sequence starts and ends with (`Task.frame`); None: it starts with the token that the tokenizer
     puts before a text, if it does. Only as much text is read as is needed. Raises DataError where the text is too
     short, or the length leaves no room for text.
     """
-    import torch
-
     start, end = frame or (start_tokens(tokenizer), ())
     if length <= len(start) + len(end):
         raise DataError(f"Sequences of {length} tokens have no room for text: give longer ones.")

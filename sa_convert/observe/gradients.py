@@ -1,26 +1,23 @@
 """What a change of a head's output does to the loss, or to the layer's output where gradients do not fit."""
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch.nn import functional
 
 from sa_convert.models.arguments import first_argument
 from sa_convert.observe.finite import not_finite
-from sa_convert.observe.probe import Probe, Rows, Seen
+from sa_convert.observe.probe import Probe, Seen, Sources
 from sa_convert.observe.sequences import Sample
 
-if TYPE_CHECKING:
-    import torch
-
-Gradients = dict[int, "torch.Tensor"]
+Gradients = dict[int, torch.Tensor]
 
 
 def fisher_gradients(
-    probe: Probe, sample: Sample, rows: Rows, observe: Callable[[Seen], None], generator: "torch.Generator"
+    probe: Probe, sample: Sample, sources: Sources, observe: Callable[[Seen], None], generator: torch.Generator
 ) -> Iterator[tuple[str, Gradients]]:
     """Gradients (T, H, D) for each layer: of the divergence from the base under a map, then of sampled labels."""
-    import torch
-    from torch.nn import functional
-
     model, seen = probe.model, {}
     inputs = sample.inputs(model)
 
@@ -32,10 +29,10 @@ def fisher_gradients(
         seen[layer.layer] = layer.output
 
     base = None
-    if rows:
+    if sources:
         with torch.no_grad():
             base = functional.log_softmax(inputs.logits(model)[0].float(), dim=-1)
-    with torch.enable_grad(), probe.sharing(rows), probe.observing(note):
+    with torch.enable_grad(), probe.sharing(sources), probe.observing(note):
         chances = functional.log_softmax(inputs.logits(model)[0].float(), dim=-1)  # (P, vocabulary)
         if not bool(torch.isfinite(chances.sum())):
             raise not_finite(model)
@@ -47,21 +44,19 @@ def fisher_gradients(
             losses.insert(0, ("first", divergence[scored].sum()))
         for at, (order, loss) in enumerate(losses):
             outputs = list(seen.values())
-            found = torch.autograd.grad(loss, outputs, retain_graph=at + 1 < len(losses))
-            yield order, {layer: gradient[0].cpu() for layer, gradient in zip(seen, found, strict=True)}
+            gradients = torch.autograd.grad(loss, outputs, retain_graph=at + 1 < len(losses))
+            yield order, {layer: gradient[0].cpu() for layer, gradient in zip(seen, gradients, strict=True)}
 
 
 def output_directions(
     probe: Probe,
     sample: Sample,
-    rows: Rows,
+    sources: Sources,
     observe: Callable[[Seen], None],
-    generator: "torch.Generator",
+    generator: torch.Generator,
     seen: dict[int, Seen],
 ) -> Iterator[tuple[str, Gradients]]:
     """Random directions (T, H, D) for each layer, so that the mean square of e is the relative squared output error."""
-    import torch
-
     gradients: Gradients = {}
     sizes: dict[int, float] = {}
 
@@ -80,14 +75,14 @@ def output_directions(
     def direct(index: int) -> Callable[..., None]:
         """After the output projection: what a random direction of its output is at the head outputs."""
 
-        def hook(_: Any, args: Any, output: "torch.Tensor") -> None:
+        def hook(_: Any, args: Any, output: torch.Tensor) -> None:
             if not bool(torch.isfinite(output.sum())):
                 raise not_finite(probe.model, f" in layer {index}")
             z = torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
-            (found,) = torch.autograd.grad(output, seen[index].output, z)
-            gradients[index] = found[0].float().cpu() / max(sizes[index], 1e-12)
+            (direction,) = torch.autograd.grad(output, seen[index].output, z)
+            gradients[index] = direction[0].float().cpu() / max(sizes[index], 1e-12)
             # The output projection is the last to need the graph.
-            seen[index] = Seen(*(_detached(part) for part in vars(seen[index]).values()))
+            seen[index] = Seen(**{name: _detached(value) for name, value in vars(seen[index]).items()})
 
         return hook
 
@@ -102,8 +97,8 @@ def output_directions(
         observe(layer)
 
     try:
-        with torch.enable_grad(), probe.sharing(rows), probe.observing(note):
-            # Without the language-modelling head, where the model has a part without it.
+        with torch.enable_grad(), probe.sharing(sources), probe.observing(note):
+            # Without the language-modelling head, if the model has one that can be left out.
             probe.model.base_model(**sample.inputs(probe.model).kwargs)
     finally:
         for hook in hooks:
@@ -111,5 +106,5 @@ def output_directions(
     yield "second", gradients
 
 
-def _detached(part: Any) -> Any:
-    return part.detach() if hasattr(part, "detach") else part
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) else value

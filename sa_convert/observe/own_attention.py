@@ -4,7 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from sa_convert.models.attention_class import attention_class_of
+from sa_convert.observe.attention_call import Call
 
 if TYPE_CHECKING:
     from sa_convert.observe.probe import Probe
@@ -39,14 +42,15 @@ def _probed(ours: type, own: type) -> type:
     """Our attention class before a family's own, whose attention function is the probe's."""
 
     def attend(self: Any, query: Any, key: Any, value: Any, mask: Any, arguments: Any, exchange: Any) -> Any:
-        return self.sa_convert_probe.attend(self, query, key, value, _eager_mask(mask, query, key), arguments)
+        added = _eager_mask(mask, query, key)
+        call = Call(module=self, query=query, key=key, mask=added, arguments=arguments)
+        return self.sa_convert_probe.attend(call, value)
 
     return type(f"Probed{own.__name__}", (type("Probed", (ours,), {"attend": attend}), own), {})
 
 
 def _eager_mask(mask: Any, query: Any, key: Any) -> Any:
     """A mask that is added to scores, from what a causal model hands to its kernel: boolean, or none at all."""
-    import torch
 
     tokens, length = query.shape[-2], key.shape[-2]
     if mask is None:

@@ -3,80 +3,42 @@
 Letters in shape comments: B sequences, H query heads, G KV groups, T tokens, D head size.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from sa_convert.domain.sharing_map import Source
 from sa_convert.families.family import Family, Stack
 from sa_convert.observe import own_attention
-
-if TYPE_CHECKING:
-    import torch
+from sa_convert.observe.attention_call import Call, eager_of
 
 NAME = "sa_convert_probe"
 """Of our attention function in the attention interface of transformers."""
 
-Rows = Mapping[int, tuple[Source | None, ...]]
-"""As `SharingMap.layers`."""
+Sources = Mapping[int, tuple[Source | None, ...]]
+"""For each layer that reuses, per query head its source, or None; as `SharingMap.layers`."""
 
 
-@dataclass(frozen=True)
-class Kept:
-    """A loan of attention weights (B, H, T, T)."""
-
-    kept: "torch.Tensor"
-
-    def weights(self) -> "torch.Tensor":
-        return self.kept
+Loans = dict[int, torch.Tensor | Call]
+"""What source layers have lent, by layer: probabilities (B, H, T, S), or the call that they are computed from again."""
 
 
-@dataclass(frozen=True)
-class Recomputed:
-    """A loan from which the weights are computed again: query (B, H, T, D), key (B, G, T, D), and the module as it was.
-
-    own: its own parameters (sinks), which may since have left the memory.
-    """
-
-    module: Any
-    own: Mapping[str, "torch.Tensor"]
-    query: "torch.Tensor"
-    key: "torch.Tensor"
-    mask: "torch.Tensor | None"
-    arguments: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, module: Any, query: Any, key: Any, mask: Any, arguments: Mapping[str, Any]) -> "Recomputed":
-        own = {name: parameter.detach().clone() for name, parameter in module.named_parameters(recurse=False)}
-        return cls(module, own, query, key, mask, arguments)
-
-    def __getattr__(self, name: str) -> Any:
-        own = self.__dict__["own"]
-        return own[name] if name in own else getattr(self.__dict__["module"], name)
-
-    def weights(self) -> "torch.Tensor":
-        return _weights(self, self.query, self.key, self.mask, self.arguments)
-
-
-Loans = dict[int, Kept | Recomputed]
-"""What source layers have lent, by layer."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Seen:
     """One layer's attention in one forward pass.
 
-    weights: (B, H, T, T) of the layer's own heads; used: the same, with those of the sources where heads reuse;
+    probabilities: (B, H, T, T) of the layer's own heads; used: the same, with those of the sources where heads reuse;
     value: (B, G, T, D); output: (B, T, H, D), used times value.
     """
 
     layer: int
-    weights: "torch.Tensor"
-    used: "torch.Tensor"
-    value: "torch.Tensor"
-    output: "torch.Tensor"
+    probabilities: torch.Tensor
+    used: torch.Tensor
+    value: torch.Tensor
+    output: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -100,11 +62,11 @@ class Probe:
         self.attentions: list[Any] = []
         self.output_projections: list[Any] = []
         self.blocks: list[Block] = []
-        self._rows: Rows = {}
-        self._sources: frozenset[int] = frozenset()
+        self._map: Sources = {}
+        self._lenders: frozenset[int] = frozenset()
         self._observer: Callable[[Seen], None] | None = None
         self._loans: Loans = {}
-        self._keep_weights = True
+        self._keep_probabilities = True
         model.requires_grad_(False)
         paths = dict.fromkeys(stack.layers for stack in family.all_stacks if _has_stack(model, family, stack))
         for path in paths:
@@ -126,8 +88,8 @@ class Probe:
         layers: list[Any] = list(_submodule(self.model, stacks[0].layers).children())
         numbers: list[list[int]] = [[] for _ in layers]
         for stack in stacks:
-            found: list[Any] = list(attentions_of(self.model, modules, stack))
-            for layer, attention, order in zip(layers, found, numbers, strict=True):
+            attentions: list[Any] = list(attentions_of(self.model, modules, stack))
+            for layer, attention, order in zip(layers, attentions, numbers, strict=True):
                 output = None
                 if attention is not None:
                     order.append(len(self.attentions))
@@ -150,15 +112,15 @@ class Probe:
         return [number for block in self.blocks for number in block.attentions]
 
     @contextmanager
-    def sharing(self, rows: Rows) -> Iterator[None]:
-        """While open, heads use the attention weights of their sources in this map."""
-        before = self._rows, self._sources
-        self._rows = rows
-        self._sources = frozenset(source[0] for row in rows.values() for source in row if source is not None)
+    def sharing(self, sources: Sources) -> Iterator[None]:
+        """While open, heads use the attention of their sources in this map."""
+        before = self._map, self._lenders
+        self._map = sources
+        self._lenders = frozenset(source[0] for heads in sources.values() for source in heads if source is not None)
         try:
             yield
         finally:
-            self._rows, self._sources = before
+            self._map, self._lenders = before
 
     @contextmanager
     def observing(self, observer: Callable[[Seen], None]) -> Iterator[None]:
@@ -170,44 +132,46 @@ class Probe:
             self._observer = before
 
     @contextmanager
-    def lending(self, loans: "Loans") -> Iterator[None]:
+    def lending(self, loans: Loans) -> Iterator[None]:
         """While open, layers that run one by one find and leave the attention of source layers in `loans`, as queries
-        and keys, which take less memory than weights."""
-        before, self._loans, self._keep_weights = self._loans, loans, False
+        and keys, which take less memory than probabilities."""
+        before, self._loans, self._keep_probabilities = self._loans, loans, False
         try:
             yield
         finally:
-            self._loans, self._keep_weights = before, True
+            self._loans, self._keep_probabilities = before, True
 
-    def attend(self, module: Any, query: Any, key: Any, value: Any, mask: Any, arguments: dict[str, Any]) -> Any:
-        import torch
-
-        layer = module.sa_convert_layer
-        row = self._rows.get(layer)
-        weights = _weights(module, query, key, mask, arguments)
-        if layer in self._sources:
-            keep = self._keep_weights
-            self._loans[layer] = Kept(weights) if keep else Recomputed.of(module, query, key, mask, arguments)
-        used = weights
-        if row is not None:
-            lent = {source[0]: self._loans[source[0]].weights() for source in row if source is not None}
+    def attend(self, call: Call, value: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """The output (B, T, H, D) of one layer, under the map and told to the observer."""
+        layer = call.module.sa_convert_layer
+        used = probabilities = call.probabilities()
+        if layer in self._lenders:
+            self._loans[layer] = probabilities if self._keep_probabilities else call.lasting()
+        sources = self._map.get(layer)
+        if sources is not None:
+            lent = {source[0]: self._borrowed(source[0]) for source in sources if source is not None}
             heads = [
-                weights[:, head] if source is None else lent[source[0]][:, source[1]].to(weights.device)
-                for head, source in enumerate(row)
+                probabilities[:, head] if source is None else lent[source[0]][:, source[1]].to(probabilities.device)
+                for head, source in enumerate(sources)
             ]
             used = torch.stack(heads, dim=1)
         batch, total, tokens, length = used.shape
         grouped = used.reshape(batch, value.shape[1], -1, length)
         output = torch.matmul(grouped, value).view(batch, total, tokens, -1).transpose(1, 2)
         if self._observer is not None:
-            self._observer(Seen(layer, weights, used, value, output))
+            self._observer(Seen(layer=layer, probabilities=probabilities, used=used, value=value, output=output))
         return output.contiguous(), None
+
+    def _borrowed(self, layer: int) -> torch.Tensor:
+        loan = self._loans[layer]
+        return loan.probabilities() if isinstance(loan, Call) else loan
 
 
 def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **arguments: Any) -> Any:
     if not hasattr(module, "sa_convert_probe"):  # such as an image encoder's
-        return _eager(module)(module, query, key, value, attention_mask, **arguments)
-    return module.sa_convert_probe.attend(module, query, key, value, attention_mask, arguments)
+        return eager_of(module)(module, query, key, value, attention_mask, **arguments)
+    call = Call(module=module, query=query, key=key, mask=attention_mask, arguments=arguments)
+    return module.sa_convert_probe.attend(call, value)
 
 
 def _submodule(model: Any, path: str) -> Any:
@@ -222,23 +186,3 @@ def _has_stack(model: Any, family: Family, stack: Stack) -> bool:
     from sa_convert.runtime.modeling_shared_attention import path_in
 
     return not family.encoder_decoder or path_in(model, stack.layers) is not None
-
-
-def _weights(module: Any, query: Any, key: Any, mask: Any, arguments: Mapping[str, Any]) -> "torch.Tensor":
-    """Attention weights (B, H, T, S) by the family's own eager function, which applies its softcap and sinks."""
-    # Zero-width values: only the weights are wanted here.
-    nothing = key[..., :0]
-    weights: torch.Tensor = _eager(module)(module, query, key, nothing, mask, **arguments)[1]
-    return weights
-
-
-def _eager(module: Any) -> Callable[..., Any]:
-    ours: Callable[..., Any] | None = getattr(module, "family_eager", None)
-    if ours is not None:
-        return ours
-    for kind in type(module.module if isinstance(module, Recomputed) else module).__mro__:
-        function = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
-        if function is not None:
-            found: Callable[..., Any] = function
-            return found
-    raise LookupError(f"{type(module).__name__} has no eager attention function")

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from sa_convert.models.arguments import first_argument
 
 if TYPE_CHECKING:
-    import torch
-
     from sa_convert.observe.probe import Probe
     from sa_convert.observe.sequences import Sample
 
@@ -25,24 +25,20 @@ class Replay:
     """
 
     def __init__(self, probe: "Probe", samples: "Sequence[Sample]", batch: int = 4) -> None:
-        import torch
-
         self.probe = probe
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         states = [self._trace(sample, keep=at == 0) for at, sample in enumerate(samples)]
         self.states = torch.cat(states)
         self.batch = batch if probe.family.modules.interface else 1
 
-    def _trace(self, sample: "Sample", keep: bool) -> "torch.Tensor":
+    def _trace(self, sample: "Sample", keep: bool) -> torch.Tensor:
         """The input (1, T, hidden) of the first layer; keep: note how every layer is called."""
-        import torch
-
-        found: list[torch.Tensor] = []
+        states: list[torch.Tensor] = []
 
         def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden, name = first_argument(module, args, kwargs)
-            if not found:
-                found.append(hidden.detach().clone())
+            if not states:
+                states.append(hidden.detach().clone())
                 if not keep:
                     raise _Enough
             self._calls.append((args[1:], {key: value for key, value in kwargs.items() if key != name}))
@@ -56,9 +52,9 @@ class Replay:
         finally:
             for hook in hooks:
                 hook.remove()
-        return found[0]
+        return states[0]
 
-    def run(self, layer: int, states: "torch.Tensor") -> "torch.Tensor":
+    def run(self, layer: int, states: torch.Tensor) -> torch.Tensor:
         """States (B, T, hidden) after a layer."""
         args, kwargs = self._calls[layer]
         output = self.probe.blocks[layer].module(states, *args, **kwargs)
@@ -70,7 +66,7 @@ class _Enough(Exception):
 
 
 @contextmanager
-def captured(module: Any, take: Callable[["torch.Tensor", "torch.Tensor"], None]) -> Iterator[None]:
+def captured(module: Any, take: Callable[[torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
     """While open, `take` gets the input and the output of every call of a module."""
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -3,14 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from sa_convert.models.task import NEXT_TOKEN, Frame, Inputs, Task
 from sa_convert.models.tokens import ordinary_tokens, start_tokens, token_sequences
 from sa_convert.texts.text import Text
-
-if TYPE_CHECKING:
-    import torch
 
 REPETITION = "random repetition"
 """Kind of the samples of random tokens said several times over."""
@@ -34,9 +33,9 @@ class Sample:
     predictions: of a repetition, only those that can be predicted. weight: what it counts in sums of costs. task: how
     they are predicted."""
 
-    tokens: "torch.Tensor"
+    tokens: torch.Tensor
     kind: str
-    scored: "torch.Tensor"
+    scored: torch.Tensor
     weight: float = 1.0
     task: Task = NEXT_TOKEN
 
@@ -70,7 +69,7 @@ def calibration_set(
     length: int,
     *,
     seed: int = 0,
-    written: "torch.Tensor | None" = None,
+    written: torch.Tensor | None = None,
     task: Task = NEXT_TOKEN,
 ) -> CalibrationSet:
     """`sequences` samples of `length` tokens from the calibration part of a text, a fifth of them random repetition,
@@ -81,8 +80,6 @@ def calibration_set(
     period of the other part. The same arguments give the same samples. Raises DataError where the text is too short or
     makes no token.
     """
-    import torch
-
     repetitions = sequences // REPETITION_PART if task.copies else 0
     plain = sequences - repetitions
     own = [] if written is None else [(row, "written by the model") for row in written]
@@ -109,7 +106,7 @@ def calibration_set(
 
 def _text_rows(
     tokenizer: Any, text: Text, count: int, length: int, frame: Frame | None
-) -> "list[tuple[torch.Tensor, str]]":
+) -> list[tuple[torch.Tensor, str]]:
     """Rows of the calibration part. The built-in text: kinds in turn, so that few sequences hold all of them."""
     kinds = ("prose", "code", "prose", "table", "prose", "code", "repetition")
     calibration = text.split("calibration")
@@ -123,7 +120,7 @@ def _text_rows(
     return [(next(rows[kind]), kind) for kind in order]
 
 
-def _divide(rows: "list[tuple[torch.Tensor, str]]") -> "tuple[list[tuple[torch.Tensor, str]], ...]":
+def _divide(rows: list[tuple[torch.Tensor, str]]) -> tuple[list[tuple[torch.Tensor, str]], ...]:
     """To learn from and to hold out, of each kind in proportion. At least one row on either side."""
     held: list[int] = []
     for kind in dict.fromkeys(kind for _, kind in rows):
@@ -133,7 +130,7 @@ def _divide(rows: "list[tuple[torch.Tensor, str]]") -> "tuple[list[tuple[torch.T
     return [row for at, row in enumerate(rows) if at not in held], [rows[at] for at in sorted(held)]
 
 
-def _plain(rows: "list[tuple[torch.Tensor, str]]", task: Task) -> "Iterator[Sample]":
+def _plain(rows: list[tuple[torch.Tensor, str]], task: Task) -> Iterator[Sample]:
     for tokens, kind in rows:
         yield Sample(tokens, kind, task.scored(tokens[None])[0], task=task)
 
@@ -147,11 +144,9 @@ def _weighed(plain: Iterator[Sample], repeated: list[Sample]) -> Iterator[Sample
 
 
 def _repetition(
-    vocabulary: "torch.Tensor", start: "torch.Tensor", period: int, length: int, generator: "torch.Generator"
+    vocabulary: torch.Tensor, start: torch.Tensor, period: int, length: int, generator: torch.Generator
 ) -> Sample:
     """`period` random tokens said over and over; predictions count from the second time on."""
-    import torch
-
     once = vocabulary[torch.randint(len(vocabulary), (max(1, period),), generator=generator)]
     filled = length - len(start)
     tokens = torch.cat([start, once.repeat(-(-filled // len(once)))[:filled]])

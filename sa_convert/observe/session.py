@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 WRITTEN_PART = 3
-"""One sequence in so many is written by the model, where the text is built-in and the model fits in memory."""
+"""One sequence in so many is written by the model, if the text is built-in and the model fits in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def open_session(
     task = task_of(model.checkpoint.config, tokenizer, f"The model in {folder}")
     text = load_text(calibration.text)
     placement = placed(folder, run)
-    length = min(calibration.length, positions(folder) or calibration.length)
+    length = min(calibration.length, positions(model.checkpoint.config) or calibration.length)
     with load_base(folder, placement) as loaded:
         embeddings = loaded.model.get_input_embeddings().weight.shape[0]
         written = None

@@ -1,16 +1,13 @@
 """How far a base model with a map, or with other weights, is from itself as it was: loss and divergence."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+
+import torch
 
 from sa_convert.console.progress import progress
 from sa_convert.domain.calibrated import Distance
-from sa_convert.observe.probe import Probe, Rows
+from sa_convert.observe.probe import Probe, Sources
 from sa_convert.observe.sequences import Sample
-
-if TYPE_CHECKING:
-    import torch
-
 
 MOST_BYTES = 1 << 30
 
@@ -34,30 +31,28 @@ class Reference:
                 bar.update()
         self.base = self._distance(iter(self._base))
 
-    def measure(self, rows: Rows, description: str = "measuring") -> Distance:
+    def measure(self, sources: Sources, description: str = "measuring") -> Distance:
         """The model as it is now, under a map."""
         with progress(len(self.samples), description, unit="seq") as bar:
 
-            def chances() -> "Iterable[torch.Tensor]":
+            def chances() -> Iterable[torch.Tensor]:
                 for sample in self.samples:
-                    yield self._chances(sample, rows)[0]
+                    yield self._chances(sample, sources)[0]
                     bar.update()
 
             return self._distance(chances())
 
-    def _chances(self, sample: Sample, rows: Rows) -> "tuple[torch.Tensor, torch.Tensor]":
+    def _chances(self, sample: Sample, sources: Sources) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities (scored tokens, vocabulary), float32, and the labels (scored tokens), on the CPU."""
-        import torch
-
-        with torch.inference_mode(), self.probe.sharing(rows):
+        with torch.inference_mode(), self.probe.sharing(sources):
             inputs = sample.inputs(self.probe.model)
-            ((predictions, labels),) = inputs.rows(inputs.logits(self.probe.model))
+            ((predictions, labels),) = inputs.scored_logits(inputs.logits(self.probe.model))
             return torch.log_softmax(predictions.float(), dim=-1).cpu(), labels.cpu()
 
-    def _distance(self, found: "Iterable[torch.Tensor]") -> Distance:
+    def _distance(self, predictions: Iterable[torch.Tensor]) -> Distance:
         losses: list[float] = []
         sums = {False: [0.0, 0.0, 0.0], True: [0.0, 0.0, 0.0]}  # loss, divergence, tokens; True: of repetition
-        for sample, labels, base, chances in zip(self.samples, self._labels, self._base, found, strict=True):
+        for sample, labels, base, chances in zip(self.samples, self._labels, self._base, predictions, strict=True):
             chances = chances.float()
             loss = -chances.gather(1, labels[:, None]).double().mean().item()
             certain = base.float()

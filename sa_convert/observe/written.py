@@ -1,12 +1,11 @@
 """Calibration text that the model writes itself: it needs no data, and covers what it knows."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from sa_convert.console.progress import progress
 from sa_convert.observe.finite import not_finite
-
-if TYPE_CHECKING:
-    import torch
 
 OPENINGS = (
     "The government said on", "Once upon a time", "In a statement released", "Abstract", "Dear Sir or Madam,",
@@ -25,13 +24,12 @@ TEMPERATURE = 0.9
 BATCH = 48
 
 
-def written_by(model: Any, tokenizer: Any, sequences: int, length: int, seed: int = 0) -> "torch.Tensor":
+def written_by(model: Any, tokenizer: Any, sequences: int, length: int, seed: int = 0) -> torch.Tensor:
     """Tokens (sequences, length), int64, sampled from the model; each row holds PASSAGES passages.
 
     The same model, arguments and number of threads give the same tokens. Raises CheckpointError where the model's
     activations are not finite.
     """
-    import torch
     from transformers import GenerationConfig
 
     size = max(-(-length // PASSAGES), 3)

@@ -67,7 +67,7 @@ def turn(parent: Path) -> Iterator[None]:
     """One process at a time moves folders to and from destinations in `parent`; it takes no time worth telling.
 
     Without it, two runs could both see that nothing is at their destination, and the later one would replace what the
-    earlier one has just put there. Where a folder cannot be locked (no right to read it, some network file systems),
+    earlier one has just put there. If a folder cannot be locked (no right to read it, some network file systems),
     the renames themselves keep every folder whole.
     """
     try:
@@ -84,7 +84,7 @@ def turn(parent: Path) -> Iterator[None]:
 
 
 def _lock(root: Path) -> int | None:
-    """The lock of a stage, or None where a living process has it or the stage has vanished. Raises OSError."""
+    """The lock of a stage, or None if a living process has it or the stage has vanished. Raises OSError."""
     try:
         descriptor = os.open(root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except FileNotFoundError:

@@ -9,7 +9,7 @@ from sa_convert.errors import OutputError
 
 
 def check_destination(destination: Path, overwrite: bool) -> None:
-    """Raises OutputError where the destination (absolute) cannot be made, or holds what must not be lost."""
+    """Raises OutputError if the destination (absolute) cannot be made, or holds what must not be lost."""
     parent = destination.parent
     if not destination.name:
         raise OutputError(f"{destination}: is no place for an output folder; use another -o.")
@@ -42,7 +42,7 @@ def _is_output(folder: Path) -> bool:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is none. A pipe is not read, which might wait for ever."""
+    """The object in a JSON file; empty if there is none. A pipe is not read, which might wait for ever."""
     if not file.is_file():
         return {}
     try:
@@ -53,7 +53,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def check_source(destination: Path, source: Path | None) -> None:
-    """Raises OutputError where the output would lie in the base model's folder, or the other way round."""
+    """Raises OutputError if the output would lie in the base model's folder, or the other way round."""
     if source is None:
         return
     real, base = destination.resolve(), source.resolve()

@@ -41,7 +41,7 @@ class Stage:
     def publish(self) -> None:
         """Rename the folder to the destination; what was there before stays until then, and comes back on failure.
 
-        Raises OutputError where something else has appeared at the destination.
+        Raises OutputError if something else has appeared at the destination.
         """
         aside = self.root / PUT_ASIDE
         with undisturbed(), turn(self.destination.parent):
@@ -68,7 +68,7 @@ def staging(destination: Path, overwrite: bool, needed_bytes: int, source: Path 
     overwrite: an empty folder or an earlier output at the destination may be replaced. needed_bytes: free disk space
     that the result takes. source: folder or file of the base model, which must survive. Whatever ends the block, Ctrl-C
     and SIGTERM included, nothing stays but what `publish` has put at the destination. What killed runs have left behind
-    is removed first. Raises OutputError before the first byte is written, and where the disk is full later.
+    is removed first. Raises OutputError before the first byte is written, and if the disk is full later.
     """
     destination = Path(os.path.abspath(destination))
     check_source(destination, source)

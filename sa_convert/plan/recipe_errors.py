@@ -57,7 +57,7 @@ def explain(error: "ValidationError", origin: "Origin") -> str:
             expected = _EXPECTED.get(kind)
             text = f"{_dotted(path)} should be {expected.format(**context)}" if expected else problem["msg"]
             text += f", not {_short(problem['input'])}" if expected else ""
-        # A list counts as too short where its items are wrong.
+        # A list counts as too short if its items are wrong.
         rank = {"extra_forbidden": 0, "invalid_key": 0, "too_short": 2}.get(kind, 1)
         where = origin.at(*path)
         found.append((rank, int(where.rpartition(" ")[2]), f"{where}: {text}"))

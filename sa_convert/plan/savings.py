@@ -60,7 +60,7 @@ def value_size(model: Model, index: int) -> int:
 
 
 def _value_name(model: Model, index: int) -> str:
-    prefix = attention_prefix(model.checkpoint, model.family, model.geometry.stacks, index)
+    prefix = attention_prefix(model, index)
     return f"{prefix}{projection(model.family, 'value')}.weight"
 
 

@@ -34,7 +34,7 @@ def described(file: Path, state: Mapping[str, "torch.Tensor"]) -> Shard:
 
 
 def _dtype(file: Path, name: str, tensor: "torch.Tensor") -> str:
-    """A tensor's dtype in the words of safetensors. Raises CheckpointError where it has none."""
+    """A tensor's dtype in the words of safetensors. Raises CheckpointError if it has none."""
     import torch
 
     words = {

@@ -1,4 +1,4 @@
-"""The tensors that a model must have by its config.json, where the files cannot tell."""
+"""The tensors that a model must have by its config.json, if the files cannot tell."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -14,7 +14,7 @@ from sa_convert.read.family_of import architecture_of, family_of
 def expected_shard(config: Mapping[str, Any], file: Path) -> Shard:
     """The tensors that transformers would save of a model with this config.json, as if all were in `file`.
 
-    Raises UnsupportedModelError for a type that has no family, CheckpointError where transformers rejects the config.
+    Raises UnsupportedModelError for a type that has no family, CheckpointError if transformers rejects the config.
     """
     return described_model(file, _model(config, architecture_of(config, family_of(config)), file))
 
@@ -40,7 +40,7 @@ def needed_tensors(config: Mapping[str, Any], file: Path) -> frozenset[str] | No
 
 
 def _architecture(config: Mapping[str, Any]) -> str | None:
-    """The model class, of a type that has no family, too, where transformers has it."""
+    """The model class, of a type that has no family, too, if transformers has it."""
     try:
         return architecture_of(config, family_of(config))
     except UnsupportedModelError:
@@ -52,7 +52,7 @@ def _architecture(config: Mapping[str, Any]) -> str | None:
 
 
 def _model(config: Mapping[str, Any], name: str, file: Path) -> Any:
-    """A model of this class without weights. Raises CheckpointError where transformers rejects the config."""
+    """A model of this class without weights. Raises CheckpointError if transformers rejects the config."""
     import torch
     import transformers
 

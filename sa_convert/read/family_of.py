@@ -23,7 +23,7 @@ def family_of(config: Mapping[str, Any], tensors: Iterable[str] = ()) -> Family:
     """The family of a model.
 
     config: its config.json. tensors: the names of its tensors, if they are known; they only serve to explain a refusal.
-    Raises CheckpointError where config.json names no model type, UnsupportedModelError where we cannot convert it.
+    Raises CheckpointError if config.json names no model type, UnsupportedModelError if we cannot convert it.
     """
     model_type = type_of(config)
     if not isinstance(model_type, str) or not model_type:
@@ -59,7 +59,7 @@ def type_of(config: Mapping[str, Any]) -> Any:
 def architecture_of(config: Mapping[str, Any], family: Family) -> str:
     """The model class that config.json names, or that of a model of this family if it names a wrapper around one.
 
-    Raises UnsupportedModelError where it is no class of the family, CheckpointError where it is no list.
+    Raises UnsupportedModelError if it is no class of the family, CheckpointError if it is no list.
     """
     named = config.get("architectures") or [family.default_class]
     if not isinstance(named, list):

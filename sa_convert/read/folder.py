@@ -23,7 +23,7 @@ CARD = "README.md"
 def open_folder(folder: Path, identity: str | None = None, revision: str | None = None) -> Checkpoint:
     """The checkpoint in a folder. identity: what the user called it, the path itself by default.
 
-    Raises CheckpointError where files are missing, damaged or contradict each other.
+    Raises CheckpointError if files are missing, damaged or contradict each other.
     """
     root = real_folder(folder)
     config = read_config(folder)
@@ -59,7 +59,7 @@ def open_folder(folder: Path, identity: str | None = None, revision: str | None 
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder. Raises CheckpointError where it is missing or no JSON object."""
+    """config.json of a folder. Raises CheckpointError if it is missing or no JSON object."""
     file = folder / "config.json"
     if not os.path.lexists(file):
         empty = next(folder.iterdir(), None) is None
@@ -70,7 +70,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError naming the file, and the line where it is not JSON."""
+    """A JSON object. Raises CheckpointError naming the file, and the line if it is not JSON."""
     try:
         data = file.read_bytes()
         text = data.decode("utf-8")

@@ -13,7 +13,7 @@ from sa_convert.read.foreign_weights import FLOATS, part_of_quantised, quantised
 from sa_convert.read.names import attention_config, attention_start, has_stack, projection
 
 DEPTHS = ("num_hidden_layers", "num_layers")
-"""Config keys of the number of layers that stand in where a family's own key is missing."""
+"""Config keys of the number of layers that stand in if a family's own key is missing."""
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 
@@ -32,8 +32,8 @@ def geometry_of(checkpoint: Checkpoint, family: Family, reusing: Container[str] 
     """Heads, groups, attention types and windows of every layer.
 
     reusing: labels of layers that have lost queries and keys, in a model that shares already; they are as the first
-    layer of their stack, which owns all its attention. Raises CheckpointError where tensors are missing or contradict
-    config.json, UnsupportedModelError where the projections are quantised, and as `refuse_foreign_weights`.
+    layer of their stack, which owns all its attention. Raises CheckpointError if tensors are missing or contradict
+    config.json, UnsupportedModelError if the projections are quantised, and as `refuse_foreign_weights`.
     """
     refuse_foreign_weights(checkpoint)
     config = attention_config(checkpoint.config, family)
@@ -72,7 +72,7 @@ def _depth(checkpoint: Checkpoint, config: Mapping[str, Any], stack: Stack) -> i
 
 
 def caches(config: Mapping[str, Any], family: Family, stack: Stack) -> bool:
-    """Whether keys and values are cached: by an encoder, only where it is set up as a decoder."""
+    """Whether keys and values are cached: by an encoder, only if it is set up as a decoder."""
     return stack.caches or (family.modules.bidirectional and bool(config.get("is_decoder")))
 
 
@@ -87,7 +87,7 @@ def _missing(checkpoint: Checkpoint, family: Family, stack: Stack, index: int, d
 def _layer(
     checkpoint: Checkpoint, config: Mapping[str, Any], family: Family, stack: Stack, index: int, depth: int
 ) -> LayerGeometry | None:
-    """Heads, groups and head size of a layer; None where it has no softmax attention, in a family of mixed layers."""
+    """Heads, groups and head size of a layer; None if it has no softmax attention, in a family of mixed layers."""
     tensors, start = checkpoint.tensors, attention_start(checkpoint, family, stack, index)
     heads = number(config, stack.heads, "num_attention_heads")
     if family.mixed and f"{start}{projection(family, 'query')}" not in checkpoint.modules:
@@ -189,7 +189,7 @@ def attention_kinds(config: Mapping[str, Any], family: Family, depth: int) -> li
 
 
 def _listed(config: Mapping[str, Any], key: str, kind: type) -> list[Any]:
-    """A list in config.json, empty where there is none. Raises CheckpointError unless its items are of this kind."""
+    """A list in config.json, empty if there is none. Raises CheckpointError unless its items are of this kind."""
     value = config.get(key) or []
     if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
         items = "names" if kind is str else "values"

@@ -179,7 +179,7 @@ def _written(header: GgufHeader, account: Account, workspace: Path, identity: st
     if differing:
         name = differing[0]
         raise UnsupportedModelError(
-            f"{header.file}: transformers made {list(found.get(name, ()))} numbers of '{name}' where the file holds "
+            f"{header.file}: transformers made {list(found.get(name, ()))} numbers of '{name}', and the file holds "
             f"{list(expected.get(name, ()))}; {FOLDER}."
         )
     return written

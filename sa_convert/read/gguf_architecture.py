@@ -54,12 +54,21 @@ class Architecture:
     """Queries and keys are rotated in "all" of their numbers, in a "part" that the config tells, or not ("none")."""
     scalings: tuple[str, ...] = ("linear", "yarn", "llama3")
     """The ways to scale positions (rope types of transformers) that the config takes."""
+    gated: bool = False
+    """The gate of the attention's output comes with the queries."""
     window: bool = False
     """The config tells the window of its sliding layers."""
+    usual_window: int = 0
+    """What llama.cpp takes for a window that is not told; 0: none."""
     layer_types: bool = False
     """The config tells which layers those are."""
     scale: str | None = None
     """The config key of the square of what scores are divided by, if it tells that."""
+    scale_by_width: int | None = None
+    """Layers of the one model whose scores are divided by the root of hidden size by heads. No key tells it; llama.cpp
+    knows it by its depth."""
+    local_base: bool = False
+    """Sliding layers count tokens by a base of their own, never scaled."""
     always_tied: bool = False
     """The output has the weights of the embedding, and a tensor of its own is a copy of them."""
 

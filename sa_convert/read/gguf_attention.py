@@ -11,10 +11,6 @@ _KEY_SIZE, _VALUE_SIZE = "attention.key_length", "attention.value_length"
 _WINDOW, _PATTERN, _SCALE = "attention.sliding_window", "attention.sliding_window_pattern", "attention.scale"
 _BASE, _LOCAL_BASE, _ROTATED = "rope.freq_base", "rope.freq_base_swa", "rope.dimension_count"
 _DEFAULT_BASE = 10000.0  # of llama.cpp
-_GEMMA2_WINDOW = 4096  # of llama.cpp
-_LARGEST = {"gemma2": 46, "gemma3": 62}
-"""Layers of the 27B models, whose scores alone are divided by the root of hidden size by heads. No key tells it;
-llama.cpp knows these models by their depth."""
 
 
 def attention_config(metadata: Metadata) -> dict[str, Any]:
@@ -49,8 +45,7 @@ def head_size(metadata: Metadata) -> int:
             "choose another model."
         )
     query = next((tensor for name, tensor in tensors.items() if name.endswith(".attn_q.weight")), None)
-    gated = 2 if entry.model_type.startswith("qwen3_5") else 1  # the gate of the output comes with the queries
-    if query is not None and query.shape[0] != size * heads * gated:
+    if query is not None and query.shape[0] != size * heads * (2 if entry.gated else 1):
         raise metadata.wrong(
             _KEY_SIZE if _KEY_SIZE in metadata.own else HEADS,
             f"makes heads of {size} numbers, {heads} of them, but '{query.name}' has {query.shape[0]} rows",
@@ -61,8 +56,7 @@ def head_size(metadata: Metadata) -> int:
 def _windows(metadata: Metadata) -> dict[str, Any]:
     """Which layers see only the last tokens, and how many. A window that is no shorter than the context is none."""
     entry, depth = metadata.entry, metadata.count(DEPTH, 1)
-    default = _GEMMA2_WINDOW if metadata.header.architecture == "gemma2" else 0
-    window, pattern = metadata.own.get(_WINDOW, default), metadata.own.get(_PATTERN)
+    window, pattern = metadata.own.get(_WINDOW, entry.usual_window), metadata.own.get(_PATTERN)
     if not isinstance(window, int) or (window and not entry.window and window < metadata.own.get(CONTEXT, math.inf)):
         return {}  # neither key is taken, and so they are refused
     metadata.taken.update((_WINDOW, _PATTERN))
@@ -96,7 +90,7 @@ def _score_scale(metadata: Metadata, size: int) -> dict[str, Any]:
     metadata.taken.add(_SCALE)
     if scale:
         square = scale**-2
-    elif metadata.count(DEPTH, 1) == _LARGEST.get(metadata.header.architecture):
+    elif metadata.count(DEPTH, 1) == metadata.entry.scale_by_width:
         square = metadata.count(HIDDEN, 1) / metadata.count(HEADS, 1)
     else:
         square = size
@@ -113,7 +107,7 @@ def _positions(metadata: Metadata, size: int) -> dict[str, Any]:
     found = {"rope_theta": theta, **scaled_positions(header, theta, rotated, entry.scalings)}
     if entry.rotary == "part":
         found["partial_rotary_factor"] = rotated / size
-    if header.architecture == "gemma3":  # its sliding layers count tokens by a base of their own, never scaled
+    if entry.local_base:
         local = {"rope_type": "default", "rope_theta": _base(metadata, _LOCAL_BASE)}
         return {"full_attention": found, "sliding_attention": local}
     return found

@@ -1,6 +1,6 @@
 """The config.json that a .gguf file's metadata describe.
 
-Every key of the architecture is taken, or changes nothing, or is refused by its name. Where a file is silent, what
+Every key of the architecture is taken, or changes nothing, or is refused by its name. If a file is silent, what
 llama.cpp takes then holds: files are made for its reading. The defaults of transformers are one model's values.
 """
 

@@ -26,7 +26,7 @@ _START = 32
 def read_shard(file: Path) -> Shard:
     """Tensors and metadata of a safetensors file, from its header alone.
 
-    Raises CheckpointError, with the file and the tensor, where the file breaks a rule of the format: every byte after
+    Raises CheckpointError, with the file and the tensor, if the file breaks a rule of the format: every byte after
     the header belongs to exactly one tensor, and each tensor has as many bytes as its dtype and shape need.
     """
     try:
@@ -44,7 +44,7 @@ def read_shard(file: Path) -> Shard:
 def header_length(file: Path, prefix: bytes, size: int) -> int:
     """Bytes of the header of a file that is `size` bytes long. prefix: its first bytes, PREFIX at least, or all.
 
-    Raises CheckpointError where there cannot be such a header.
+    Raises CheckpointError if there cannot be such a header.
     """
     if len(prefix) < PREFIX:
         raise CheckpointError(f"{file}: is {size} bytes long, too short for safetensors; {_AGAIN}.")

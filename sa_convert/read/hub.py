@@ -102,7 +102,7 @@ def snapshot(name: HubName) -> Path:
 
 
 def _listing(name: HubName) -> tuple[str, dict[str, int]] | None:
-    """The commit of a revision and the bytes of its files, or None where the Hub cannot be reached.
+    """The commit of a revision and the bytes of its files, or None if the Hub cannot be reached.
 
     Raises CheckpointError.
     """
@@ -144,7 +144,7 @@ def _shards(name: HubName, folder: Path, files: list[str], index: Mapping[str, A
 
 
 def _expected(name: HubName, folder: Path, config: dict[str, Any]) -> tuple[Shard, ...]:
-    """For weights that have no headers to read. Nothing where the type of the model is unknown."""
+    """For weights that have no headers to read. Nothing if the type of the model is unknown."""
     try:
         shard = expected_shard(config, folder / PICKLED)
     except UnsupportedModelError:

@@ -38,7 +38,7 @@ def download_file(name: HubName, file: str) -> Path:
 
 
 def side_json(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
-    """The content of a JSON file beside config.json, or an empty object where the model has none.
+    """The content of a JSON file beside config.json, or an empty object if the model has none.
 
     Raises CheckpointError.
     """

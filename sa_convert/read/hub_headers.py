@@ -12,7 +12,7 @@ from sa_convert.read.hub_errors import hub_errors
 from sa_convert.read.hub_names import HubName
 
 FIRST_BYTES = 50_000
-"""What is asked for where nothing tells how long a header is."""
+"""What is asked for if nothing tells how long a header is."""
 
 _WORKERS = 16
 _TRIES = 3
@@ -30,7 +30,7 @@ def remote_shards(name: HubName, folder: Path, expected: Mapping[str, int]) -> d
     """Shards by their names in the repo. name: with a commit as its revision. folder: where the files will be.
 
     expected: the files, and how many bytes to ask for first. Raises CheckpointError, as `header.read_shard` does and
-    where the Hub does not answer.
+    if the Hub does not answer.
     """
     from huggingface_hub import hf_hub_url
 
@@ -62,7 +62,7 @@ def _shard(url: str, file: Path, first: int) -> Shard:
 
 
 def _bytes(url: str, start: int, stop: int) -> tuple[bytes, int]:
-    """Bytes start:stop of a file, fewer where it ends before, and the length of the whole file."""
+    """Bytes start:stop of a file, fewer if it ends before, and the length of the whole file."""
     from huggingface_hub.errors import HTTPError
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 

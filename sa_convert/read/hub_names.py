@@ -18,7 +18,7 @@ class HubName:
 
 
 def hub_name(reference: str) -> HubName | None:
-    """The model on the Hub that `reference` may name, or None where it is no such name."""
+    """The model on the Hub that `reference` may name, or None if it is no such name."""
     found = _REFERENCE.fullmatch(reference)
     if found is None or ".." in reference:
         return None

@@ -7,7 +7,7 @@ from sa_convert.errors import CheckpointError
 
 
 def real_folder(folder: Path) -> Path:
-    """The folder, links resolved. Raises CheckpointError where there is none."""
+    """The folder, links resolved. Raises CheckpointError if there is none."""
     if not folder.exists():
         raise CheckpointError(f"{folder}: there is no such folder.")
     if not folder.is_dir():
@@ -16,7 +16,7 @@ def real_folder(folder: Path) -> Path:
 
 
 def revision_of(folder: Path) -> str | None:
-    """The commit, where a (resolved) folder is a snapshot in a Hugging Face cache."""
+    """The commit, if a (resolved) folder is a snapshot in a Hugging Face cache."""
     return folder.name if _blobs(folder) is not None else None
 
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from sa_convert.domain.checkpoint import Checkpoint
-from sa_convert.domain.stacks import Stacks, place_of
+from sa_convert.domain.model import Model
+from sa_convert.domain.stacks import place_of
 from sa_convert.errors import CheckpointError
 from sa_convert.families.family import Family, Stack
 
@@ -15,7 +16,7 @@ OTHER_BASE = "transformer"
 def attention_config(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
     """The part of config.json that describes the attention: the language model's of a multimodal model.
 
-    Raises CheckpointError where it is missing.
+    Raises CheckpointError if it is missing.
     """
     if family.text is None:
         return config
@@ -25,10 +26,10 @@ def attention_config(config: Mapping[str, Any], family: Family) -> Mapping[str, 
     return inner
 
 
-def stack_of(family: Family, stacks: Stacks, layer: int) -> tuple[Stack, int]:
+def stack_of(model: Model, layer: int) -> tuple[Stack, int]:
     """The stack of a layer, and its number in it."""
-    name, number = place_of(stacks, layer)
-    return next(stack for stack in family.all_stacks if stack.name == name), number
+    name, number = place_of(model.geometry.stacks, layer)
+    return next(stack for stack in model.family.all_stacks if stack.name == name), number
 
 
 def attention_start(checkpoint: Checkpoint, family: Family, stack: Stack, number: int) -> str:
@@ -36,13 +37,13 @@ def attention_start(checkpoint: Checkpoint, family: Family, stack: Stack, number
     return f"{layers_prefix(checkpoint, family, stack)}.{number}.{stack.attention}."
 
 
-def attention_prefix(checkpoint: Checkpoint, family: Family, stacks: Stacks, layer: int) -> str:
+def attention_prefix(model: Model, layer: int) -> str:
     """As `attention_start`, by the number of the layer in the whole model."""
-    return attention_start(checkpoint, family, *stack_of(family, stacks, layer))
+    return attention_start(model.checkpoint, model.family, *stack_of(model, layer))
 
 
 def layers_prefix(checkpoint: Checkpoint, family: Family, stack: Stack) -> str:
-    """How tensor names of the layers begin: "model.layers", or "layers" where the base prefix was not saved."""
+    """How tensor names of the layers begin: "model.layers", or "layers" if the base prefix was not saved."""
     candidates = prefixes(family, stack)
     wanted = projection(family, "query")
     module = f".{stack.attention}.{wanted}."  # with a weight or, quantised, with parts of one
@@ -76,9 +77,10 @@ def projection(family: Family, side: str) -> str:
     return family.modules.fused or str(getattr(family.modules, side))
 
 
-def output_name(checkpoint: Checkpoint, family: Family, stacks: Stacks, layer: int) -> str:
+def output_name(model: Model, layer: int) -> str:
     """Name of the weight of a layer's output projection."""
-    stack, number = stack_of(family, stacks, layer)
-    if family.modules.output_outside:
-        return f"{layers_prefix(checkpoint, family, stack)}.{number}.{family.modules.output}.weight"
-    return f"{attention_start(checkpoint, family, stack, number)}{family.modules.output}.weight"
+    stack, number = stack_of(model, layer)
+    start = attention_start(model.checkpoint, model.family, stack, number)
+    if model.family.modules.output_outside:
+        start = f"{layers_prefix(model.checkpoint, model.family, stack)}.{number}."
+    return f"{start}{model.family.modules.output}.weight"

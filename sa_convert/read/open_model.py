@@ -12,7 +12,7 @@ from sa_convert.read.pickled import has_pickled, open_pickled
 
 
 def open_model(reference: str, workspace: Path | None = None, dtype: str = "float32") -> Checkpoint:
-    """The checkpoint that `reference` names: a folder, a .gguf file, or, where neither exists, a model on the Hub.
+    """The checkpoint that `reference` names: a folder, a .gguf file, or, if neither exists, a model on the Hub.
 
     workspace: an empty folder, or one to be made, for a model that must be written as safetensors first (.bin, .gguf).
     Without it such a model is only described: enough to inspect it, not to convert it; and of a model on the Hub no

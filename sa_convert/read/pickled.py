@@ -98,7 +98,7 @@ def open_pickled(folder: Path, workspace: Path | None, identity: str) -> Checkpo
 
 
 def _load(file: Path) -> dict[str, "torch.Tensor"]:
-    """The tensors of a .bin file, mapped into memory where the format allows. Raises CheckpointError."""
+    """The tensors of a .bin file, mapped into memory if the format allows. Raises CheckpointError."""
     import pickle
 
     import torch
@@ -138,7 +138,7 @@ def _load(file: Path) -> dict[str, "torch.Tensor"]:
 def _untied(state: dict[str, "torch.Tensor"], config: Mapping[str, Any]) -> dict[str, "torch.Tensor"]:
     """The tensors that are to be stored, no two of them in the same memory.
 
-    Of tied tensors the first stays, as transformers does. Where the model does not tie them, both do.
+    Of tied tensors the first stays, as transformers does. If the model does not tie them, both do.
     """
     kept: dict[str, torch.Tensor] = {}
     views: dict[int, set[tuple[object, ...]]] = {}

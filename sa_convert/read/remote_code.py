@@ -1,6 +1,6 @@
 """Code that a model brings along, and whether it may run.
 
-Where a type of model has a family, its configuration and model classes are those of transformers, always: what is
+If a type of model has a family, its configuration and model classes are those of transformers, always: what is
 converted is what these compute. Code of the model's own can only be that of its tokenizer.
 """
 
@@ -19,7 +19,7 @@ TOKENIZER = "tokenizer_config.json"
 def allow_code(checkpoint: Checkpoint, trust: bool) -> Checkpoint:
     """The checkpoint, trusted if it needs to be and the user says so; what code that is, is told on stderr.
 
-    Raises UnsupportedModelError where it names code of its own and `trust` is not given, CheckpointError as
+    Raises UnsupportedModelError if it names code of its own and `trust` is not given, CheckpointError as
     `refuse_code_elsewhere`.
     """
     named = list(code_references(checkpoint))
@@ -55,7 +55,7 @@ def shown_code(checkpoint: Checkpoint) -> str:
 
 
 def refuse_code_elsewhere(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError where the model names code of another repository, of which no revision is pinned, or code
+    """Raises CheckpointError if the model names code of another repository, of which no revision is pinned, or code
     that is not in its folder."""
     for file, reference in code_references(checkpoint):
         module = reference.rpartition(".")[0]

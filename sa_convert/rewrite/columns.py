@@ -8,7 +8,7 @@ from pathlib import Path
 from sa_convert.rewrite.ranges import SourceTooShortError, write_at
 
 BLOCK = 2 * 1024 * 1024
-"""Bytes of the source that are in memory at a time, or one row where that is more."""
+"""Bytes of the source that are in memory at a time, or one row if that is more."""
 
 _VIEWS = 16 * 1024
 """Runs gathered at a time. Each is an object of some 200 bytes, which for narrow runs is more than their data."""
@@ -36,7 +36,7 @@ def copy_columns(columns: Columns, source: int, target: int, position: int, adva
     """Write the columns, row by row, from file descriptor `source` to byte `position` of `target`.
 
     advance: called with the number of bytes after each block; may raise to stop the copy.
-    Raises SourceTooShortError, and OSError where bytes cannot be read or written.
+    Raises SourceTooShortError, and OSError if bytes cannot be read or written.
     """
     width = columns.row_bytes
     height = max(1, min(BLOCK // width, _VIEWS // len(columns.runs), columns.rows))

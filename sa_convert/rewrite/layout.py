@@ -46,7 +46,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """header: the first bytes of the new file. parts: the bytes that follow it, ranges joined where they touch."""
+    """header: the first bytes of the new file. parts: the bytes that follow it, ranges joined if they touch."""
 
     header: bytes
     pieces: tuple[Piece, ...]
@@ -143,7 +143,7 @@ def _data_start(shard: Shard) -> int:
 def _header(pieces: tuple[Piece, ...], metadata: Mapping[str, str], base_start: int) -> bytes:
     """Length and JSON, padded with spaces.
 
-    Tensors start at a multiple of 8 bytes, and, where the base's do too, at the same byte of a page: pages then move
+    Tensors start at a multiple of 8 bytes, and, if the base's do too, at the same byte of a page: pages then move
     whole, which takes the kernel a third less time.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}

@@ -1,6 +1,6 @@
 """The processor of a converted multimodal model: AutoProcessor is to choose the classes that it chose for the base.
 
-Where no file names them it chooses by the model type, and does not know ours: it would return a bare tokenizer.
+If no file names them it chooses by the model type, and does not know ours: it would return a bare tokenizer.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Copies ranges of bytes from file to file in the kernel, where it can."""
+"""Copies ranges of bytes from file to file in the kernel, if it can."""
 
 import errno
 import os
@@ -18,9 +18,9 @@ class SourceTooShortError(Exception):
 
 
 def reserve(target: int, size: int) -> None:
-    """Have the file system set aside `size` bytes for an empty file, where it can.
+    """Have the file system set aside `size` bytes for an empty file, if it can.
 
-    Saves a quarter of the kernel's time for the copy, and tells at once where there is not enough room (OSError).
+    Saves a quarter of the kernel's time for the copy, and tells at once if there is not enough room (OSError).
     `os.posix_fallocate` would write to every block of file systems that cannot.
     """
     import ctypes
@@ -39,7 +39,7 @@ def copy_range(source: int, start: int, stop: int, target: int, position: int, a
     """Copy the bytes `start:stop` of file descriptor `source` to byte `position` of `target`.
 
     advance: called with the number of bytes after each chunk; may raise to stop the copy.
-    Raises SourceTooShortError, and OSError where bytes cannot be read or written.
+    Raises SourceTooShortError, and OSError if bytes cannot be read or written.
     """
     ways = [_copy_file_range, _send_file, _read_and_write]
     while start < stop:

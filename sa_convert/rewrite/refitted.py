@@ -4,11 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sa_convert.domain.checkpoint import Checkpoint, TensorEdit
-from sa_convert.domain.geometry import ModelGeometry
-from sa_convert.domain.stacks import Stacks
+from sa_convert.domain.checkpoint import TensorEdit
+from sa_convert.domain.model import Model
 from sa_convert.errors import CheckpointError
-from sa_convert.families.family import Family
 from sa_convert.read.header import read_shard
 from sa_convert.read.names import output_name
 
@@ -18,21 +16,20 @@ if TYPE_CHECKING:
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
-def check_refittable(checkpoint: Checkpoint, family: Family, geometry: ModelGeometry) -> None:
-    """Raises CheckpointError where the output projections are not plain float tensors, as in quantised models."""
-    for layer in (index for index, attention in enumerate(geometry.layers) if attention.heads):
-        name = output_name(checkpoint, family, geometry.stacks, layer)
+def check_refittable(model: Model) -> None:
+    """Raises CheckpointError if the output projections are not plain float tensors, as in quantised models."""
+    checkpoint = model.checkpoint
+    for layer in (index for index, attention in enumerate(model.geometry.layers) if attention.heads):
+        name = output_name(model, layer)
         if name not in checkpoint.tensors or checkpoint.tensors[name].dtype not in _DTYPES:
-            found = checkpoint.tensors[name].dtype if name in checkpoint.tensors else "missing"
+            dtype = checkpoint.tensors[name].dtype if name in checkpoint.tensors else "missing"
             raise CheckpointError(
-                f"{checkpoint.identity}: the output projection '{name}' is {found}, which cannot be refitted: convert "
+                f"{checkpoint.identity}: the output projection '{name}' is {dtype}, which cannot be refitted: convert "
                 "the unquantised model, or write refit: none in the recipe."
             )
 
 
-def refit_edits(
-    checkpoint: Checkpoint, family: Family, stacks: Stacks, changes: "Mapping[int, torch.Tensor]", file: Path
-) -> dict[str, TensorEdit]:
+def refit_edits(model: Model, changes: "Mapping[int, torch.Tensor]", file: Path) -> dict[str, TensorEdit]:
     """Add changes (output, input) by layer to the base's matrices, store them in `file`, and return the edits that put
     them into the converted model."""
     import torch
@@ -41,10 +38,10 @@ def refit_edits(
 
     stored = {}
     for layer, change in changes.items():
-        tensor = checkpoint.tensors[output_name(checkpoint, family, stacks, layer)]
+        tensor = model.checkpoint.tensors[output_name(model, layer)]
         with safe_open(tensor.file, framework="pt") as shard:
             base = shard.get_tensor(tensor.name).float()
-        change = change.T if family.modules.transposed else change
+        change = change.T if model.family.modules.transposed else change
         stored[tensor.name] = (base + change).to(getattr(torch, _DTYPES[tensor.dtype])).contiguous()
     if not stored:
         return {}

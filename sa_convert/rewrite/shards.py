@@ -60,7 +60,7 @@ def write_shards(
     """Write the edited weights into `folder`: the same files, order, dtypes and metadata as the base's, and its index.
 
     A file that keeps no tensor is still written. advance: called with bytes as they are written, in this thread.
-    Raises CheckpointError where the base cannot be read, OSError where the result cannot be written.
+    Raises CheckpointError if the base cannot be read, OSError if the result cannot be written.
     """
     plans = plan_shards(checkpoint, edits)
     names = [shard.file.relative_to(checkpoint.folder).as_posix() for shard in checkpoint.shards]

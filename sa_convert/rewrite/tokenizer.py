@@ -25,9 +25,9 @@ _PLAIN_NAMES = (_PLAIN, "TokenizersBackend")
 
 
 def tokenizer_config(checkpoint: Checkpoint, family: Family) -> dict[str, Any] | None:
-    """The new content of tokenizer_config.json, or None where the base's, or its absence, serves as it is.
+    """The new content of tokenizer_config.json, or None if the base's, or its absence, serves as it is.
 
-    Raises UnsupportedModelError where it names code in the model's folder: code of a base model is not copied, unless
+    Raises UnsupportedModelError if it names code in the model's folder: code of a base model is not copied, unless
     it is trusted (`tokenizer_code`).
     """
     names = {path.as_posix() for path in checkpoint.side_files}
@@ -106,7 +106,7 @@ def _class_of(family: Family, declared: Any, has_json: bool) -> str | None:
         return declared or family.tokenizer.vocabulary or registered
     if declared is None:
         return registered or _PLAIN
-    # Where it registers the plain class, transformers 5 does not trust another one that the file declares.
+    # If it registers the plain class, transformers 5 does not trust another one that the file declares.
     return _PLAIN if declared in _PLAIN_NAMES or registered == _PLAIN else str(declared)
 
 

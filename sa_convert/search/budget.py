@@ -1,4 +1,4 @@
-"""How much of the key cache a model can save at all, and a clear word where more is asked."""
+"""How much of the key cache a model can save at all, and a clear word if more is asked."""
 
 import math
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def check_budget(units: Units, search: "Search", origin: "Origin") -> None:
-    """Raises RecipeError, before anything is run, where the model cannot save so much."""
+    """Raises RecipeError, before anything is run, if the model cannot save so much."""
     most = most_removable(units)
     if most == 0:
         raise RecipeError("No layer of this model can reuse the attention of an earlier one, so nothing can be shared.")

@@ -29,7 +29,7 @@ FIRST_SAMPLES, LATER_SAMPLES = 16, 10
 @dataclass(frozen=True)
 class Step:
     """A map on the way to the budget. removed: the part of the key cache that it saves. estimate: expected rise of the
-    loss by the costs; measured: on held-out samples, or None where it was not measured."""
+    loss by the costs; measured: on held-out samples, or None if it was not measured."""
 
     sharing: SharingMap
     removed: float
@@ -38,7 +38,7 @@ class Step:
 
 
 def path(session: "Session", parts: list[float], reference: Reference, first: Costs | None = None) -> Iterator[Step]:
-    """Maps that save `parts` of the key cache, ascending; each starts from the one before. Ends early where no more can
+    """Maps that save `parts` of the key cache, ascending; each starts from the one before. Ends early if no more can
     be saved.
 
     In every round some maps are made: by the costs of the first round; by costs that are measured again under the map

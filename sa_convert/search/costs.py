@@ -1,12 +1,13 @@
-"""What it costs a head to use another head's attention weights, for all pairs, from one pass over each sequence.
+"""What it costs a head to use another head's probabilities, for all pairs, from one pass over each sequence.
 
 Let u[h, t] be the gradient of a loss at the output of head h (before the output projection) at token t. Giving head h
-the weights of head j changes the loss by e[h, j, t] = (P_j V - P_h V)[t] . u[h, t] to first order. With labels that the
-model itself samples, the loss is -log p(label), and half the expected square of the change is the KL divergence to the
-unchanged model (the Fisher information): cost of a unit = 1/2 sum_t (sum_h e[h, j_h, t])^2, in nats a token. Where a
-map is in use already, the divergence from the base has a gradient as well, which gives a signed term of first order.
+the probabilities of head j changes the loss by e[h, j, t] = (P_j V - P_h V)[t] . u[h, t] to first order. With labels
+that the model itself samples, the loss is -log p(label), and half the expected square of the change is the KL
+divergence to the unchanged model (the Fisher information): cost of a unit = 1/2 sum_t (sum_h e[h, j_h, t])^2, in nats
+a token. If a map is in use already, the divergence from the base has a gradient as well, which gives a signed term of
+first order.
 
-Where gradients do not fit, u is W_O[h]' z / r with random z ~ N(0, 1): the same sum is then the squared error of the
+If gradients do not fit, u is W_O[h]' z / r with random z ~ N(0, 1). The same sum is then the squared error of the
 attention's output, r being the size of the residual stream at that layer, so that layers can be compared.
 
 P_j V is never formed: with M[h] = u[h] V', e[h, j, t] is the product of the rows P_j[t] and M[h][t], and one batched
@@ -17,14 +18,12 @@ Letters in shape comments: T tokens, H heads of a layer, J heads of all layers u
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+
+import torch
 
 from sa_convert.domain.calibrated import Measure
 from sa_convert.domain.sharing_map import Source
 from sa_convert.domain.units import Unit, Units
-
-if TYPE_CHECKING:
-    import torch
 
 BEAMS = 16
 """Choices of sources for a unit's first heads that are followed further."""
@@ -55,20 +54,18 @@ class Costs:
 
     units: Units
     measure: Measure
-    shortlist: "dict[int, torch.Tensor]" = field(default_factory=dict)
-    second: "dict[Unit, torch.Tensor]" = field(default_factory=dict)
-    first: "dict[Unit, torch.Tensor]" = field(default_factory=dict)
-    pairs: "dict[int, torch.Tensor]" = field(default_factory=dict)
+    shortlist: dict[int, torch.Tensor] = field(default_factory=dict)
+    second: dict[Unit, torch.Tensor] = field(default_factory=dict)
+    first: dict[Unit, torch.Tensor] = field(default_factory=dict)
+    pairs: dict[int, torch.Tensor] = field(default_factory=dict)
     without_map: bool = True
 
-    def best(self, unit: Unit, removed: "set[Unit] | frozenset[Unit]") -> Offer | None:
+    def best(self, unit: Unit, removed: set[Unit] | frozenset[Unit]) -> Offer | None:
         """The cheapest sources of a unit outside of `removed`, or None where it has none.
 
         A beam search over the unit's heads, then each head in turn is improved beside the others, on the unit's common
         cost.
         """
-        import torch
-
         second, heads = self.second[unit], len(unit.heads)
         count = second.shape[0] // heads
         alone = (second.diagonal() + self.first[unit]).view(heads, count).clone()
@@ -90,9 +87,7 @@ class Costs:
         return Offer(found, tuple(sources), self.units.keys_of(unit))
 
     @staticmethod
-    def _improved(
-        second: "torch.Tensor", alone: "torch.Tensor", places: list[int], cost: float
-    ) -> tuple[list[int], float]:
+    def _improved(second: torch.Tensor, alone: torch.Tensor, places: list[int], cost: float) -> tuple[list[int], float]:
         """Change one head at a time while the cost falls. alone (heads, K); places: of each head in `second`."""
         count, improved = alone.shape[1], True
         while improved:
@@ -117,7 +112,7 @@ class Costs:
             chosen.append(row.index(number))
         return self._cost(unit, chosen)
 
-    def _closed(self, unit: Unit, head: int, removed: "set[Unit] | frozenset[Unit]") -> list[int]:
+    def _closed(self, unit: Unit, head: int, removed: set[Unit] | frozenset[Unit]) -> list[int]:
         """Places in a head's shortlist that cannot be its source."""
         places = (self.units.place(number) for number in self.shortlist[unit.layer][head].tolist())
         return [at for at, place in enumerate(places) if place[0] >= unit.layer or self.units.unit_of(place) in removed]
@@ -132,18 +127,16 @@ class Costs:
 
 
 def shortlists(
-    pairs: "Mapping[int, torch.Tensor]",
+    pairs: Mapping[int, torch.Tensor],
     units: Units,
-    allowed: "Mapping[int, torch.Tensor]",
+    allowed: Mapping[int, torch.Tensor],
     present: Mapping[int, tuple[Source | None, ...]],
     count: int,
-) -> "dict[int, torch.Tensor]":
+) -> dict[int, torch.Tensor]:
     """(H, K) numbers of sources for each layer: the head's own, the one it has at present, and the cheapest allowed.
 
     pairs: (H, J) costs. allowed: (J,) whether a head may be a source for the layer. present: rows of the map in use.
     """
-    import torch
-
     found = {}
     for layer, costs in pairs.items():
         costs = costs.masked_fill(~allowed[layer], float("inf"))

@@ -28,9 +28,9 @@ def within_limit(session: "Session", limit: float, reference: Reference, origin:
     """The map that saves the most of those whose perplexity rises by no more than `limit` (0.02 is 2%) on held-out
     samples, with a standard error to spare.
 
-    Units are taken in the order of their cost; how many of a round keep within the limit is found by bisection. Where
+    Units are taken in the order of their cost; how many of a round keep within the limit is found by bisection. If
     all do, costs are measured again and another round follows. refits: what a refit of the final map allows is tried,
-    too. Raises RecipeError where even the cheapest unit is beyond the limit.
+    too. Raises RecipeError if even the cheapest unit is beyond the limit.
     """
     taken = Step(SharingMap({}), 0.0, 0.0, reference.base)
     cheapest, first = None, None
@@ -69,7 +69,7 @@ def _steps(state: State, before: Step) -> Iterator[Step]:
 
 
 def _longest(steps: list[Step], limit: float, reference: Reference) -> Step | None:
-    """The last step within the limit, by bisection, as measured; None where the first is not."""
+    """The last step within the limit, by bisection, as measured; None if the first is not."""
     low, high, found = 0, len(steps), None  # steps before `low` are within, those from `high` on are not
     while low < high:
         middle = (low + high) // 2

@@ -26,9 +26,9 @@ def cut(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
     while len(text) - start > 2 * size:
         stop = start + size
         for end in ("\n\n", "\n", " "):
-            found = text.find(end, stop, start + 2 * size)
-            if found >= 0:
-                stop = found + len(end)
+            at = text.find(end, stop, start + 2 * size)
+            if at >= 0:
+                stop = at + len(end)
                 break
         yield text[start:stop]
         start = stop

@@ -7,12 +7,12 @@ has edits of its own.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from sa_convert.domain.checkpoint import Checkpoint, TensorEdit, TensorEntry
-from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
+from sa_convert.domain.checkpoint import TensorEdit, TensorEntry
+from sa_convert.domain.geometry import LayerGeometry
 from sa_convert.domain.model import Model
 from sa_convert.domain.plan import Plan
 from sa_convert.errors import CheckpointError
-from sa_convert.families.family import Family, Modules
+from sa_convert.families.family import Modules
 from sa_convert.read.names import attention_prefix
 from sa_convert.treatments.fused import kept_of_gated, kept_places
 from sa_convert.treatments.plan_answers import own_groups, own_heads
@@ -24,7 +24,7 @@ def plan_edits(model: Model, plan: Plan) -> dict[str, TensorEdit]:
     edits: dict[str, TensorEdit] = {}
     for index in plan.layers:
         heads = own_heads(plan, model.geometry, index)
-        edits |= _score_edits(model.checkpoint, model.family, model.geometry, index, heads)
+        edits |= _score_edits(model, index, heads)
     for treatment in used_in(plan):
         edits = combined(edits, treatment.edits(model, plan), treatment.name)
     return edits
@@ -38,13 +38,11 @@ def combined(first: Mapping[str, TensorEdit], then: Mapping[str, TensorEdit], na
     return {**first, **then}
 
 
-def _score_edits(
-    checkpoint: Checkpoint, family: Family, geometry: ModelGeometry, index: int, heads: tuple[int, ...]
-) -> dict[str, TensorEdit]:
+def _score_edits(model: Model, index: int, heads: tuple[int, ...]) -> dict[str, TensorEdit]:
     """Queries and keys of a layer of which only these heads compute scores."""
-    tensors, modules, layer = checkpoint.tensors, family.modules, geometry.layers[index]
+    tensors, modules, layer = model.checkpoint.tensors, model.family.modules, model.geometry.layers[index]
     edits: dict[str, TensorEdit] = {}
-    prefix = attention_prefix(checkpoint, family, geometry.stacks, index)
+    prefix = attention_prefix(model, index)
     groups = own_groups(layer, heads)
     axis = 1 if modules.transposed else 0
     for projection, kept, total in _projections(modules, layer, heads, groups):

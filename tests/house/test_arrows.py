@@ -29,9 +29,10 @@ FILES = {
 TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
 
 
-def imported(module: str) -> Iterator[str]:
-    """Modules of ours that a module imports when it is imported or run; what only a type checker reads is left out."""
-    for node in _nodes(TREES[module]):
+def imported(module: str, later: bool = True) -> Iterator[str]:
+    """Modules of ours that a module imports when it is imported or run; what only a type checker reads is left out.
+    later: those that functions import, too."""
+    for node in _nodes(TREES[module], later):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names if name.name in FILES)
         elif isinstance(node, ast.ImportFrom):
@@ -40,12 +41,13 @@ def imported(module: str) -> Iterator[str]:
             yield from {name if name in FILES else source for name in names if name in FILES or source in FILES}
 
 
-def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
+def _nodes(tree: ast.AST, later: bool) -> Iterator[ast.AST]:
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
             continue
-        yield node
-        yield from _nodes(node)
+        if later or not isinstance(node, ast.FunctionDef):
+            yield node
+            yield from _nodes(node, later)
 
 
 def _absolute(module: str, node: ast.ImportFrom) -> str:
@@ -83,6 +85,22 @@ def test_no_circles():
         for module in free:
             del left[module]
     assert not left
+
+
+@pytest.mark.parametrize("job", ["inspecting", "converting", "analyzing", "benchmarking", "pushing"])
+def test_what_headers_tell_is_told_before_torch_is_loaded(job):
+    """Loading torch and transformers takes seconds: nothing imports them before it needs them."""
+    needed: set[str] = set()
+    new = {f"sa_convert.jobs.{job}", "sa_convert.commands.main"}
+    while new:
+        needed |= new
+        new = {other for module in new for other in imported(module, later=False)} - needed
+    heavy = {"torch", "transformers", "matplotlib", "pydantic"}
+    for module in needed:
+        nodes = list(_nodes(TREES[module], False))
+        names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+        assert not heavy & {name.partition(".")[0] for name in names}, module
 
 
 @pytest.mark.parametrize("module", [module for module in FILES if FILES[module].name == "__init__.py" and room(module)])

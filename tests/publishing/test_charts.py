@@ -194,7 +194,7 @@ def test_terminal_names_layers_and_what_is_removed():
 
 def test_charts_leave_pyplot_alone():
     code = (
-        "import sys; sys.path.insert(0, 'tests/publishing')\n"
+        "import sys; sys.path[:0] = ['tests', 'tests/publishing']\n"
         "import sa_convert.present.charts.all_charts, sa_convert.commands.analyze\n"
         "assert 'matplotlib' not in sys.modules\n"
         "from test_charts import make_analysis\n"

@@ -205,7 +205,8 @@ class _Replayed:
 
     def __call__(self, **_):
         for index, weights in enumerate(self.layers):
-            self.observer(Seen(index, weights[None], weights[None], weights, weights))
+            one = weights[None]
+            self.observer(Seen(layer=index, probabilities=one, used=one, value=weights, output=weights))
 
 
 def test_permuted_heads_match_and_layers_of_other_sizes_have_no_same_index():

@@ -192,7 +192,7 @@ def test_costs_under_a_map_say_what_the_divergence_from_the_base_says(tmp_path):
     ):
         model(tokens[None], use_cache=False)
     value = seen[4].value[0, unit.groups[0]]
-    delta = (seen[source[0]].weights[0, source[1]] - seen[4].weights[0, unit.heads[0]]) @ value
+    delta = (seen[source[0]].probabilities[0, source[1]] - seen[4].probabilities[0, unit.heads[0]]) @ value
     slope = (divergence(step) - divergence(-step)) / (2 * step)
     assert costs.first[unit][0].item() == pytest.approx(slope, rel=0.02)
 

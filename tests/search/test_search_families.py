@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from sa_convert.domain.stacks import place_of
 from sa_convert.families.table import FAMILIES
 from sa_convert.read.folder import open_folder
+from sa_convert.read.model_of import model_of
 from sa_convert.read.names import output_name
 from sa_convert.rewrite.refitted import refit_edits
 from support.processes import run_cli
@@ -50,10 +51,10 @@ def test_search_and_refit_through_the_command_line(family, tmp_path):
 def test_a_refit_is_added_the_way_the_projection_holds_its_weights(tmp_path):
     """GPT-2's Conv1D holds (input, output); a change is (output, input)."""
     save_tiny("gpt2", tmp_path / "base")
-    checkpoint, entry = open_folder(tmp_path / "base"), FAMILIES["gpt2"]
+    model = model_of(open_folder(tmp_path / "base"))
     change = torch.randn(64, 64)
-    edits = refit_edits(checkpoint, entry, (), {2: change}, tmp_path / "new.safetensors")
-    name = output_name(checkpoint, entry, (), 2)
+    edits = refit_edits(model, {2: change}, tmp_path / "new.safetensors")
+    name = output_name(model, 2)
     assert list(edits) == [name] == ["transformer.h.2.attn.c_proj.weight"]
-    old = load_file(checkpoint.tensors[name].file)[name]
+    old = load_file(model.checkpoint.tensors[name].file)[name]
     torch.testing.assert_close(load_file(tmp_path / "new.safetensors")[name], old + change.T)

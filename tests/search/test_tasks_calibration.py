@@ -38,7 +38,7 @@ class Watched:
         weights = sum(part for part in (scores, position_bias, attention_mask) if part is not None).softmax(-1)
         output = (weights @ value).transpose(1, 2)
         if self.observer is not None:
-            self.observer(Seen(layer, weights, weights, value, output))
+            self.observer(Seen(layer=layer, probabilities=weights, used=weights, value=value, output=output))
         return output + self.added.get(layer, 0), weights
 
     def sharing(self, rows):
@@ -109,7 +109,7 @@ def test_attention_of_an_encoder_is_compared_over_all_pairs_of_tokens(folders):
     probe, sample = Watched(model), sample_of(task, tokens[0])
     found = attention_statistics(probe, Units(ModelGeometry((LayerGeometry(4, 4, 8),) * 2)), [sample])
     weights = {}
-    with torch.no_grad(), probe.observing(lambda seen: weights.update({seen.layer: seen.weights[0].numpy()})):
+    with torch.no_grad(), probe.observing(lambda seen: weights.update({seen.layer: seen.probabilities[0].numpy()})):
         model(**sample.inputs(model).kwargs)
     one, other = (weights[layer].reshape(4, -1) for layer in (0, 1))
     cosines = one @ other.T / np.linalg.norm(one, axis=1)[:, None] / np.linalg.norm(other, axis=1)

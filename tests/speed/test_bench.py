@@ -32,6 +32,7 @@ from sa_convert.measure.speed.worker import _explained
 from sa_convert.models.arguments import cache_keyword, cache_of
 from sa_convert.models.subject import open_subject
 from sa_convert.plan.audited import foreign_code
+from sa_convert.read.folder import read_config
 from sa_convert.read.open_model import open_model
 from support.cli_cases import refused
 from support.processes import ROOT, run_cli
@@ -205,7 +206,7 @@ def test_encoder_decoders_and_encoders(tmp_path):
         runner.begin(6, 2, 0)
         weights = weights_of(encoder, runner.prefill, None, False)
     assert weights.step_bytes is None
-    assert step_bytes(weights, (), None, 6, 2, 4) is None
+    assert step_bytes(weights, (), cache=None, context=6, batch=2, itemsize=4) is None
     layers = attention_layers(open_model(str(tmp_path / "bert")), False)
     assert not any(layer.causal for layer in layers)
 
@@ -249,7 +250,7 @@ def test_expectations_of_single_heads_and_windows(tmp_path):
     weights = weights_of_nothing()
     layer = Attention(heads=4, own=3, size=8, value_size=6, window=5, causal=True, cached=True)
     assert prefill_flops(weights, (layer,), 2, 3) == 2 * 3 * (10 * 2 + 7 + 3 * (3 * 8 + 4 * 6))
-    assert step_bytes(weights, (layer,), 1000, 64, 2, 2) == 100 + 1000 + 2 * 1 * 5 * 2
+    assert step_bytes(weights, (layer,), cache=1000, context=64, batch=2, itemsize=2) == 100 + 1000 + 2 * 1 * 5 * 2
     assert prefill_flops(weights, None, 2, 3) is None
     folder = tmp_path / "model"
     folder.mkdir()
@@ -351,7 +352,13 @@ def test_what_goes_wrong_in_a_process(base, tmp_path):
 
 
 def load_request(folder: Path) -> dict:
-    subject = {"name": "base", "folder": str(folder), "converted": False, "trusted": False}
+    subject = {
+        "name": "base",
+        "folder": str(folder),
+        "config": read_config(folder),
+        "converted": False,
+        "trusted": False,
+    }
     return {"subject": subject, "options": {"device": "cpu", "threads": 1}}
 
 

@@ -6,9 +6,9 @@ import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from sa_convert.models.placement import read_config
 from sa_convert.models.task import task_of
 from sa_convert.models.tokens import token_sequences
+from sa_convert.read.folder import read_config
 from sa_convert.texts.text import load_text
 from support.validation_models import tokenizer as byte_tokenizer
 

@@ -11,9 +11,10 @@ from sa_convert.measure.quality.gate import KINDS, validate
 from sa_convert.measure.quality.perplexity import Perplexity
 from sa_convert.measure.quality.stored_dtype import compared
 from sa_convert.models.load import load_tokenizer
-from sa_convert.models.placement import place, read_config
+from sa_convert.models.placement import place
 from sa_convert.models.task import task_of
 from sa_convert.models.tokens import token_sequences
+from sa_convert.read.folder import read_config
 from sa_convert.texts.text import load_text
 from support.validation_models import save_base, save_converted
 

@@ -19,11 +19,12 @@ from sa_convert.measure.quality.perplexity import perplexity
 from sa_convert.models.arguments import cache_keyword
 from sa_convert.models.auto_class import auto_class_name, prediction_task
 from sa_convert.models.denoising import SecondHalf, Sentinels
-from sa_convert.models.placement import positions, read_config
+from sa_convert.models.placement import positions
 from sa_convert.models.task import NEXT_TOKEN, frame_of, task_of
 from sa_convert.observe.sequences import Sample, calibration_set
 from sa_convert.present.files.card import write_card
 from sa_convert.present.files.report_file import render_report
+from sa_convert.read.folder import read_config
 from sa_convert.texts.text import load_text
 from sa_convert.treatments.share.drawing import told
 from support.cli_cases import refused
@@ -158,7 +159,7 @@ def test_next_token_counts_what_is_scored(folders):
     late = torch.zeros(3, 60, dtype=torch.bool)
     late[:, 40:] = True
     inputs = task.batch(model, tokens, late)
-    for row, (predictions, labels) in zip(tokens, inputs.rows(inputs.logits(model)), strict=True):
+    for row, (predictions, labels) in zip(tokens, inputs.scored_logits(inputs.logits(model)), strict=True):
         assert labels.tolist() == row[40:].tolist()
         with torch.no_grad():
             assert torch.allclose(predictions, model(row[None]).logits[0, 39:-1], atol=1e-6)
@@ -353,7 +354,7 @@ def test_without_a_mask_token(folders, tmp_path):
 
 
 def test_positions_counted_from_behind_the_padding_token(folders):
-    assert positions(folders["roberta"]) == 64
+    assert positions(read_config(folders["roberta"])) == 64
     found = evaluate(str(folders["roberta"]), None, load_text("builtin"), EvaluateOptions(sequences=1, device="cpu"))
     assert found.length == 64
     with pytest.raises(SaConvertError, match="--length 66 is more than the 64 positions"):

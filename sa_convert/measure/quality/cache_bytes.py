@@ -1,17 +1,16 @@
 """Bytes that a model caches for each token, measured on a cache that it has filled."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from sa_convert.models.arguments import caches_in
 from sa_convert.models.steps import Steps
 from sa_convert.models.task import Decoding
 
-if TYPE_CHECKING:
-    import torch
-
 
 def cache_bytes_per_token(
-    model: Any, tokens: "torch.Tensor", dtype: "torch.dtype | None" = None, source: "torch.Tensor | None" = None
+    model: Any, tokens: torch.Tensor, dtype: torch.dtype | None = None, source: torch.Tensor | None = None
 ) -> int:
     """Bytes of all cached tensors for one token of one sequence, from a forward pass over `tokens` (T).
 
@@ -20,8 +19,6 @@ def cache_bytes_per_token(
     computed in another one than its weights have. source: (S,), what an encoder reads: then the bytes are those for one
     token of the decoder, and in cross-attention for one of the encoder.
     """
-    import torch
-
     steps = Steps(model, Decoding(tokens, source))
     with torch.inference_mode():
         steps.first(steps.tokens)

@@ -6,15 +6,15 @@ finds and copies what stands `period` tokens before.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch.nn import functional
 
 from sa_convert.console.progress import progress
 from sa_convert.domain.evaluation import CopyingLoss
 from sa_convert.models.device import input_device
 from sa_convert.models.tokens import ordinary_tokens, start_tokens
-
-if TYPE_CHECKING:
-    import torch
 
 PERIOD = 128
 LENGTH = 512
@@ -47,36 +47,35 @@ class Probes:
         most = (self.length - len(self.start)) // 2
         return tuple(sorted({*(distance for distance in DISTANCES if distance <= most), self.period}))
 
-    def tokens(self, period: int) -> "torch.Tensor":
+    def tokens(self, period: int) -> torch.Tensor:
         """Probes (PROBES, length) of this period."""
-        return copying_probes(self.vocabulary, period, self.length, PROBES, self.seed, self.start)
+        return copying_probes(self.vocabulary, period=period, length=self.length, seed=self.seed, start=self.start)
 
     def losses(self, model: Any) -> tuple[CopyingLoss, ...]:
         """Of all distances; only that of `period` goes beyond the second occurrence."""
-        found = []
+        losses = []
         for distance in self.distances:
             stop = self.length if distance == self.period else len(self.start) + 2 * distance
             probes = self.tokens(distance)[:, :stop]
-            found.append(copying_loss(model, probes, distance, f"copying over {distance} tokens"))
-        return tuple(found)
+            losses.append(copying_loss(model, probes, distance, f"copying over {distance} tokens"))
+        return tuple(losses)
 
 
 def copying_probes(
     vocabulary: Sequence[int],
+    *,
     period: int = PERIOD,
     length: int = LENGTH,
     probes: int = PROBES,
     seed: int = 0,
     start: Sequence[int] = (),
-) -> "torch.Tensor":
+) -> torch.Tensor:
     """Probes (probes, length), int64: `start`, then `period` random tokens repeated to the end, the last time perhaps
     in part.
 
     No token occurs twice in a period, unless the vocabulary is smaller than the period: then each occurs about equally
     often. start: tokens that the tokenizer puts before a text. The same arguments give the same probes.
     """
-    import torch
-
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.tensor(vocabulary, dtype=torch.long)
     filled = length - len(start)
@@ -88,16 +87,13 @@ def copying_probes(
     return torch.stack(rows)
 
 
-def copying_loss(model: Any, probes: "torch.Tensor", period: int, description: str = "copying") -> CopyingLoss:
+def copying_loss(model: Any, probes: torch.Tensor, period: int, description: str = "copying") -> CopyingLoss:
     """Mean loss of the tokens of `probes` (N, L) from the second occurrence of the period on, without a cache.
 
     These are the tokens that equal the one `period` before, so tokens at the start that do not repeat do not count. The
     log-probabilities are computed in float32 and added up in float64; a loss that is not finite is returned as it is.
     Raises ValueError where nothing repeats.
     """
-    import torch
-    from torch.nn import functional
-
     length = probes.shape[1]
     copied = probes[:, period:] == probes[:, :-period]
     repeats = copied.all(dim=0).nonzero()

@@ -1,14 +1,13 @@
 """Does a model say the same with a cache as in one pass? Perplexity runs without a cache and cannot tell."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from sa_convert.console.progress import progress
 from sa_convert.domain.report import DecodeCheck
 from sa_convert.models.steps import Steps
 from sa_convert.models.task import Decoding
-
-if TYPE_CHECKING:
-    import torch
 
 TOLERANCE = 1e-3
 """Largest difference that rounding may make to a logit in float32, for logits up to LOGIT_SCALE; it grows in proportion
@@ -29,7 +28,7 @@ TREMBLE, TREMBLES = 1e-5, 16
 
 
 def decode_check(
-    model: Any, sequence: "torch.Tensor", rounding: float = 0.0, source: "torch.Tensor | None" = None
+    model: Any, sequence: torch.Tensor, rounding: float = 0.0, source: torch.Tensor | None = None
 ) -> DecodeCheck:
     """Compare cached with uncached decoding of one sequence (L) of tokens.
 
@@ -39,8 +38,6 @@ def decode_check(
     the best. rounding: the difference of logits that the base model shows on this sequence in this dtype. source: (S,),
     what an encoder reads; the sequence is then the decoder's.
     """
-    import torch
-
     steps = Steps(model, Decoding(sequence, source))
     half = len(sequence) // 2
     generated = min(GENERATED, len(sequence) - half)  # a model may have no further positions
@@ -59,8 +56,6 @@ def rounds(model: Any) -> bool:
 
     Modules for quantised weights round what they are given, too, in a way that depends on how many tokens that is.
     """
-    import torch
-
     return is_quantised(model) or model.dtype.itemsize < torch.float32.itemsize
 
 
@@ -69,11 +64,9 @@ def is_quantised(model: Any) -> bool:
     return bool(getattr(model, "is_quantized", False))
 
 
-def rounding_difference(model: Any, sequence: "torch.Tensor", source: "torch.Tensor | None" = None) -> float:
+def rounding_difference(model: Any, sequence: torch.Tensor, source: torch.Tensor | None = None) -> float:
     """What rounding alone does to the logits of a model that is known to decode rightly: 0 in plain float32, where
     TOLERANCE is known to hold. If a part of the model is quantised, `_trembling` counts, too."""
-    import torch
-
     if not rounds(model):
         return 0.0
     steps = len(sequence) - len(sequence) // 2
@@ -84,7 +77,7 @@ def rounding_difference(model: Any, sequence: "torch.Tensor", source: "torch.Ten
     return max(shown, _trembling(model, Steps(model, Decoding(sequence, source))))
 
 
-def rounding_without_cache(model: Any, sequence: "torch.Tensor", source: "torch.Tensor | None" = None) -> float:
+def rounding_without_cache(model: Any, sequence: torch.Tensor, source: torch.Tensor | None = None) -> float:
     """What rounding does to the logits of a model that nothing is known of: those of prefixes of the sequence (L)
     against those of the whole, all without a cache. 0 in plain float32, where TOLERANCE is known to hold.
 
@@ -92,8 +85,6 @@ def rounding_without_cache(model: Any, sequence: "torch.Tensor", source: "torch.
     by decoding with a cache: 0.9 and 0.8 in bfloat16, 0.09 both ways in float16. If a part of the model is quantised,
     prefixes of all lengths, since bitsandbytes rounds at some of them only, and also see `_trembling`.
     """
-    import torch
-
     if not rounds(model):
         return 0.0
     steps = Steps(model, Decoding(sequence, source))
@@ -116,11 +107,9 @@ def _trembling(model: Any, steps: Steps) -> float:
     Modules that round what they are given to 8 bits turn the least difference into a step, if it lies at the border of
     two numbers. Whether one does in a given sequence is chance, which the base and the converted model need not share.
     """
-    import torch
-
     generator = torch.Generator().manual_seed(0)
 
-    def tremble(module: Any, inputs: Any, output: "torch.Tensor") -> "torch.Tensor":
+    def tremble(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         noise = torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
         return output * (1 + TREMBLE * noise)
 
@@ -140,15 +129,13 @@ def _compare_logits(steps: Steps, bar: Any) -> tuple[float, float]:
     return (cached - whole).abs().max().item(), whole.abs().max().item()
 
 
-def _cached_logits(steps: Steps, bar: Any) -> "torch.Tensor":
+def _cached_logits(steps: Steps, bar: Any) -> torch.Tensor:
     """Logits (L, vocabulary): the first half of the tokens at once, the others one by one, float32 on the CPU."""
-    import torch
-
     length = steps.tokens.shape[1]
     output = steps.first(steps.tokens[:, : length // 2])
     logits = [output.logits[0].float().cpu()]
-    for place in range(length // 2, length):
-        output = steps.next(output, place)
+    for position in range(length // 2, length):
+        output = steps.next(output, position)
         logits.append(output.logits[0].float().cpu())
         bar.update()
     return torch.cat(logits)

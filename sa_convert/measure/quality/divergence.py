@@ -5,14 +5,12 @@ is lost by rounding them once more. Each is deleted as soon as it is compared.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from sa_convert.domain.agreement import Agreement
 from sa_convert.errors import CheckpointError, OutputError
 from sa_convert.output.disk_space import require_space
-
-if TYPE_CHECKING:
-    import torch
 
 ROWS = 64
 """Positions compared at once: 64 of a vocabulary of 256k take 130 MB for each model in float64."""
@@ -28,7 +26,7 @@ class KeptLogits:
         self._sequences = sequences
         self._kept = self._taken = 0
 
-    def keep(self, logits: "torch.Tensor") -> None:
+    def keep(self, logits: torch.Tensor) -> None:
         """Write the logits (N, vocabulary) of the next sequence. Raises OutputError where all will not fit on disk."""
         from safetensors.torch import save_file
 
@@ -38,7 +36,7 @@ class KeptLogits:
         save_file({_LOGITS: logits.contiguous().cpu()}, self._file(self._kept))
         self._kept += 1
 
-    def take(self) -> "torch.Tensor":
+    def take(self) -> torch.Tensor:
         """The logits of the next sequence, on the CPU; their file is gone."""
         from safetensors.torch import load_file
 
@@ -60,7 +58,7 @@ class Comparison:
         self._kl = 0.0
         self._same = self._tokens = 0
 
-    def add(self, logits: "torch.Tensor") -> None:
+    def add(self, logits: torch.Tensor) -> None:
         """The model's logits (N, vocabulary) of the next sequence, those that the reference has.
 
         Raises CheckpointError where the models have vocabularies of different sizes.
@@ -94,7 +92,7 @@ class Predictions:
         self._left = self._compared = sequences
         self._comparison: Comparison | None = Comparison(self._kept)
 
-    def keep(self, logits: "torch.Tensor") -> None:
+    def keep(self, logits: torch.Tensor) -> None:
         if self._left and self._comparison is not None:
             self._left -= 1
             try:
@@ -102,7 +100,7 @@ class Predictions:
             except OutputError:
                 self._comparison = None
 
-    def compare(self, logits: "torch.Tensor") -> None:
+    def compare(self, logits: torch.Tensor) -> None:
         if self._compared and self._comparison is not None:
             self._compared -= 1
             self._comparison.add(logits)
@@ -112,13 +110,11 @@ class Predictions:
         return self._comparison.agreement if self._comparison is not None else None
 
 
-def kl_divergence(reference: "torch.Tensor", logits: "torch.Tensor") -> "torch.Tensor":
+def kl_divergence(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """KL(reference || model) in nats (T), in float64, from the logits (T, vocabulary) of both.
 
     A token that the reference holds impossible adds nothing, whatever the model says of it.
     """
-    import torch
-
     # MPS has no float64.
     wide = torch.float32 if logits.device.type == "mps" else torch.float64
     p, q = reference.to(wide).log_softmax(dim=-1), logits.to(wide).log_softmax(dim=-1)

@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from sa_convert.domain.evaluation import CopyingLoss
 from sa_convert.domain.model import RunOptions
@@ -26,14 +28,12 @@ from sa_convert.models.load import (
     refuse_foreign_tokens,
     release_memory,
 )
-from sa_convert.models.placement import Placement, placed, positions, read_config
+from sa_convert.models.placement import Placement, placed, positions
 from sa_convert.models.quiet import keep_module_cache_clean
 from sa_convert.models.task import Task, task_of
 from sa_convert.models.tokens import token_sequences
+from sa_convert.read.folder import read_config
 from sa_convert.texts.text import Text
-
-if TYPE_CHECKING:
-    import torch
 
 SEQUENCES = 16
 LENGTH = 512
@@ -70,9 +70,10 @@ def validate(
     """
     keep_module_cache_clean()
     held_out = text.split("validation", KINDS)
-    limit = positions(base)
+    config = read_config(base)
+    limit = positions(config)
     tokenizer = load_tokenizer(base)
-    task = task_of(read_config(base), tokenizer, f"The model in {base}")
+    task = task_of(config, tokenizer, f"The model in {base}")
     tokens = token_sequences(tokenizer, held_out, sequences, min(length, limit or length), task.frame)
     other = load_tokenizer(converted, True)
     same = task == task_of(read_config(converted), other, "The converted model")
@@ -91,7 +92,7 @@ def validate(
         measured = _measure_base(base, asked, tokenizer, min(LENGTH, limit or LENGTH))
         release_memory()
         if stored.is_wider(placement):
-            in_files = stored.in_stored_dtype(partial(load_base, base), placement, tokens, task, "base")
+            in_files = stored.in_stored_dtype(partial(load_base, base), placement, tokens=tokens, task=task, who="base")
             measured = replace(measured, stored=in_files)
         return _measure_converted(converted, asked, measured, held_out.name, max_perplexity_increase)
 
@@ -100,7 +101,7 @@ def validate(
 class _Questions:
     """What both models are asked. tokens: (sequences, length). predictions: those of the base, kept to be compared."""
 
-    tokens: "torch.Tensor"
+    tokens: torch.Tensor
     task: Task
     placement: Placement
     predictions: Predictions
@@ -113,7 +114,7 @@ def _measure_converted(
     tokens, task, placement = asked.tokens, asked.task, asked.placement
     with load_converted(converted, placement, measured.unexpected) as loaded:
         after = perplexity(
-            loaded.model, tokens, "perplexity of the converted model", 1, asked.predictions.compare, task
+            loaded.model, tokens, "perplexity of the converted model", observe=asked.predictions.compare, task=task
         )
         if not after.finite:
             raise GateRefused(
@@ -136,15 +137,30 @@ def _measure_converted(
     in_files = None
     if few and measured.few and measured.stored:
         load = partial(load_converted, converted, unexpected=measured.unexpected)
-        again = stored.in_stored_dtype(load, placement, tokens, task, "converted")
+        again = stored.in_stored_dtype(load, placement, tokens=tokens, task=task, who="converted")
         in_files = stored.compared(placement, (measured.few, few), (measured.stored, again))
     before = measured.perplexity.perplexity
-    report = PerplexityReport(text, after.tokens, before, after.perplexity, placement.dtype_name, task.name, in_files)
+    report = PerplexityReport(
+        text=text,
+        tokens=after.tokens,
+        before=before,
+        after=after.perplexity,
+        dtype=placement.dtype_name,
+        task=task.name,
+        stored=in_files,
+    )
     gate = None
     if max_perplexity_increase is not None:
         decodes = check is None or check.passed
         gate = GateResult(max_perplexity_increase, report.increase <= max_perplexity_increase and decodes)
-    return Validation(report, check, gate, Change(measured.cache, cache_after), copying, asked.predictions.agreement)
+    return Validation(
+        perplexity=report,
+        decode_check=check,
+        gate=gate,
+        cache_bytes_per_token=Change(measured.cache, cache_after),
+        copying=copying,
+        agreement=asked.predictions.agreement,
+    )
 
 
 def refuse_if_failed(validation: Validation) -> None:
@@ -170,7 +186,7 @@ def refuse_if_failed(validation: Validation) -> None:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Base:
     """What was measured of the base model. rounding: difference of logits in decoding. cache: bytes per token.
 
@@ -182,7 +198,7 @@ class _Base:
     rounding: float
     cache: int
     unexpected: frozenset[str]
-    copying: "tuple[CopyingLoss, torch.Tensor] | None"
+    copying: tuple[CopyingLoss, torch.Tensor] | None
     few: Perplexity | None = None
     stored: Perplexity | None = None
 
@@ -192,7 +208,7 @@ def _measure_base(folder: Path, asked: _Questions, tokenizer: Any, probe_length:
     with load_base(folder, placement) as loaded:
         model = loaded.model
         refuse_foreign_tokens(folder, embedded_tokens(model), tokens, task.inserted)
-        before = perplexity(model, tokens, "perplexity of the base model", 1, asked.predictions.keep, task)
+        before = perplexity(model, tokens, "perplexity of the base model", observe=asked.predictions.keep, task=task)
         if not before.finite:
             raise GateRefused(
                 f"{folder}: the base model's perplexity is not finite: its weights are damaged, or overflow in "
@@ -207,4 +223,11 @@ def _measure_base(folder: Path, asked: _Questions, tokenizer: Any, probe_length:
             probe = probes.tokens(probes.period)
             copying = copying_loss(model, probe, probes.period, "copying, base model"), probe
         few = stored.first(model, tokens, task, "base") if stored.is_wider(placement) else None
-        return _Base(before, rounding, cache, loaded.unexpected, copying, few)
+        return _Base(
+            perplexity=before,
+            rounding=rounding,
+            cache=cache,
+            unexpected=loaded.unexpected,
+            copying=copying,
+            few=few,
+        )

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch.nn import functional
 
 from sa_convert.console.progress import progress
 from sa_convert.models.task import NEXT_TOKEN, Task
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,11 @@ class Perplexity:
 
 def perplexity(
     model: Any,
-    sequences: "torch.Tensor",
+    sequences: torch.Tensor,
     description: str = "perplexity",
+    *,
     batch: int = 1,
-    observe: "Callable[[torch.Tensor], None]" = lambda logits: None,
+    observe: Callable[[torch.Tensor], None] = lambda logits: None,
     task: Task = NEXT_TOKEN,
 ) -> Perplexity:
     """Perplexity over sequences (N, L) of tokens, `batch` at a time, without a cache.
@@ -42,14 +43,11 @@ def perplexity(
     float64. Stops at the first loss that is not finite. observe: called with the scored logits (predictions,
     vocabulary) of each sequence, in order, in the dtype and on the device of the model.
     """
-    import torch
-    from torch.nn import functional
-
     total, tokens = 0.0, 0
     with torch.inference_mode(), progress(len(sequences), description, unit="seq") as bar:
         for chunk in sequences.split(batch):
             inputs = task.batch(model, chunk)
-            for predictions, targets in inputs.rows(inputs.logits(model)):
+            for predictions, targets in inputs.scored_logits(inputs.logits(model)):
                 losses = functional.cross_entropy(predictions.float(), targets, reduction="none")
                 total += losses.cpu().double().sum().item()
                 tokens += losses.numel()

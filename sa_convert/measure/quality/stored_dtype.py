@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+
+import torch
 
 from sa_convert.domain.report import StoredPerplexity
 from sa_convert.errors import GateRefused
@@ -11,9 +12,6 @@ from sa_convert.measure.quality.perplexity import Perplexity, perplexity
 from sa_convert.models.load import Loaded, release_memory
 from sa_convert.models.placement import Placement
 from sa_convert.models.task import Task
-
-if TYPE_CHECKING:
-    import torch
 
 SEQUENCES = 2
 ROUNDING = 0.01
@@ -27,18 +25,18 @@ def is_wider(placement: Placement) -> bool:
     return placement.dtype != placement.stored
 
 
-def first(model: object, tokens: "torch.Tensor", task: Task, who: str) -> Perplexity:
+def first(model: object, tokens: torch.Tensor, task: Task, who: str) -> Perplexity:
     """Perplexity on the few sequences that are compared."""
-    return perplexity(model, tokens[:SEQUENCES], f"perplexity of the {who} model, first sequences", 1, task=task)
+    return perplexity(model, tokens[:SEQUENCES], f"perplexity of the {who} model, first sequences", task=task)
 
 
-def in_stored_dtype(load: Load, placement: Placement, tokens: "torch.Tensor", task: Task, who: str) -> Perplexity:
+def in_stored_dtype(load: Load, placement: Placement, *, tokens: torch.Tensor, task: Task, who: str) -> Perplexity:
     """As `first`, with the model loaded in the dtype of its files."""
     with load(replace(placement, dtype=placement.stored)) as loaded:
-        found = first(loaded.model, tokens, task, who)
+        measured = first(loaded.model, tokens, task, who)
         del loaded
     release_memory()
-    return found
+    return measured
 
 
 def compared(
@@ -57,7 +55,7 @@ def compared(
             f"The converted model's perplexity is not finite in {name}, the dtype of its files, though the base "
             f"model's is, and in {placement.dtype_name} both are: convert the model in a wider dtype."
         )
-    report = StoredPerplexity(name, stored[0].tokens, *(found.perplexity for pair in (stored, exact) for found in pair))
+    report = StoredPerplexity(name, stored[0].tokens, *(one.perplexity for pair in (stored, exact) for one in pair))
     if report.rounding > ROUNDING:
         raise GateRefused(
             f"In {name}, the dtype of its files, the converted model loses {report.rounding:.1%} of perplexity more by "

@@ -62,14 +62,14 @@ def attention_layers(checkpoint: Checkpoint, converted: bool) -> tuple[Attention
     except UnsupportedModelError:
         return None
     cross = {stack.name for stack in model.family.all_stacks if stack.cross}
-    found = []
+    layers = []
     for index, layer in enumerate(model.geometry.layers):
         by_window: dict[int | None, list[Answers]] = defaultdict(list)
         for answers in layer_answers(plan, model.geometry, index) if layer.heads else ():
             limits = [limit for limit in (layer.window, answers.reach) if limit is not None]
             by_window[min(limits, default=None)].append(answers)
         for window, groups in by_window.items():
-            found.append(
+            layers.append(
                 Attention(
                     heads=sum(len(answers.heads) for answers in groups),
                     own=sum(len(answers.scores) for answers in groups),
@@ -80,7 +80,7 @@ def attention_layers(checkpoint: Checkpoint, converted: bool) -> tuple[Attention
                     cached=layer.cached,
                 )
             )
-    return tuple(found)
+    return tuple(layers)
 
 
 def prefill_flops(weights: Weights, layers: tuple[Attention, ...] | None, context: int, batch: int) -> int | None:
@@ -95,7 +95,13 @@ def prefill_flops(weights: Weights, layers: tuple[Attention, ...] | None, contex
 
 
 def step_bytes(
-    weights: Weights, layers: tuple[Attention, ...] | None, cache: int | None, context: int, batch: int, itemsize: int
+    weights: Weights,
+    layers: tuple[Attention, ...] | None,
+    *,
+    cache: int | None,
+    context: int,
+    batch: int,
+    itemsize: int,
 ) -> int | None:
     """Bytes that a decoding step reads, or None without a cache. cache: bytes of it, of all sequences. itemsize: bytes
     of a probability."""

@@ -47,7 +47,7 @@ def parameters_read(model: Any, run: Callable[[], Any]) -> "list[torch.nn.Parame
     import torch
     from torch.overrides import TorchFunctionMode
 
-    found: dict[int, torch.nn.Parameter] = {}
+    parameters: dict[int, torch.nn.Parameter] = {}
 
     class Watch(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -56,15 +56,15 @@ def parameters_read(model: Any, run: Callable[[], Any]) -> "list[torch.nn.Parame
             if getattr(func, "__name__", "") != "embedding" and any(True for _ in _tensors(result)):
                 for tensor in _tensors([*args, *(kwargs or {}).values()]):
                     if isinstance(tensor, torch.nn.Parameter):
-                        found[id(tensor)] = tensor
+                        parameters[id(tensor)] = tensor
             return result
 
     with Watch():
         run()
     for name, parameter in model.named_parameters():
         if _EXPERTS in f"{name}.":
-            found[id(parameter)] = parameter
-    return list(found.values())
+            parameters[id(parameter)] = parameter
+    return list(parameters.values())
 
 
 def _tensors(value: Any) -> "Iterator[torch.Tensor]":

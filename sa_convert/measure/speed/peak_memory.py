@@ -13,7 +13,7 @@ ALLOCATED = "memory allocated on the device"
 
 class PeakMemory:
     """What is measured is called `kind`: on CUDA what torch has allocated; elsewhere the memory of the process, of
-    which Linux can forget the peak so far. Where it may not, the peak is that since the start of the process."""
+    which Linux can forget the peak so far. If it may not, the peak is that since the start of the process."""
 
     def __init__(self, device: str) -> None:
         self._device = device

@@ -8,7 +8,7 @@ from sa_convert.domain.report import PredictionTask
 from sa_convert.errors import CheckpointError, SaConvertError
 from sa_convert.families.family import PREFIX
 from sa_convert.models.auto_class import prediction_task
-from sa_convert.models.placement import positions, read_config
+from sa_convert.models.placement import positions
 from sa_convert.models.subject import Subject
 
 CONTEXTS = (128, 512, 2048, 4096)
@@ -49,7 +49,7 @@ class BenchOptions(RunOptions):
 def common_task(subjects: Sequence[Subject], options: BenchOptions) -> PredictionTask:
     """How both predict text. Raises CheckpointError for two that cannot be compared, DataError for one without a
     language-modelling head, SaConvertError for a cache that they do not have."""
-    configs = [read_config(subject.folder) for subject in subjects]
+    configs = [subject.config for subject in subjects]
     types = [str(config.get("model_type")).removeprefix(PREFIX) for config in configs]
     names = [subject.name for subject in subjects]
     if types[0] != types[1]:
@@ -71,16 +71,16 @@ def common_task(subjects: Sequence[Subject], options: BenchOptions) -> Predictio
 
 def contexts_of(options: BenchOptions, subjects: Sequence[Subject], steps: int) -> tuple[list[int], list[int]]:
     """The contexts to measure, and those of the default that the models have no positions for."""
-    limits = [(limit, subject) for subject in subjects if (limit := positions(subject.folder)) is not None]
+    limits = [(limit, subject) for subject in subjects if (limit := positions(subject.config)) is not None]
     if options.contexts is not None:
         for limit, subject in limits:
             check_context(max(options.contexts), steps, limit, subject.name)
         return list(options.contexts), []
     limit, subject = min(limits, key=lambda item: item[0], default=(max(CONTEXTS) + steps, subjects[0]))
-    found = [context for context in CONTEXTS if context + steps <= limit]
-    if not found:
+    contexts = [context for context in CONTEXTS if context + steps <= limit]
+    if not contexts:
         check_context(CONTEXTS[0], steps, limit, subject.name)
-    return found, [context for context in CONTEXTS if context not in found]
+    return contexts, [context for context in CONTEXTS if context not in contexts]
 
 
 def check_context(context: int, steps: int, limit: int, name: str) -> None:

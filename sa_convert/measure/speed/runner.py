@@ -3,18 +3,16 @@
 from collections.abc import Iterable, Iterator
 from inspect import signature
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from sa_convert.domain.report import PredictionTask
 from sa_convert.errors import SaConvertError
-from sa_convert.families.family import PREFIX
-from sa_convert.families.table import FAMILIES
 from sa_convert.models.arguments import cache_keyword, cache_of, caches_in, dynamic_cache
 from sa_convert.models.device import input_device
 from sa_convert.models.load import embedded_tokens
-
-if TYPE_CHECKING:
-    import torch
+from sa_convert.models.steps import step_inputs
 
 
 class Runner:
@@ -28,9 +26,6 @@ class Runner:
     def __init__(self, model: Any, task: PredictionTask, static: bool, seed: int) -> None:
         self.model, self.caches, self._static, self._seed = model, task != "masked-token", static, seed
         self._reads_source = task == "teacher-forced"
-        family = FAMILIES.get(model.config.model_type.removeprefix(PREFIX))
-        # As generate() tells them; Bamba counts from 0 in every pass that is not told.
-        self._told_positions = family is not None and family.mixed and family.modules.rotary != "none"
         self.keeps_one = "logits_to_keep" in signature(model.forward).parameters
         self._hands_cache = static  # rather than let the model make its own
         self._cache: Any = None
@@ -38,10 +33,8 @@ class Runner:
 
     def begin(self, context: int, batch: int, steps: int) -> None:
         """Forget everything, and take new tokens for prefills of `context` and at most so many steps after each."""
-        import torch
-
         self.forget()
-        self._context, self._room, self._place = context, context + steps, context
+        self._context, self._room, self._position = context, context + steps, context
         special = _special_tokens(self.model.config)
         ordinary = torch.tensor([token for token in range(embedded_tokens(self.model)) if token not in special])
         generator = torch.Generator().manual_seed(self._seed)
@@ -51,13 +44,13 @@ class Runner:
     def prefill(self) -> float:
         """Seconds of a pass over the context, with a new cache."""
         self.forget()  # the old cache would count as memory that the pass needs
-        self._place = self._context
+        self._position = self._context
         tokens = self._tokens[:, : self._context]
         inputs: dict[str, Any] = {"input_ids": tokens}
         if self._reads_source:
             inputs["decoder_input_ids"] = tokens.flip(1)
         else:
-            inputs["attention_mask"] = _ones(tokens)
+            inputs["attention_mask"] = torch.ones_like(tokens)
         if self.caches:
             inputs["use_cache"] = True
             if self._hands_cache:
@@ -72,17 +65,9 @@ class Runner:
 
     def step(self) -> float:
         """Seconds of a pass over one more token of each sequence."""
-        tokens = self._tokens[:, self._place : self._place + 1]
-        inputs: dict[str, Any] = {cache_keyword(self.model): self._cache, "use_cache": True}
-        if self._reads_source:
-            from transformers.modeling_outputs import BaseModelOutput
-
-            inputs |= {"decoder_input_ids": tokens, "encoder_outputs": BaseModelOutput(last_hidden_state=self._read)}
-        else:
-            inputs |= {"input_ids": tokens, "attention_mask": _ones(self._tokens[:, : self._place + 1])}
-            if self._told_positions:
-                inputs["position_ids"] = _ones(tokens) * self._place
-        self._place += 1
+        read = self._read if self._reads_source else None
+        inputs = step_inputs(self.model, self._tokens, self._position, self._cache, read)
+        self._position += 1
         return self._timed(inputs)
 
     def cache_bytes(self) -> int:
@@ -101,8 +86,8 @@ class Runner:
         _synchronize(device)
         seconds = perf_counter() - start
         if self.caches:
-            found = cache_of(output)
-            self._cache = self._cache if found is None else found
+            cache = cache_of(output)
+            self._cache = self._cache if cache is None else cache
             self._read = getattr(output, "encoder_last_hidden_state", None)
         return seconds
 
@@ -114,7 +99,7 @@ class Runner:
         return StaticCache(config=self.model.config.get_text_config(decoder=True), max_cache_len=self._room)
 
 
-def _states(cache: Any) -> "Iterator[torch.Tensor]":
+def _states(cache: Any) -> Iterator[torch.Tensor]:
     """Keys, values, and states of layers without softmax attention."""
     for part in caches_in(cache):
         if not hasattr(part, "layers"):
@@ -122,9 +107,7 @@ def _states(cache: Any) -> "Iterator[torch.Tensor]":
         yield from _states_of_layers(part.layers)
 
 
-def _states_of_layers(layers: "Iterable[Any]") -> "Iterator[torch.Tensor]":
-    import torch
-
+def _states_of_layers(layers: Iterable[Any]) -> Iterator[torch.Tensor]:
     for layer in layers:
         for value in vars(layer).values():
             for states in value.values() if isinstance(value, dict) else [value]:
@@ -134,23 +117,17 @@ def _states_of_layers(layers: "Iterable[Any]") -> "Iterator[torch.Tensor]":
 
 def _special_tokens(config: Any) -> set[int]:
     """Tokens that mean something to the model's code, such as padding or the place of an image."""
-    found: set[int] = set()
+    special: set[int] = set()
     for part in (config, config.get_text_config(decoder=True)):
         for key, value in part.to_dict().items():
             if key.endswith(("_token_id", "_token_index")):
-                found |= {token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)}
-    return found
+                special |= {
+                    token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)
+                }
+    return special
 
 
-def _ones(tokens: "torch.Tensor") -> "torch.Tensor":
-    import torch
-
-    return torch.ones_like(tokens)
-
-
-def _synchronize(device: "torch.device") -> None:
+def _synchronize(device: torch.device) -> None:
     """Wait for the device, which computes while Python goes on."""
-    import torch
-
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()

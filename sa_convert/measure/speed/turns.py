@@ -49,10 +49,10 @@ def take_turns(
         prefills = [worker.ask("prefill") for worker in workers]
         blocks = [[worker.ask("decode", steps=size)["seconds"] for worker in workers] for size in block_sizes(steps)]
         if turn >= options.warmup:
-            for place, run in enumerate(runs):
-                run.prefills.append(prefills[place]["seconds"])
-                run.blocks += [median(block[place]) for block in blocks]
-                run.cache_bytes = prefills[place]["cache_bytes"]
+            for number, run in enumerate(runs):
+                run.prefills.append(prefills[number]["seconds"])
+                run.blocks += [median(block[number]) for block in blocks]
+                run.cache_bytes = prefills[number]["cache_bytes"]
         told()
     for worker, run in zip(workers, runs, strict=True):
         run.peak_memory = worker.ask("end")["peak_memory"]
@@ -62,4 +62,4 @@ def take_turns(
 def block_sizes(steps: int) -> list[int]:
     """As equal as can be, none longer than BLOCK: 12 -> [6, 6]."""
     count = -(-steps // BLOCK)
-    return [steps // count + (place < steps % count) for place in range(count)]
+    return [steps // count + (number < steps % count) for number in range(count)]

@@ -39,14 +39,14 @@ class Timer:
         from sa_convert.measure.speed.runner import Runner
         from sa_convert.models.auto_class import prediction_task
         from sa_convert.models.load import embedded_tokens, first_line
-        from sa_convert.models.placement import placed, read_config, usable_positions
+        from sa_convert.models.placement import placed, usable_positions
         from sa_convert.models.subject import Subject
 
         named, asked = Subject(**{**subject, "folder": Path(subject["folder"])}), BenchOptions(**options)
         name = named.name
         if asked.threads is not None:
             torch.set_num_threads(asked.threads)
-        task = prediction_task(read_config(named.folder), name)
+        task = prediction_task(named.config, name)
         placement = placed(named.folder, asked)
         if placement.max_memory is not None:
             raise SaConvertError(
@@ -106,8 +106,8 @@ def _answer(timer: Timer, request: dict[str, Any]) -> dict[str, Any]:
     do, name = request.pop("do"), request.pop("of")
     try:
         with torch.inference_mode():
-            found: dict[str, Any] = getattr(timer, do)(**request)
-        return found
+            answer: dict[str, Any] = getattr(timer, do)(**request)
+        return answer
     except SaConvertError as error:
         traceback.print_exc()
         return {"error": str(error), "kind": type(error).__name__}

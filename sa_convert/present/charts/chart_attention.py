@@ -1,4 +1,4 @@
-"""Charts of attention weights, after the figures of arXiv 2407.12866: similarity of layers, isotropy and variance."""
+"""Charts of attention probabilities, after arXiv 2407.12866: similarity of layers, isotropy and variance."""
 
 from typing import TYPE_CHECKING
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 def similarity_chart(analysis: Analysis) -> "Figure":
-    """Cosine similarity of attention weights, layers by layers: same head index, and best-matching head."""
+    """Cosine similarity of attention probabilities, layers by layers: same head index, and best-matching head."""
     import matplotlib
     import numpy
 
     layers = shown_layers(analysis)
-    figure = paper(f"{analysis.base_model.id}: similarity of attention weights between layers", 10.5, 5.2)
+    figure = paper(f"{analysis.base_model.id}: similarity of attention probabilities between layers", 10.5, 5.2)
     left, right = figure.subplots(1, 2)
     # Blank: layers that are not compared.
     colours = matplotlib.colormaps["viridis"].with_extremes(bad="white")
@@ -37,17 +37,17 @@ def similarity_chart(analysis: Analysis) -> "Figure":
 
 
 def isotropy_chart(analysis: Analysis) -> "Figure":
-    """Isotropy (mean similarity to the other layers) and variance of attention weights, by layer."""
+    """Isotropy (mean similarity to the other layers) and variance of attention probabilities, by layer."""
     import numpy
 
     layers = len(analysis.heads)
     matched = array(analysis.attention.matched)
     # A head can only reuse what an earlier layer computes. Layers that are not compared are NaN.
     earlier = [
-        None if numpy.isnan(found := matched[layer, :layer]).all() else float(numpy.nanmax(found))
+        None if numpy.isnan(similar := matched[layer, :layer]).all() else float(numpy.nanmax(similar))
         for layer in range(layers)
     ]
-    figure = paper(f"{analysis.base_model.id}: isotropy and variance of attention weights by layer", 9, 6)
+    figure = paper(f"{analysis.base_model.id}: isotropy and variance of attention probabilities by layer", 9, 6)
     above, below = figure.subplots(2, 1, sharex=True)
     size = 5 if len(shown_layers(analysis)) <= 40 else 3.5
     others = "the stack's other layers" if analysis.stacks else "all other layers"
@@ -59,7 +59,7 @@ def isotropy_chart(analysis: Analysis) -> "Figure":
     # Outside of the axes, where it hides no point.
     above.legend(fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     plot_layers(below, analysis, analysis.attention.variance, "o-", color=BLUE, markersize=size)
-    below.set(xlabel="layer", ylabel="variance of attention weights")
+    below.set(xlabel="layer", ylabel="variance of attention probabilities")
     below.set_title(f"sequences of {analysis.calibration.length} tokens", fontsize=10)
     below.set_ylim(bottom=0)
     layer_axis(below.xaxis, analysis)

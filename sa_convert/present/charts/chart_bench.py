@@ -18,7 +18,7 @@ def speed_chart(benchmark: Benchmark) -> "Figure":
     """Above, ratios of times as measured (with quartiles) and as expected; below, of cache and peak memory."""
     batches = list(dict.fromkeys(pairing.batch for pairing in benchmark.pairings))
     made = benchmark.conditions
-    title = f"{benchmark.model.name}, relative to {benchmark.against.name}"
+    title = f"{benchmark.model.id}, relative to {benchmark.against.id}"
     figure = paper(f"{title}\n{made.dtype}, {made.device}, threads: {made.threads}", max(6.6, 4.4 * len(batches)), 7.2)
     grid = figure.subplots(2, len(batches), sharex=True, sharey="row", squeeze=False)
     for column, batch in enumerate(batches):

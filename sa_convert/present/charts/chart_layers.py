@@ -46,7 +46,7 @@ def layer_axis(axis: Any, analysis: Analysis) -> None:
     places = [place for _, members in stacks for place in members[::step]]
     axis.set_ticks(places, labels=[str(place_of(analysis.stacks, layers[place])[1]) for place in places])
     if analysis.stacks:
-        # In two rows where they might overlap.
+        # In two rows if they might overlap.
         rows = 2 if min(len(members) for _, members in stacks) < NARROW * len(layers) else 1
         for number, (name, members) in enumerate(stacks):
             _name_stack(axis, name, (members[0] + members[-1]) / 2, NUMBER_ROOM + number % rows * NAME_ROOM)

@@ -56,17 +56,17 @@ class Cell:
 
 def cells(drawings: Sequence[Drawing], geometry: ModelGeometry) -> tuple[Cell, ...]:
     """Every KV group of the model, layer by layer."""
-    found = []
+    cells = []
     for index, layer in enumerate(geometry.layers):
         for group in range(layer.groups):
             looks = [drawing.looks[index, group] for drawing in drawings if (index, group) in drawing.looks]
-            found.append(Cell(index, group, tuple(looks) or (OWN,)))
-    return tuple(found)
+            cells.append(Cell(index, group, tuple(looks) or (OWN,)))
+    return tuple(cells)
 
 
 @dataclass(frozen=True)
 class Band:
-    """Layers that are drawn side by side. first: the number of the first in its stack. name: of the stack, "" where
+    """Layers that are drawn side by side. first: the number of the first in its stack. name: of the stack, "" if
     there is one. top: pixels above the cells. groups: KV groups of the layer that has most. numbered: the columns whose
     numbers are drawn."""
 
@@ -139,8 +139,8 @@ def plan_figure(plan: Plan, geometry: ModelGeometry, path: Path) -> Path:
 
 def drawings_of(plan: Plan, geometry: ModelGeometry) -> tuple[Drawing, ...]:
     """What each treatment that the plan uses draws; of a plan that does nothing, what the first one would."""
-    found = [treatment.drawing(plan, geometry) for treatment in used_in(plan) or treatments()[:1]]
-    return tuple(drawing for drawing in found if drawing is not None)
+    drawings = [treatment.drawing(plan, geometry) for treatment in used_in(plan) or treatments()[:1]]
+    return tuple(drawing for drawing in drawings if drawing is not None)
 
 
 def _tile(cell: Cell) -> "Image":
@@ -174,7 +174,7 @@ def _text(canvas: "ImageDraw", place: tuple[float, float], text: str, anchor: st
 
 @cache
 def _font(size: int) -> "FreeTypeFont":
-    """The scalable font that Pillow brings. Raises ImportError where Pillow was built without FreeType."""
+    """The scalable font that Pillow brings. Raises ImportError if Pillow was built without FreeType."""
     from PIL import ImageFont
 
     return cast("FreeTypeFont", ImageFont.load_default(size))

@@ -14,7 +14,7 @@ FILE, PAGE, FIGURE = "bench.json", "bench.md", "bench.png"
 
 
 class Row(NamedTuple):
-    """One measure of both models, as people read it; "" where there is nothing."""
+    """One measure of both models, as people read it; "" if there is nothing."""
 
     measure: str
     model: str
@@ -54,7 +54,7 @@ def notes_of(benchmark: Benchmark) -> Iterator[str]:
     """What to know about the numbers, a sentence a line."""
     made, pairs = benchmark.conditions, benchmark.pairings[0]
     for model in (benchmark.model, benchmark.against):
-        yield f"{model.name}: {human_count(model.parameters)} parameters, attention {model.attention}"
+        yield f"{model.id}: {human_count(model.parameters)} parameters, attention {model.attention}"
     yield f"Computed in {made.dtype} on {made.device} ({made.processor}), threads: {made.threads}"
     versions = ", ".join(f"{name} {version}" for name, version in benchmark.versions.items())
     yield f"Versions: {versions}"
@@ -65,9 +65,9 @@ def notes_of(benchmark: Benchmark) -> Iterator[str]:
         f"{made.warmup} warm-up"
     )
     yield "Expected: ratio of FLOPs at prefill, of bytes read at a decode step, from weights, sharing map and cache"
-    if made.experts:
+    if made.mixture_of_experts:
         yield "All experts count as used by every token, so the expected ratios are nearer to 1 than they should be"
-    yield f"Peak memory: {made.memory}"
+    yield f"Peak memory: {made.peak_memory}"
     if made.task == "masked-token":
         yield "The models cache nothing, so there is no decoding: prefill is one pass over the text"
     if made.task == "teacher-forced":
@@ -78,7 +78,7 @@ def notes_of(benchmark: Benchmark) -> Iterator[str]:
 
 
 def _page(benchmark: Benchmark) -> str:
-    mine, theirs = benchmark.model.name, benchmark.against.name
+    mine, theirs = benchmark.model.id, benchmark.against.id
     lines = [
         f"# {mine} against {theirs}",
         "",

@@ -37,7 +37,7 @@ _MISSING = "The licence of the base model applies; see its own page."
 
 
 def inherited(base_card: Path | None, base_url: str | None, folder: Path) -> tuple[dict[str, Any], str | None]:
-    """Licence and language of the base model, and what to say where its card does not tell them.
+    """Licence and language of the base model, and what to say if its card does not tell them.
 
     base_url: the base model's page on the Hub. A link to a licence file that is not in `folder` becomes one to there.
     """
@@ -48,12 +48,12 @@ def inherited(base_card: Path | None, base_url: str | None, folder: Path) -> tup
     try:
         block = BLOCK.match(base_card.read_text(encoding="utf-8-sig"))
         # Every value is text, as for the Hub: the language `no` is Norwegian, not false.
-        found = (yaml.load(block[1], yaml.BaseLoader) if block else None) or {}
-        if not isinstance(found, dict):
+        told = (yaml.load(block[1], yaml.BaseLoader) if block else None) or {}
+        if not isinstance(told, dict):
             raise ValueError("the metadata of a card are keys and values")
     except (ValueError, RecursionError, OSError, yaml.YAMLError):
         return {}, f"The metadata of the base model's card cannot be read. {_MISSING}"
-    metadata = {key: found[key] for key in INHERITED if _is_text(found.get(key))}
+    metadata = {key: told[key] for key in INHERITED if _is_text(told.get(key))}
     link = metadata.get("license_link")
     if isinstance(link, str) and "://" not in link and not (folder / link).is_file():
         if base_url is not None:

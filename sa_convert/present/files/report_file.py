@@ -97,7 +97,7 @@ def refit_summary(refit: RefitReport) -> str:
     """Such as "9 of 12 output projections, divergence on held-out text 0.1100 -> 0.0900 nats"."""
     if not refit.share:
         return "left out, since it did not help on held-out text"
-    kept = sum(found.strength is not None for found in refit.layers.values())
+    kept = sum(layer.strength is not None for layer in refit.layers.values())
     share = "" if refit.share == 1 else f", {format_percent(refit.share)} of the way"
     change = f"{refit.before.divergence:.4f} -> {refit.after.divergence:.4f} nats"
     return f"{kept} of {len(refit.layers)} output projections{share}; divergence on held-out text {change}"

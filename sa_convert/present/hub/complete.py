@@ -78,16 +78,16 @@ def _check_model(checkpoint: Checkpoint) -> Mapping[str, Any]:
 def _check_report(
     folder: Path,
     checkpoint: Checkpoint,
-    found: Mapping[str, Any],
+    content: Mapping[str, Any],
     sections: Mapping[str, Any],
     allow_unvalidated: bool,
 ) -> None:
     """That the report is of this model, and what it says of its quality."""
     file = folder / report.FILE
     try:
-        told = {key: found[key] for key in sections}
-        written = found["savings"]["checkpoint_bytes"]["after"]
-        gate, check, perplexity = found["gate"], found["decode_check"], found["perplexity"]
+        told = {key: content[key] for key in sections}
+        written = content["savings"]["checkpoint_bytes"]["after"]
+        gate, check, perplexity = content["gate"], content["decode_check"], content["perplexity"]
         passed = gate and gate["passed"] is True
         limit = gate and format_percent(gate["max_perplexity_increase"])
         decodes = check is None or (

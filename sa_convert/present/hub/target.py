@@ -28,8 +28,8 @@ class Target:
 def check_target(repo_id: str, private: bool = False, revision: str | None = None) -> Target:
     """The repository to push to, with its full name, once it is found that a push is likely to be allowed.
 
-    Changes nothing on the Hub. Raises OutputError where the name is none, there is no token or it may not write there,
-    and where the repository holds another model, or is public though `private`.
+    Changes nothing on the Hub. Raises OutputError if the name is none, there is no token or it may not write there,
+    and if the repository holds another model, or is public though `private`.
     """
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -58,12 +58,12 @@ def names_in(info: "ModelInfo") -> set[str]:
 
 
 def _allowed_name(api: "HfApi", repo_id: str) -> str:
-    """The full name. Raises OutputError where the token's owner or its kind cannot write there."""
+    """The full name. Raises OutputError if the token's owner or its kind cannot write there."""
     who = api.whoami()
     namespace, _, name = repo_id.rpartition("/")
     namespace = namespace or who["name"]
     organisations = [organisation.get("name") for organisation in who.get("orgs") or ()]
-    known = [str(found) for found in (who["name"], *organisations) if found]
+    known = [str(one) for one in (who["name"], *organisations) if one]
     token = (who.get("auth") or {}).get("accessToken") or {}
     scopes = token.get("fineGrained")
     if token.get("role") == "read" or (scopes is not None and "repo.write" not in str(scopes)):
@@ -71,7 +71,7 @@ def _allowed_name(api: "HfApi", repo_id: str) -> str:
             f"{repo_id}: your token may only read; make one with write access on "
             "https://huggingface.co/settings/tokens and log in with 'hf auth login'."
         )
-    if namespace.lower() not in [found.lower() for found in known]:
+    if namespace.lower() not in [one.lower() for one in known]:
         raise OutputError(
             f"{repo_id}: '{namespace}' is neither your account nor one of your organisations, as far as your token "
             f"shows ({', '.join(known)}); use another REPO_ID or token."
@@ -88,7 +88,7 @@ def check_private(info: "ModelInfo", target: Target) -> None:
 
 
 def check_content(api: "HfApi", info: "ModelInfo", target: Target) -> None:
-    """Raises OutputError where weights or a configuration are there that no conversion wrote."""
+    """Raises OutputError if weights or a configuration are there that no conversion wrote."""
     names = names_in(info)
     if "config.json" in names:
         with TemporaryDirectory(prefix="sa-convert-") as folder:

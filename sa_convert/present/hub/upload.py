@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import CommitOperation
 
 ATTEMPTS = 3
-"""Of the upload, where the connection is lost; huggingface_hub repeats the transfer of single files itself."""
+"""Of the upload, if the connection is lost; huggingface_hub repeats the transfer of single files itself."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Pushed:
 
 
 def upload(conversion: Conversion, target: Target) -> Pushed:
-    """Upload all files of a conversion in one commit; the repository and the branch are made where they are missing.
+    """Upload all files of a conversion in one commit; the repository and the branch are made if they are missing.
 
     The uploaded model card names the repository; the folder is not changed. Files that the repository has already are
     not sent again, so a second run goes on where a first was stopped. Weights of an earlier conversion that have no

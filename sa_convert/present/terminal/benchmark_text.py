@@ -6,7 +6,7 @@ from sa_convert.present.files.benchmark_folder import Row, notes_of, rows_of
 
 def render_benchmark(benchmark: Benchmark) -> str:
     """An aligned table, a part for each context and batch, then notes; no final newline."""
-    head = Row("", benchmark.model.name, benchmark.against.name, "ratio (quartiles)", "expected")
+    head = Row("", benchmark.model.id, benchmark.against.id, "ratio (quartiles)", "expected")
     parts = [
         (f"context {pairing.context}, batch {pairing.batch}", list(rows_of(pairing))) for pairing in benchmark.pairings
     ]

@@ -44,11 +44,11 @@ def _rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
 def _shape(geometry: ModelGeometry) -> Iterator[tuple[str, str]]:
     """Layers, heads and groups, stack by stack where there are several."""
     stacks = stack_ranges(geometry.stacks, len(geometry.layers))
-    found = [[geometry.layers[index] for index in members] for _, members in stacks]
+    by_stack = [[geometry.layers[index] for index in members] for _, members in stacks]
 
     def each(value: Callable[[LayerGeometry], int]) -> str:
         """Such as "8", "4-8" (where layers differ), or "16 encoder, 8 decoder"."""
-        ranges = [sorted({value(layer) for layer in layers if layer.heads}) for layers in found]
+        ranges = [sorted({value(layer) for layer in layers if layer.heads}) for layers in by_stack]
         texts = [f"{sizes[0]}-{sizes[-1]}" if len(sizes) > 1 else str(sizes[0]) for sizes in ranges]
         if len(set(texts)) == 1:
             return texts[0]
@@ -63,8 +63,8 @@ def _shape(geometry: ModelGeometry) -> Iterator[tuple[str, str]]:
     yield "Query heads", f"{each(lambda layer: layer.heads)} per layer"
     yield "KV groups", f"{each(lambda layer: layer.groups)} per layer, {geometry.total_groups:,} in all"
     yield "Head size", each(lambda layer: layer.head_dim)
-    for (name, _), layers in zip(stacks, found, strict=True):
-        yield "Attention" if layers is found[0] else "", (f"{name}: " if name else "") + _attention(layers)
+    for (name, _), layers in zip(stacks, by_stack, strict=True):
+        yield "Attention" if layers is by_stack[0] else "", (f"{name}: " if name else "") + _attention(layers)
 
 
 def _cache(inspection: Inspection) -> str:
