@@ -3,15 +3,14 @@
 import hashlib
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 
-import sa_convert.runtime
 from sa_convert.domain.checkpoint import TensorEdit
 from sa_convert.domain.plan import Plan
 from sa_convert.errors import UnsupportedModelError
 from sa_convert.families.table import FAMILIES
+from sa_convert.plan.audited import expected_code
 from sa_convert.read.folder import open_folder
 from sa_convert.rewrite.config import converted_config
 from sa_convert.rewrite.rewrite import needed_bytes, rewrite_checkpoint
@@ -40,7 +39,11 @@ def test_config_changes_four_keys_and_keeps_the_order(tmp_path):
             ),
             "AutoModelForTokenClassification": "modeling_shared_attention.SharedAttentionLlamaForTokenClassification",
         },
-        "shared_attention": {"layers": {"2": [[1, 0], [1, 1], [0, 3], None]}},
+        "shared_attention": {
+            "version": 2,
+            "modules": {},
+            "layers": {"2": {"0": {"share": [[1, 0], [1, 1]]}, "1": {"share": [[0, 3], None]}}},
+        },
     }
     assert base.config["model_type"] == "llama"
 
@@ -58,15 +61,14 @@ def test_the_whole_folder(tmp_path):
     out.mkdir()
     edits = {"model.layers.2.self_attn.q_proj.weight": TensorEdit(rows=((24, 32),))}
     written = rewrite_checkpoint(base, FAMILIES["llama"], SHARING, edits, out, runtimes=runtime_files())
-    code = [file.name for file in Path(sa_convert.runtime.__file__).parent.glob("*.py") if file.name != "__init__.py"]
-    assert len(code) >= 4
+    code = ["configuration_shared_attention.py", "modeling_shared_attention.py", "shared_attention_share.py"]
     files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert files == {
         *side, *code, "vocab.json", "config.json", "model.safetensors.index.json", *written.files,
         "tokenizer_config.json",
     }  # fmt: skip
-    for name in code:
-        assert (out / name).read_bytes() == (Path(sa_convert.runtime.__file__).parent / name).read_bytes()
+    expected = expected_code(json.loads((out / "config.json").read_text()))
+    assert {name: (out / name).read_bytes() for name in code} == expected
     for name, data in side.items():
         assert (out / name).read_bytes() == data
     assert not any(path.is_symlink() for path in out.rglob("*"))
