@@ -558,6 +558,8 @@ def treat(model, described, treatments, ours):
     described: `shared_attention` of its config. treatments: the classes of those that it may name. ours: the class that
     comes before the family's attention class. Raises ValueError if the plan does not fit the model.
     """
+    if described.get("version") != 2:
+        raise ValueError("shared_attention: config.json is not of version 2, for which this code was written.")
     names = SimpleNamespace(**{**MODULES, **described.get("modules", {})})
     single = {"name": "", **{key: getattr(names, key) for key in ("layers", "attention", "heads")}}
     stacks = [SimpleNamespace(**{"query_input": None, **stack}) for stack in names.stacks or (single,)]

@@ -23,6 +23,10 @@ PROMPT = [[5, 17, 99, 42, 23]]
 
 
 @pytest.fixture(scope="module")
+LATER = {"2": {"0": {"share": [[3, 0]] * 2}}}
+"""In the plan of a folder: a layer that reuses a later one."""
+
+
 def folders(base, tmp_path_factory):
     """Two validated conversions with the same name, and one that was not validated."""
     root = tmp_path_factory.mktemp("folders")
@@ -176,7 +180,7 @@ DAMAGES = {
         partial(
             edit,
             "config.json",
-            lambda config: config["shared_attention"]["layers"].update({"2": {"0": {"share": [[3, 0]] * 2}}}),
+            lambda config: config["shared_attention"]["layers"].update(LATER),
         ),
         1,
         "layer 3",
@@ -406,8 +410,8 @@ def test_round_trip_where_sa_convert_is_not_installed(folders, hub, tmp_path):
         ["perplexity", "Perplexity", perplexity["after"]],
         ["perplexity", "Perplexity of the base model", perplexity["before"]],
     ]
-    code = expected_code(json.loads(again["config.json"]))
     again = hub.files("org/again")
+    code = expected_code(json.loads(again["config.json"]))
     assert {name: content for name, content in again.items() if name.endswith(".py")} == code
 
 

@@ -284,6 +284,17 @@ def test_broken_map_is_refused_at_load(cases, tmp_path):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(cases("llama", "span").folder, trust_remote_code=True)
-    config.shared_attention = {"layers": {"2": [[1, 0]] * 8, "1": [[0, 0]] * 8}}
+    rows = {"2": {str(group): {"share": [[1, 0]] * 2} for group in range(4)}}
+    rows["1"] = {str(group): {"share": [[0, 0]] * 2} for group in range(4)}
+    config.shared_attention = {"version": 2, "layers": rows}
     with pytest.raises(ValueError, match="layer 2 head 0 reuses layer 1 head 0, which is not an own head"):
         AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    for other, said in (
+        ({"layers": {"2": [[1, 0]] * 8}}, "is not of version 2"),
+        ({"version": 2, "layers": {"2": {"0": {"window": {}}}}}, "layer 2: this checkpoint has no code for window"),
+        ({"version": 2, "layers": {"2": {"4": {"share": [[1, 0]] * 2}}}}, "layer 2 lists 2 heads in KV group 4"),
+        ({"version": 2, "layers": {"encoder.2": {}}}, "the model has no layer encoder.2"),
+    ):
+        config.shared_attention = other
+        with pytest.raises(ValueError, match=f"shared_attention: .*{said}"):
+            AutoModelForCausalLM.from_config(config, trust_remote_code=True)
