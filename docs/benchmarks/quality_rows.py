@@ -36,6 +36,8 @@ from sa_convert.models.placement import place
 from sa_convert.observe.session import Session, open_session
 from sa_convert.read.model_of import model_of
 from sa_convert.read.open_model import open_model
+from sa_convert.treatments.share.plans import plan_of
+from sa_convert.treatments.share.sharing_map import SharingMap
 
 ROOT = Path(__file__).parents[2]
 RECOMMENDED = 4
@@ -146,7 +148,8 @@ class Benchmark:
                 best: Spans = ()
                 least = math.inf
                 for spans in candidates or span_candidates(depth, count):
-                    with session.probe.sharing(span_rows(spans, heads)):
+                    rows = SharingMap(span_rows(spans, heads))
+                    with session.probe.trying(plan_of(rows, self.geometry)):
                         cost = divergence()
                     print(f"  paper, {named(spans)}: {cost:.4f}", file=sys.stderr, flush=True)
                     if cost < least:

@@ -116,7 +116,7 @@ def command(
     # The name of a file, not its path: the report holds nothing of this machine.
     report = convert(model, recipe, output, how, Path(recipe_name).name)
     if not as_json:
-        from sa_convert.present.files.report_file import render_report
+        from sa_convert.present.terminal.report_text import render_report
 
         click.echo(render_report(report))
         click.echo(f"\nWritten to {output}")

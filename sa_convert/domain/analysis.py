@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sa_convert.domain.geometry import Head
+from sa_convert.domain.plan import Plan
 from sa_convert.domain.report import BaseModel
 from sa_convert.domain.rounding import digits
-from sa_convert.domain.sharing_map import SharingMap, Source
-from sa_convert.domain.stacks import Stacks, place_of
+from sa_convert.domain.stacks import Stacks, in_stack
 from sa_convert.domain.units import Unit
 
 Matrix = tuple[tuple[float | None, ...], ...]
@@ -42,19 +43,19 @@ class AttentionStatistics:
 
 @dataclass(frozen=True)
 class UnitCost:
-    """What it costs that a unit alone gives up its attention: in nats per token, or relative output error.
+    """What it costs that a unit alone is treated: in nats per token, or relative output error.
 
-    sources: the best for each of its heads. Both are None if it has no possible source.
+    sources: the heads that it then uses, one for each of its own. Both are None if it cannot be treated.
     """
 
     unit: Unit
     cost: float | None
-    sources: tuple[Source, ...] | None
+    sources: tuple[Head, ...] | None
 
     def to_json(self, stacks: Stacks = ()) -> dict[str, Any]:
         """stacks: those of the model; layers are then numbered in each."""
-        stack, layer = place_of(stacks, self.unit.layer)
-        sources = self.sources and [[place_of(stacks, source)[1], head] for source, head in self.sources]
+        stack, layer = in_stack(stacks, self.unit.layer)
+        sources = self.sources and [[in_stack(stacks, source).number, head] for source, head in self.sources]
         return {
             **({"stack": stack} if stacks else {}),
             "layer": layer,
@@ -67,12 +68,12 @@ class UnitCost:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """A map on the way of the search. key_cache_removed: 0 to 1. groups: that reuse.
+    """A plan on the way of the search. key_cache_removed: 0 to 1. groups: KV groups without keys.
 
     estimated_loss: the sum of the costs of the cheapest units that remove as much, as measured before anything is
-    removed; with "fisher" it estimates the divergence. The rest was measured of this map on held-out sequences, in nats
-    per token: the rise of the loss on text, the divergence KL(base || shared) there, and
-    that on random repetition (None: no such sequence was held out).
+    removed; with "fisher" it estimates the divergence. The rest was measured of this plan on held-out sequences, in
+    nats per token: the rise of the loss on text, the divergence KL(base || changed) there, and that on random
+    repetition (None: no such sequence was held out).
     """
 
     key_cache_removed: float
@@ -108,7 +109,8 @@ class CalibrationText:
 class Analysis:
     """All of analysis.json. measure: of the costs, "fisher" or "output error". dtype: in which the model was computed.
 
-    heads: query heads of each layer. sharing: the map of recipe.yaml, which removes `key_cache_removed` (0 to 1).
+    heads: query heads of each layer. plan: that of recipe.yaml, which removes `key_cache_removed` (0 to 1); layers: as
+    recipe.yaml has them. used_sources: (layer, source layer), and how many heads of the plan have their source there.
     peak_memory: bytes that the process had in use at most. caches: whether the model caches keys; if it does not,
     the key cache means the keys that are computed.
     """
@@ -122,7 +124,9 @@ class Analysis:
     attention: AttentionStatistics
     costs: tuple[UnitCost, ...]
     curve: tuple[CurvePoint, ...]
-    sharing: SharingMap
+    plan: Plan
+    layers: Mapping[str, Any]
+    used_sources: Mapping[tuple[int, int], int]
     key_cache_removed: float
     peak_memory: int
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -131,7 +135,7 @@ class Analysis:
     @property
     def stacks(self) -> Stacks:
         """Those of the model, which name its layers."""
-        return self.sharing.stacks
+        return self.plan.stacks
 
     @property
     def keys_name(self) -> str:
@@ -146,7 +150,7 @@ class Analysis:
     @property
     def cost_matrix(self) -> Matrix:
         """(L, G): the cost of each KV group, None without a source; of a whole layer in its first column if only
-        whole layers can reuse."""
+        whole layers can borrow."""
         rows: list[list[float | None]] = [[] for _ in self.heads]
         for cost in self.costs:
             rows[cost.unit.layer].append(cost.cost)
@@ -158,12 +162,6 @@ class Analysis:
         pairs = ((cost.unit.layer, layer) for cost in self.costs for layer, _ in cost.sources or ())
         return Counter(pairs)
 
-    @property
-    def used_sources(self) -> Counter[tuple[int, int]]:
-        """(layer, source layer) and how many heads of the recipe's map have their source there."""
-        rows = self.sharing.layers.items()
-        return Counter((layer, source[0]) for layer, row in rows for source in row if source is not None)
-
     def to_json(self) -> dict[str, Any]:
         """As in analysis.json. Floats are rounded to the digits that mean something."""
         return {
@@ -173,14 +171,14 @@ class Analysis:
             "dtype": self.dtype,
             "measure": self.measure,
             "cost_unit": self.cost_unit,
-            "layers": [self.sharing.label(layer) for layer in range(len(self.heads))],
+            "layers": [self.plan.label(layer) for layer in range(len(self.heads))],
             "attention": self.attention.to_json(),
             "costs": [_rounded(row) for row in self.cost_matrix],
             "units": [cost.to_json(self.stacks) for cost in self.costs],
             "curve": [point.to_json() for point in self.curve],
             "recipe": {
                 "key_cache_removed": round(self.key_cache_removed, 6),
-                "layers": self.sharing.to_json(),
+                "layers": self.layers,
             },
             "peak_memory_bytes": self.peak_memory,
             "versions": dict(sorted(self.versions.items())),

@@ -50,8 +50,8 @@ class Distance:
 class RefitReport:
     """share: the part of the way from the base's matrices to the fitted ones, 0 if they did not help.
 
-    layers: of every reusing layer. before, after: the divergence from the base on held-out samples. text, sequences,
-    length: what it was fitted on.
+    layers: of every layer that borrows. before, after: the divergence from the base on held-out samples. text,
+    sequences, length: what it was fitted on.
     """
 
     share: float

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from sa_convert.domain.stacks import Stacks, layer_label
 
+Head = tuple[int, int]
+"""A layer and a query head in it."""
+
 
 @dataclass(frozen=True)
 class LayerGeometry:
@@ -13,7 +16,7 @@ class LayerGeometry:
     query heads. head_dim: elements of one head's query and key. attention: type in the words of transformers
     ("full_attention", "sliding_attention"), "none" without softmax attention. window: tokens in the sliding window, or
     None. rotary: whether queries and keys are rotated by position. stack: which kind of attention of an encoder-decoder
-    ("encoder", "decoder", "decoder.cross"); "" where a model has one kind. cached: whether its keys and values are kept
+    ("encoder", "decoder", "decoder.cross"); "" if a model has one kind. cached: whether its keys and values are kept
     from one generated token to the next; an encoder's are not.
     """
 
@@ -49,7 +52,7 @@ class LayerGeometry:
 
 @dataclass(frozen=True)
 class ModelGeometry:
-    """All layers; granularity is the smallest unit that can reuse: "head" or "layer"."""
+    """All layers; granularity is the smallest unit that can borrow: "head" or "layer"."""
 
     layers: tuple[LayerGeometry, ...]
     granularity: str = "head"
@@ -66,7 +69,7 @@ class ModelGeometry:
 
     @property
     def stacks(self) -> Stacks:
-        """() where the model has one kind of attention."""
+        """() if the model has one kind of attention."""
         names = dict.fromkeys(layer.stack for layer in self.layers)
         counts = tuple((name, sum(layer.stack == name for layer in self.layers)) for name in names)
         return () if set(names) == {""} else counts

@@ -72,7 +72,7 @@ class _Frozen(BaseModel):
 
 
 class Span(_Frozen):
-    """Consecutive layers that reuse one layer. source: its number; None: the nearest layer before that can serve."""
+    """Consecutive layers that borrow from one. source: its number; None: the nearest layer before that can serve."""
 
     layers: Layers
     source: Annotated[StrictInt, Field(ge=0)] | None = None
@@ -82,7 +82,7 @@ class Span(_Frozen):
         if self.layers.by_depth:
             return self
         if self.layers.first == 0:
-            raise RecipeValueError("layer 0 cannot reuse, since no layer is before it; start at 1 or later", "layers")
+            raise RecipeValueError("layer 0 cannot borrow, since no layer is before it; start at 1 or later", "layers")
         if self.source is not None and self.source >= self.layers.first:
             raise RecipeValueError(
                 f"source {self.source} is not before layers {self.layers}; name an earlier layer", "source"
@@ -148,6 +148,7 @@ class Recipe(_Frozen):
     description: StrictStr = ""
     sharing: Sharing | None = None
     plan: dict[int | str, dict[int, dict[str, Any]] | str] | None = None
+    treatments: Annotated[tuple[StrictStr, ...], Field(min_length=1)] | None = None
     refit: Literal["none", "ridge"] = "none"
     calibration: Calibration = Calibration()
     gate: Gate = Gate()
@@ -199,7 +200,7 @@ class Recipe(_Frozen):
 
     def resolved(self, substance: Mapping[str, Any]) -> "Recipe":
         """The same recipe with what came of it. substance: the one of its keys `sharing` and `plan` that says it."""
-        return self.model_copy(update={"sharing": None, "plan": None, **substance})
+        return self.model_copy(update={"sharing": None, "plan": None, "treatments": None, **substance})
 
 
 def _exactly_one(model: BaseModel, name: str, keys: tuple[str, ...]) -> None:

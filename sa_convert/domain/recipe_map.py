@@ -75,7 +75,7 @@ def _layer(key: object) -> tuple[int | str, int]:
     match = None if isinstance(key, bool) else _LAYER_KEY.fullmatch(str(key))
     if match is None:
         raise RecipeValueError(
-            f"{key!r} is not a layer; write its number (27), after encoder. or decoder. where a model has both",
+            f"{key!r} is not a layer; write its number (27), after encoder. or decoder. if the model has both",
             key,  # type: ignore[arg-type]
         )
     return (match[0] if match[1] else int(match[2])), int(match[2])
@@ -100,7 +100,7 @@ def _parse_row(row: object, layer: int | str, index: int, key: str | int) -> tup
             )
         if numbers[0] >= index:
             raise RecipeValueError(
-                f"layer {layer} head {head} reuses layer {numbers[0]}, which is not before it; name an earlier layer",
+                f"layer {layer} head {head} borrows from layer {numbers[0]}, which is not before it; name one before",
                 key,
                 head,
             )

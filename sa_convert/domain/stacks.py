@@ -6,23 +6,31 @@ and count from 0 in each; a model with one kind of attention has plain numbers e
 """
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 Stacks = tuple[tuple[str, int], ...]
 """Name and number of layers of each stack, in the order in which layers are numbered; () if there is one kind."""
 
 
-def place_of(stacks: Stacks, layer: int) -> tuple[str, int]:
-    """The stack of a layer, and its number there."""
+class InStack(NamedTuple):
+    """A layer by the name of its stack ("" if there is one kind), and its number there."""
+
+    stack: str
+    number: int
+
+
+def in_stack(stacks: Stacks, layer: int) -> InStack:
+    """A layer as people name it."""
     number = layer
     for name, depth in stacks:
         if number < depth:
-            return name, number
+            return InStack(name, number)
         number -= depth
-    return "", layer
+    return InStack("", layer)
 
 
 def layer_label(stacks: Stacks, layer: int) -> str:
-    stack, number = place_of(stacks, layer)
+    stack, number = in_stack(stacks, layer)
     return f"{stack}.{number}" if stack else str(number)
 
 
@@ -37,10 +45,10 @@ def stack_ranges(stacks: Stacks, depth: int) -> list[tuple[str, range]]:
 
 def layer_names(stacks: Stacks, layers: Iterable[int]) -> str:
     """Such as "1-29", "2, 4-6", "3-41 (every 2nd)" or "encoder.1-5, decoder.3"."""
-    places = [place_of(stacks, layer) for layer in layers]
+    named = [in_stack(stacks, layer) for layer in layers]
     names = []
-    for stack in dict.fromkeys(name for name, _ in places):
-        runs = _runs([number for name, number in places if name == stack])
+    for stack in dict.fromkeys(name for name, _ in named):
+        runs = _runs([number for name, number in named if name == stack])
         names += [f"{stack}.{run}" if stack else run for run in runs]
     return ", ".join(names)
 

@@ -14,7 +14,7 @@ class Treated:
     label: str
     """As rows of tables call it: "Sharing"."""
     summary: str
-    """How much was done: "12 of 90 KV groups reuse, in 4 layers"."""
+    """How much was done: "12 of 90 KV groups borrow, in 4 layers"."""
     rows: tuple[tuple[str, str], ...] = ()
     """Label and text of the lines that a dry run shows."""
     section: Mapping[str, Any] = field(default_factory=dict)

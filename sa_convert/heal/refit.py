@@ -1,10 +1,10 @@
-"""Refit: the output projections of reusing layers, fitted by ridge regression to what the base's attention put out.
+"""Refit: the output projections of changed layers, fitted by ridge regression to what the base's attention put out.
 
-Layer by layer: the base and the shared model run side by side, so that a layer sees what refitted layers before it have
-made of its input. W is the matrix with the least |X W - Y|^2 + s |W - W0|^2, where X is the projection's input in the
-shared model, Y its output in the base, W0 the base's matrix and s the strength that does best on held-out samples. A
-layer's refit is kept only where it lowers the squared error on held-out text and on held-out repetition alike, and all
-of them only where they bring the model's predictions nearer to the base's (`refit`).
+Layer by layer: the base and the changed model run side by side, so that a layer sees what refitted layers before it
+have made of its input. W is the matrix with the least |X W - Y|^2 + s |W - W0|^2, where X is the projection's input in
+the changed model, Y its output in the base, W0 the base's matrix and s the strength that does best on held-out samples.
+A layer's refit is kept only if it lowers the squared error on held-out text and on held-out repetition alike, and
+all of them only if they bring the model's predictions nearer to the base's (`refit`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,8 +17,9 @@ from torch.nn import functional
 
 from sa_convert.console.progress import progress
 from sa_convert.domain.calibrated import LayerRefit, RefitReport
+from sa_convert.domain.plan import Plan
 from sa_convert.heal.ridge import Sums, combine, solve
-from sa_convert.observe.probe import Loans, Probe, Sources
+from sa_convert.observe.probe import Loans, Probe
 from sa_convert.observe.replay import Replay, captured
 from sa_convert.observe.sequences import Sample
 from sa_convert.observe.tried import Reference
@@ -40,56 +41,56 @@ class Refit:
     report: RefitReport
 
 
-def refit(session: "Session", sources: Sources, reference: Reference) -> Refit:
-    """Fit the output projections of all layers that reuse, and judge them on held-out samples.
+def refit(session: "Session", plan: Plan, reference: Reference) -> Refit:
+    """Fit the output projections of all layers that a plan changes, and judge them on held-out samples.
 
     reference: of the held-out samples, made from the base model. The session's model has its own weights afterwards.
     """
     probe, samples = session.probe, session.samples
-    fitted, layers = fit_layers(probe, sources, samples.fit, samples.held_out)
-    before = reference.measure(sources, "without refit")
+    fitted, layers = fit_layers(probe, plan, samples.fit, samples.held_out)
+    before = reference.measure(plan, "without refit")
     about = (samples.text, len(samples.fit), len(samples.fit[0].tokens))
     for share in SHARES if fitted else ():
         changes = {layer: share * change for layer, change in fitted.items()}
         with changed(probe, changes):
-            after = reference.measure(sources, "with refit")
+            after = reference.measure(plan, "with refit")
         if after.no_worse(before):
             return Refit(changes, RefitReport(share, layers, before, after, *about))
     return Refit({}, RefitReport(0.0, layers, before, before, *about))
 
 
 def fit_layers(
-    probe: Probe, sources: Sources, fit: tuple[Sample, ...], held_out: tuple[Sample, ...]
+    probe: Probe, plan: Plan, fit: tuple[Sample, ...], held_out: tuple[Sample, ...]
 ) -> tuple[dict[int, torch.Tensor], dict[int, LayerRefit]]:
     """The changes (output, input) that help on held-out samples, by layer, and what was found for every layer."""
     if probe.family.encoder_decoder:
-        return _fit_in_passes(probe, sources, fit, held_out)
-    return _fit_in_replay(probe, sources, fit, held_out)
+        return _fit_in_passes(probe, plan, fit, held_out)
+    return _fit_in_replay(probe, plan, fit, held_out)
 
 
 def _fit_in_replay(
-    probe: Probe, sources: Sources, fit: tuple[Sample, ...], held_out: tuple[Sample, ...]
+    probe: Probe, plan: Plan, fit: tuple[Sample, ...], held_out: tuple[Sample, ...]
 ) -> tuple[dict[int, torch.Tensor], dict[int, LayerRefit]]:
-    """Base and shared model side by side, layer by layer."""
+    """Base and changed model side by side, layer by layer."""
     samples = (*fit, *held_out)
     replay = Replay(probe, samples)
-    shared = base = replay.states
+    own = base = replay.states
     chunks = [slice(start, start + replay.batch) for start in range(0, len(samples), replay.batch)]
     loans: list[Loans] = [{} for _ in chunks]
-    first, last = min(sources, default=0), max(sources, default=-1)
+    first, last = min(plan.layers, default=0), max(plan.layers, default=-1)
     fits: dict[int, LayerRefit] = {}
     changes: dict[int, torch.Tensor] = {}
     with progress(last + 1, "refit", unit="layer") as bar, torch.no_grad():
         for layer in range(last + 1):
             if layer == first:
-                base = shared.clone()
-            if layer in sources:
+                base = own.clone()
+            if layer in plan.layers:
                 work = _LayerFit(len(fit))
                 for chunk, loan in zip(chunks, loans, strict=True):
                     with captured(probe.output_projections[layer], work.note):
                         base[chunk] = replay.run(layer, base[chunk])
-                        with probe.sharing(sources), probe.lending(dict(loan)):
-                            replay.run(layer, shared[chunk])
+                        with probe.trying(plan), probe.lending(dict(loan)):
+                            replay.run(layer, own[chunk])
                     work.add(samples, chunk)
                 change, fits[layer] = work.solve()
                 if change is not None:
@@ -98,23 +99,23 @@ def _fit_in_replay(
                 for chunk in chunks:
                     base[chunk] = replay.run(layer, base[chunk])
             here = {layer: changes[layer]} if layer in changes else {}
-            with changed(probe, here), probe.sharing(sources):
+            with changed(probe, here), probe.trying(plan):
                 for chunk, loan in zip(chunks, loans, strict=True):
                     with probe.lending(loan):
-                        shared[chunk] = replay.run(layer, shared[chunk])
+                        own[chunk] = replay.run(layer, own[chunk])
             bar.update()
     return changes, fits
 
 
 def _fit_in_passes(
-    probe: Probe, sources: Sources, fit: tuple[Sample, ...], held_out: tuple[Sample, ...]
+    probe: Probe, plan: Plan, fit: tuple[Sample, ...], held_out: tuple[Sample, ...]
 ) -> tuple[dict[int, torch.Tensor], dict[int, LayerRefit]]:
-    """Whole passes of the base and of the shared model for every layer: for models in which layers are not one chain,
+    """Whole passes of the base and of the changed model for every layer: for models in which layers are not one chain,
     but read what an encoder has made of the text."""
     samples = (*fit, *held_out)
     fits: dict[int, LayerRefit] = {}
     changes: dict[int, torch.Tensor] = {}
-    order = [layer for layer in probe.order() if layer in sources]
+    order = [layer for layer in probe.order() if layer in plan.layers]
     with progress(len(order), "refit", unit="layer") as bar, torch.no_grad():
         for layer in order:
             work = _LayerFit(len(fit))
@@ -122,7 +123,7 @@ def _fit_in_passes(
                 inputs = sample.inputs(probe.model)
                 with captured(probe.output_projections[layer], work.note):
                     inputs.logits(probe.model)
-                    with probe.sharing(sources), changed(probe, changes):
+                    with probe.trying(plan), changed(probe, changes):
                         inputs.logits(probe.model)
                 work.add(samples, slice(at, at + 1))
             change, fits[layer] = work.solve()
@@ -144,7 +145,7 @@ class _LayerFit:
     seen: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     def note(self, inputs: torch.Tensor, output: torch.Tensor) -> None:
-        """Input and output of the layer's projection: first in the base model, then in the shared one."""
+        """Input and output of the layer's projection: first in the base model, then in the changed one."""
         self.seen.append((inputs.reshape(*output.shape[:-1], -1).float().cpu(), output.float().cpu()))
 
     def add(self, samples: tuple[Sample, ...], chunk: slice) -> None:
@@ -159,7 +160,7 @@ class _LayerFit:
             self.sums.setdefault(key, Sums()).add(x, error)
 
     def solve(self) -> tuple[torch.Tensor | None, LayerRefit]:
-        """The change (output, input), or None where no strength helps on all held-out samples."""
+        """The change (output, input), or None if no strength helps on all held-out samples."""
         fit = combine([(1.0, sums) for (fitted, _), sums in self.sums.items() if fitted])
         held = {repetition: sums for (fitted, repetition), sums in self.sums.items() if not fitted}
         best: tuple[float, float, Any, dict[bool, float]] | None = None

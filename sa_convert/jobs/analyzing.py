@@ -1,5 +1,6 @@
-"""What `sa-convert analyze` does: what sharing would cost a model, and a recipe that follows from it."""
+"""What `sa-convert analyze` does: what treatments would cost a model, and a recipe that follows from it."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,23 +11,23 @@ from sa_convert.console.progress import announce, peak_memory
 from sa_convert.domain.analysis import Analysis, CalibrationText, CurvePoint, UnitCost
 from sa_convert.domain.model import Model, RunOptions
 from sa_convert.domain.report import BaseModel
-from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.domain.units import Unit, Units
 from sa_convert.errors import RecipeError
 from sa_convert.models.trust import trusting
 from sa_convert.output.staging import staging
-from sa_convert.plan.conversion import resolved_recipe
+from sa_convert.plan.conversion import layers_in_recipe, resolved_recipe
 from sa_convert.present.files.analysis_folder import write_analysis
 from sa_convert.present.files.report_file import installed_versions
 from sa_convert.read.work_on import bytes_to_read, describe, source_of, with_weights
-from sa_convert.treatments.share.plans import plan_of
+from sa_convert.treatments.plan_answers import groups_without_keys
+from sa_convert.treatments.registry import lenders, searched
 
 if TYPE_CHECKING:
     from sa_convert.domain.recipe import Calibration, Recipe
     from sa_convert.observe.session import Session
     from sa_convert.observe.tried import Reference
     from sa_convert.search.choose import Step
-    from sa_convert.search.costs import Costs
+    from sa_convert.search.scoring import Ledgers
 
 CURVE_END = 0.5
 """Part of the key cache up to which the loss is followed, unless the recipe takes more."""
@@ -81,8 +82,7 @@ def analyze(reference: str, output: Path, options: AnalyzeOptions) -> Analysis:
 
         # 5. Tables, figures, and a recipe.
         announce("drawing figures")
-        plan = plan_of(analysis.sharing, model.geometry)
-        recipe = resolved_recipe(_recipe(analysis, options), plan, model.geometry)
+        recipe = resolved_recipe(_recipe(analysis, options), analysis.plan, model.geometry)
         write_analysis(analysis, recipe, stage.folder)
         stage.publish()
     return analysis
@@ -91,9 +91,9 @@ def analyze(reference: str, output: Path, options: AnalyzeOptions) -> Analysis:
 def _check_budget(units: Units, key_cache: float) -> None:
     from sa_convert.search.budget import most_removable
 
-    most = most_removable(units)
+    most = most_removable(units, searched())
     if most == 0:
-        raise RecipeError("No layer of this model can reuse the attention of an earlier one, so nothing can be shared.")
+        raise RecipeError(" ".join(treatment.impossible for treatment in searched()))
     if key_cache > most + 1e-9:
         raise _too_much(key_cache, most)
 
@@ -109,13 +109,13 @@ def _analysis(model: Model, options: AnalyzeOptions) -> Analysis:
     from sa_convert.observe.session import open_session
     from sa_convert.observe.similarity import attention_statistics
     from sa_convert.observe.tried import Reference
-    from sa_convert.search.choose import collect_first
+    from sa_convert.search.choose import costs_under
 
     announce("calibrating")
     with open_session(model, _calibration(options), options, options.seed) as session:
         units, samples = session.units, (*session.samples.fit, *session.samples.held_out)
         attention = attention_statistics(session.probe, units, samples)
-        costs = collect_first(session)
+        costs = costs_under(session)
         reference = Reference(session.probe, session.samples.held_out)
         steps, chosen = _steps(session, options.key_cache, reference, costs)
         return Analysis(
@@ -128,7 +128,9 @@ def _analysis(model: Model, options: AnalyzeOptions) -> Analysis:
             attention=attention,
             costs=tuple(_unit_cost(unit, costs) for unit in units.all),
             curve=tuple(_curve(steps, costs, reference)),
-            sharing=chosen.sharing,
+            plan=chosen.plan,
+            layers=layers_in_recipe(chosen.plan, model.geometry),
+            used_sources=Counter((layer, source) for layer, (source, _) in lenders(chosen.plan, model.geometry)),
             key_cache_removed=chosen.removed,
             peak_memory=peak_memory(),
             versions=installed_versions(),
@@ -143,22 +145,25 @@ def _calibration(options: AnalyzeOptions) -> "Calibration":
     return Calibration.model_construct(text=options.text, sequences=options.sequences, length=options.length)
 
 
-def _unit_cost(unit: Unit, costs: "Costs") -> UnitCost:
-    """While all other units keep their attention."""
-    offer = costs.best(unit, frozenset({unit})) if unit in costs.second else None
+def _unit_cost(unit: Unit, costs: "Ledgers") -> UnitCost:
+    """By the cheapest treatment, while all other units are as in the base."""
+    offers = [offer for ledger in costs.values() if (offer := ledger.best(unit, frozenset({unit}))) is not None]
+    offer = min(offers, key=lambda offer: offer.cost, default=None)
     return UnitCost(unit, offer.cost, offer.sources) if offer else UnitCost(unit, None, None)
 
 
-def _steps(session: "Session", key_cache: float, reference: "Reference", costs: "Costs") -> tuple[list["Step"], "Step"]:
+def _steps(
+    session: "Session", key_cache: float, reference: "Reference", costs: "Ledgers"
+) -> tuple[list["Step"], "Step"]:
     """The steps of a search for this part of the key cache and beyond, and the one that reaches it.
 
-    The first of them are those of `convert` with `key_cache`, so the map is the same. Raises RecipeError.
+    The first of them are those of `convert` with `key_cache`, so the plan is the same. Raises RecipeError.
     """
     from sa_convert.search.budget import most_removable
     from sa_convert.search.choose import ROUND, path, rounds
 
     parts = rounds(key_cache)
-    reached, last = len(parts), min(CURVE_END, most_removable(session.units))
+    reached, last = len(parts), min(CURVE_END, most_removable(session.units, session.treatments))
     while parts[-1] + ROUND <= last + 1e-9:
         parts.append(parts[-1] + ROUND)
     steps = list(path(session, parts, reference, costs))
@@ -168,17 +173,17 @@ def _steps(session: "Session", key_cache: float, reference: "Reference", costs: 
     return steps, chosen
 
 
-def _curve(steps: list["Step"], costs: "Costs", reference: "Reference") -> Iterator[CurvePoint]:
+def _curve(steps: list["Step"], costs: "Ledgers", reference: "Reference") -> Iterator[CurvePoint]:
     """What was measured at each step, and what the costs alone say of as much key cache."""
     from sa_convert.search.rounds import State
 
-    cheapest = State(costs, SharingMap({}))
+    cheapest = State(costs)
     for step in steps:
         assert step.measured is not None
         cheapest.extend(step.removed)
         yield CurvePoint(
             key_cache_removed=step.removed,
-            groups=step.sharing.reused_groups(costs.units.geometry),
+            groups=groups_without_keys(step.plan, cheapest.units.geometry),
             estimated_loss=cheapest.estimate,
             measured_loss=step.measured.loss - reference.base.loss,
             measured_divergence=step.measured.divergence,
@@ -187,7 +192,7 @@ def _curve(steps: list["Step"], costs: "Costs", reference: "Reference") -> Itera
 
 
 def _recipe(analysis: Analysis, options: AnalyzeOptions) -> "Recipe":
-    """The map with the refit and the gate of the shipped recipe that removes as much or next more."""
+    """The search with the refit and the gate of the shipped recipe that removes as much or next more."""
     from sa_convert.domain.recipe import Recipe, Search, Sharing
     from sa_convert.plan.recipe_file import load_recipe
 

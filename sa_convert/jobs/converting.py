@@ -21,7 +21,7 @@ from sa_convert.read.work_on import bytes_to_read, describe, source_of, with_wei
 from sa_convert.rewrite.refitted import check_refittable, refit_edits
 from sa_convert.rewrite.rewrite import needed_bytes, rewrite_checkpoint
 from sa_convert.rewrite.shards import Written
-from sa_convert.treatments.registry import runtime_files
+from sa_convert.treatments.registry import runtime_files, searched
 
 if TYPE_CHECKING:
     from sa_convert.domain.recipe import Recipe
@@ -124,7 +124,7 @@ def _check_calibration(model: Model, recipe: "Recipe") -> None:
     if recipe.search is not None:
         from sa_convert.search.budget import check_budget
 
-        check_budget(Units(model.geometry), recipe.search, recipe.origin)
+        check_budget(Units(model.geometry), searched(recipe.treatments), recipe.search, recipe.origin)
     if recipe.refit == "ridge":
         check_refittable(model)
 

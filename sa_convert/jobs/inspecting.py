@@ -30,7 +30,7 @@ def inspect(reference: str) -> Inspection:
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     """Everything that config.json and the headers tell; a model that cannot be converted is still described.
 
-    Raises CheckpointError where the files contradict each other.
+    Raises CheckpointError if the files contradict each other.
     """
     config, tensors = checkpoint.config, checkpoint.tensors
     family = geometry = reason = plan = cache = None

@@ -54,7 +54,7 @@ class Decoding:
 
 class Task(ABC):
     """name: as in reports. frame: what every sequence starts and ends with, or None: with the token that starts a text,
-    where the tokenizer has one. copies: whether it can show how a model copies random tokens from the context."""
+    if the tokenizer has one. copies: whether it can show how a model copies random tokens from the context."""
 
     name: PredictionTask
     frame: Frame | None
@@ -74,7 +74,7 @@ class Task(ABC):
         """What `model` is called with to predict the scored ones (B, L; None: as `scored` says) of tokens (B, L)."""
 
     def decoding(self, model: Any, sequence: torch.Tensor) -> Decoding | None:
-        """What to decode of a sequence (L) with a cache, or None where the model has none."""
+        """What to decode of a sequence (L) with a cache, or None if the model has none."""
         return None
 
     def count(self, scored: torch.Tensor) -> int:

@@ -159,7 +159,7 @@ def spans_task(tokenizer: Any, frame: Frame, seed: int = 0) -> Spans:
 
 
 def shifted_right(model: Any, labels: torch.Tensor) -> torch.Tensor:
-    """What the decoder reads to predict labels (B, T): what comes before each. Raises CheckpointError where the model
+    """What the decoder reads to predict labels (B, T): what comes before each. Raises CheckpointError if the model
     does not say what comes before the first."""
     known = getattr(model.config, "decoder_start_token_id", None)
     if known is not None and hasattr(model, "prepare_decoder_input_ids_from_labels"):

@@ -76,7 +76,7 @@ class MaskedToken(Task):
 def task_of(config: Mapping[str, Any], tokenizer: Any, who: str, seed: int = 0) -> Task:
     """The task for a model with this config.json. who: what messages call it. seed: of masks and spans.
 
-    Raises DataError where it has no language-modelling head, or its tokenizer no mask token that it needs.
+    Raises DataError if it has no language-modelling head, or its tokenizer no mask token that it needs.
     """
     name = prediction_task(config, who)
     if name == "next-token":

@@ -16,7 +16,7 @@ def token_sequences(
     """Tokens (sequences, length), int64: the documents one after another, cut into equal sequences.
 
     frame: what each sequence starts and ends with (`Task.frame`); None: it starts with the token that the tokenizer
-    puts before a text, if it does. Only as much text is read as is needed. Raises DataError where the text is too
+    puts before a text, if it does. Only as much text is read as is needed. Raises DataError if the text is too
     short, or the length leaves no room for text.
     """
     start, end = frame or (start_tokens(tokenizer), ())
@@ -41,7 +41,7 @@ def token_sequences(
 
 
 def start_tokens(tokenizer: Any) -> list[int]:
-    """[bos] where the tokenizer itself starts a text with it, else []."""
+    """[bos] if the tokenizer itself starts a text with it, else []."""
     plain: Iterable[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
     marked: list[int] = tokenizer("a")["input_ids"]
     starts = tokenizer.bos_token_id is not None and marked[:1] == [tokenizer.bos_token_id] != list(plain)[:1]
@@ -51,7 +51,7 @@ def start_tokens(tokenizer: Any) -> list[int]:
 def ordinary_tokens(tokenizer: Any, embeddings: int) -> list[int]:
     """Sorted ids of the tokens that stand for text: no special and no added ones, none beyond the model's embeddings.
 
-    Raises DataError where fewer than two are left, of which nothing can be copied.
+    Raises DataError if fewer than two are left, of which nothing can be copied.
     """
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     tokens = sorted({token for token in tokenizer.get_vocab().values() if token < embeddings} - special)

@@ -1,4 +1,4 @@
-"""What a change of a head's output does to the loss, or to the layer's output where gradients do not fit."""
+"""What a change of a head's output does to the loss, or to the layer's output if gradients do not fit."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -6,18 +6,19 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from sa_convert.domain.plan import Plan
 from sa_convert.models.arguments import first_argument
 from sa_convert.observe.finite import not_finite
-from sa_convert.observe.probe import Probe, Seen, Sources
+from sa_convert.observe.probe import Probe, Seen
 from sa_convert.observe.sequences import Sample
 
 Gradients = dict[int, torch.Tensor]
 
 
 def fisher_gradients(
-    probe: Probe, sample: Sample, sources: Sources, observe: Callable[[Seen], None], generator: torch.Generator
+    probe: Probe, sample: Sample, plan: Plan, observe: Callable[[Seen], None], generator: torch.Generator
 ) -> Iterator[tuple[str, Gradients]]:
-    """Gradients (T, H, D) for each layer: of the divergence from the base under a map, then of sampled labels."""
+    """Gradients (T, H, D) for each layer: of the divergence from the base under a plan, then of sampled labels."""
     model, seen = probe.model, {}
     inputs = sample.inputs(model)
 
@@ -29,10 +30,10 @@ def fisher_gradients(
         seen[layer.layer] = layer.output
 
     base = None
-    if sources:
+    if plan:
         with torch.no_grad():
             base = functional.log_softmax(inputs.logits(model)[0].float(), dim=-1)
-    with torch.enable_grad(), probe.sharing(sources), probe.observing(note):
+    with torch.enable_grad(), probe.trying(plan), probe.observing(note):
         chances = functional.log_softmax(inputs.logits(model)[0].float(), dim=-1)  # (P, vocabulary)
         if not bool(torch.isfinite(chances.sum())):
             raise not_finite(model)
@@ -51,7 +52,7 @@ def fisher_gradients(
 def output_directions(
     probe: Probe,
     sample: Sample,
-    sources: Sources,
+    plan: Plan,
     observe: Callable[[Seen], None],
     generator: torch.Generator,
     seen: dict[int, Seen],
@@ -97,7 +98,7 @@ def output_directions(
         observe(layer)
 
     try:
-        with torch.enable_grad(), probe.sharing(sources), probe.observing(note):
+        with torch.enable_grad(), probe.trying(plan), probe.observing(note):
             # Without the language-modelling head, if the model has one that can be left out.
             probe.model.base_model(**sample.inputs(probe.model).kwargs)
     finally:

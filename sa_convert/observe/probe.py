@@ -1,37 +1,36 @@
-"""Attention of a base model, seen and replaced while the model runs: any sharing map can be tried without a conversion.
+"""Attention of a base model, seen and replaced while the model runs: any plan can be tried without a conversion.
 
 Letters in shape comments: B sequences, H query heads, G KV groups, T tokens, D head size.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 
-from sa_convert.domain.sharing_map import Source
+from sa_convert.domain.plan import Plan
 from sa_convert.families.family import Family, Stack
 from sa_convert.observe import own_attention
 from sa_convert.observe.attention_call import Call, eager_of
+from sa_convert.treatments.registry import used_in
+from sa_convert.treatments.trial import Trial
 
 NAME = "sa_convert_probe"
 """Of our attention function in the attention interface of transformers."""
 
-Sources = Mapping[int, tuple[Source | None, ...]]
-"""For each layer that reuses, per query head its source, or None; as `SharingMap.layers`."""
-
-
 Loans = dict[int, torch.Tensor | Call]
-"""What source layers have lent, by layer: probabilities (B, H, T, S), or the call that they are computed from again."""
+"""What layers have left for later ones: probabilities (B, H, T, S), or the call that they are computed from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
     """One layer's attention in one forward pass.
 
-    probabilities: (B, H, T, T) of the layer's own heads; used: the same, with those of the sources where heads reuse;
-    value: (B, G, T, D); output: (B, T, H, D), used times value.
+    probabilities: (B, H, T, T) of the layer's own heads; used: the same, as a plan changes them; value: (B, G, T, D);
+    output: (B, T, H, D), used times value.
     """
 
     layer: int
@@ -50,10 +49,10 @@ class Block:
 
 
 class Probe:
-    """Lets a base model run with its heads' attention observed, or replaced by that of a sharing map.
+    """Lets a base model run with its heads' attention observed, or changed as a plan has it.
 
     model: a base model of `family`, which keeps every weight. Afterwards it runs through our attention function; its
-    results without a map are those of eager attention. attentions: the attention module of every layer as layers are
+    results without a plan are those of eager attention. attentions: the attention module of every layer as layers are
     numbered, None where there is none; output_projections: likewise. blocks: the layers as they run.
     """
 
@@ -62,7 +61,7 @@ class Probe:
         self.attentions: list[Any] = []
         self.output_projections: list[Any] = []
         self.blocks: list[Block] = []
-        self._map: Sources = {}
+        self._trials: tuple[Trial, ...] = ()
         self._lenders: frozenset[int] = frozenset()
         self._observer: Callable[[Seen], None] | None = None
         self._loans: Loans = {}
@@ -112,15 +111,15 @@ class Probe:
         return [number for block in self.blocks for number in block.attentions]
 
     @contextmanager
-    def sharing(self, sources: Sources) -> Iterator[None]:
-        """While open, heads use the attention of their sources in this map."""
-        before = self._map, self._lenders
-        self._map = sources
-        self._lenders = frozenset(source[0] for heads in sources.values() for source in heads if source is not None)
+    def trying(self, plan: Plan) -> Iterator[None]:
+        """While open, attention is changed as this plan has it."""
+        before = self._trials, self._lenders
+        self._trials = tuple(treatment.trial(plan) for treatment in used_in(plan))
+        self._lenders = frozenset(layer for trial in self._trials for layer in trial.lenders)
         try:
             yield
         finally:
-            self._map, self._lenders = before
+            self._trials, self._lenders = before
 
     @contextmanager
     def observing(self, observer: Callable[[Seen], None]) -> Iterator[None]:
@@ -133,8 +132,8 @@ class Probe:
 
     @contextmanager
     def lending(self, loans: Loans) -> Iterator[None]:
-        """While open, layers that run one by one find and leave the attention of source layers in `loans`, as queries
-        and keys, which take less memory than probabilities."""
+        """While open, layers that run one by one find and leave what later ones ask for in `loans`, as queries and
+        keys, which take less memory than probabilities."""
         before, self._loans, self._keep_probabilities = self._loans, loans, False
         try:
             yield
@@ -142,19 +141,16 @@ class Probe:
             self._loans, self._keep_probabilities = before, True
 
     def attend(self, call: Call, value: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """The output (B, T, H, D) of one layer, under the map and told to the observer."""
+        """The output (B, T, H, D) of one layer, as the plan has it and told to the observer."""
         layer = call.module.sa_convert_layer
+        for trial in self._trials:
+            call, value = replace(call, key=trial.key(layer, call.key)), trial.value(layer, value)
         used = probabilities = call.probabilities()
         if layer in self._lenders:
             self._loans[layer] = probabilities if self._keep_probabilities else call.lasting()
-        sources = self._map.get(layer)
-        if sources is not None:
-            lent = {source[0]: self._borrowed(source[0]) for source in sources if source is not None}
-            heads = [
-                probabilities[:, head] if source is None else lent[source[0]][:, source[1]].to(probabilities.device)
-                for head, source in enumerate(sources)
-            ]
-            used = torch.stack(heads, dim=1)
+        lent = cache(self._lent)
+        for trial in self._trials:
+            used = trial.probabilities(layer, used, lent)
         batch, total, tokens, length = used.shape
         grouped = used.reshape(batch, value.shape[1], -1, length)
         output = torch.matmul(grouped, value).view(batch, total, tokens, -1).transpose(1, 2)
@@ -162,7 +158,7 @@ class Probe:
             self._observer(Seen(layer=layer, probabilities=probabilities, used=used, value=value, output=output))
         return output.contiguous(), None
 
-    def _borrowed(self, layer: int) -> torch.Tensor:
+    def _lent(self, layer: int) -> torch.Tensor:
         loan = self._loans[layer]
         return loan.probabilities() if isinstance(loan, Call) else loan
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Replay:
     """The states (N, T, hidden) of N sequences before the next layer, and how to call each layer.
 
-    samples: all of one length and without padding. Sequences run `batch` at a time, one by one where the model hands
+    samples: all of one length and without padding. Sequences run `batch` at a time, one by one if the model hands
     its layers something that is made for each sequence.
     """
 

@@ -77,7 +77,7 @@ def calibration_set(
 
     embeddings: how many tokens the model has. written: (N, length) tokens that the model itself wrote, which take the
     place of as many of the text. task: how tokens are predicted. No document is in both parts, and no repetition has a
-    period of the other part. The same arguments give the same samples. Raises DataError where the text is too short or
+    period of the other part. The same arguments give the same samples. Raises DataError if the text is too short or
     makes no token.
     """
     repetitions = sequences // REPETITION_PART if task.copies else 0

@@ -15,6 +15,8 @@ from sa_convert.models.task import NEXT_TOKEN, task_of
 from sa_convert.observe.probe import Probe
 from sa_convert.observe.sequences import CalibrationSet, calibration_set
 from sa_convert.texts.text import load_text
+from sa_convert.treatments.base import Treatment
+from sa_convert.treatments.registry import searched
 
 if TYPE_CHECKING:
     from sa_convert.domain.recipe import Calibration
@@ -39,6 +41,7 @@ class Session:
     measure: Measure
     placement: Placement
     seed: int
+    treatments: tuple[Treatment, ...]
 
     @property
     def streamed(self) -> bool:
@@ -47,7 +50,11 @@ class Session:
 
 @contextmanager
 def open_session(
-    model: Model, calibration: "Calibration", run: RunOptions | None = None, seed: int = 0
+    model: Model,
+    calibration: "Calibration",
+    run: RunOptions | None = None,
+    seed: int = 0,
+    treatments: tuple[Treatment, ...] | None = None,
 ) -> Iterator[Session]:
     """Load the base model in the checkpoint's folder (safetensors or .bin) and make the calibration set.
 
@@ -81,4 +88,5 @@ def open_session(
             measure="fisher" if placement.max_memory is None else "output error",
             placement=placement,
             seed=seed,
+            treatments=searched() if treatments is None else treatments,
         )

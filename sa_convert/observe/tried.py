@@ -1,4 +1,4 @@
-"""How far a base model with a map, or with other weights, is from itself as it was: loss and divergence."""
+"""How far a base model with a plan, or with other weights, is from itself as it was: loss and divergence."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,7 +6,8 @@ import torch
 
 from sa_convert.console.progress import progress
 from sa_convert.domain.calibrated import Distance
-from sa_convert.observe.probe import Probe, Sources
+from sa_convert.domain.plan import Plan
+from sa_convert.observe.probe import Probe
 from sa_convert.observe.sequences import Sample
 
 MOST_BYTES = 1 << 30
@@ -15,7 +16,7 @@ MOST_BYTES = 1 << 30
 class Reference:
     """The base model's predictions of some samples, to measure others against.
 
-    They are kept as log-probabilities: 4 bytes for each scored token and each token of the vocabulary, or 2 where that
+    They are kept as log-probabilities: 4 bytes for each scored token and each token of the vocabulary, or 2 if that
     would be more than MOST_BYTES. `probe` must run the unchanged base model when this is made.
     """
 
@@ -25,26 +26,26 @@ class Reference:
         self._labels: list[torch.Tensor] = []
         with progress(len(samples), description, unit="seq") as bar:
             for sample in samples:
-                chances, labels = self._chances(sample, {})
+                chances, labels = self._chances(sample, Plan())
                 self._labels.append(labels)
                 self._base.append(chances if 4 * chances.numel() * len(samples) < MOST_BYTES else chances.half())
                 bar.update()
         self.base = self._distance(iter(self._base))
 
-    def measure(self, sources: Sources, description: str = "measuring") -> Distance:
-        """The model as it is now, under a map."""
+    def measure(self, plan: Plan, description: str = "measuring") -> Distance:
+        """The model as it is now, under a plan."""
         with progress(len(self.samples), description, unit="seq") as bar:
 
             def chances() -> Iterable[torch.Tensor]:
                 for sample in self.samples:
-                    yield self._chances(sample, sources)[0]
+                    yield self._chances(sample, plan)[0]
                     bar.update()
 
             return self._distance(chances())
 
-    def _chances(self, sample: Sample, sources: Sources) -> tuple[torch.Tensor, torch.Tensor]:
+    def _chances(self, sample: Sample, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities (scored tokens, vocabulary), float32, and the labels (scored tokens), on the CPU."""
-        with torch.inference_mode(), self.probe.sharing(sources):
+        with torch.inference_mode(), self.probe.trying(plan):
             inputs = sample.inputs(self.probe.model)
             ((predictions, labels),) = inputs.scored_logits(inputs.logits(self.probe.model))
             return torch.log_softmax(predictions.float(), dim=-1).cpu(), labels.cpu()

@@ -27,7 +27,7 @@ BATCH = 48
 def written_by(model: Any, tokenizer: Any, sequences: int, length: int, seed: int = 0) -> torch.Tensor:
     """Tokens (sequences, length), int64, sampled from the model; each row holds PASSAGES passages.
 
-    The same model, arguments and number of threads give the same tokens. Raises CheckpointError where the model's
+    The same model, arguments and number of threads give the same tokens. Raises CheckpointError if the model's
     activations are not finite.
     """
     from transformers import GenerationConfig

@@ -44,7 +44,7 @@ def plan_conversion(model: Model, recipe: "Recipe", plan: Plan | None = None) ->
     check_plan(plan, model)
     if not plan:
         raise RecipeError(
-            f"{recipe.origin.at('sharing')}: no head reuses another, so there is nothing to convert; "
+            f"{recipe.origin.at('sharing')}: no head borrows from another, so there is nothing to convert; "
             "name at least one source."
         )
     edits = plan_edits(model, plan)
@@ -84,6 +84,13 @@ def resolved_recipe(recipe: "Recipe", plan: Plan, geometry: ModelGeometry) -> "R
             "plan": {int(key) if key.isdigit() else key: _by_number(groups) for key, groups in plan.to_json().items()}
         }
     return recipe.resolved(told)
+
+
+def layers_in_recipe(plan: Plan, geometry: ModelGeometry) -> dict[str, Any]:
+    """The layers of a plan as the treatment's own grammar has them, or as in config.json."""
+    used = used_in(plan)
+    told = used[0].layers_in_recipe(plan, geometry) if len(used) == 1 else None
+    return plan.to_json() if told is None else told
 
 
 def _by_number(groups: Any) -> Any:

@@ -40,7 +40,7 @@ def load_recipe(name_or_path: str) -> "Recipe":
 
 
 def recipe_text(name_or_path: str) -> str:
-    """What `load_recipe` reads, as it is written, comments included. Raises RecipeError where it is not valid."""
+    """What `load_recipe` reads, as it is written, comments included. Raises RecipeError if it is not valid."""
     text, name = _find(name_or_path)
     parse_recipe(text, name)
     return text
@@ -86,6 +86,8 @@ def parse_recipe(text: str, file: str) -> "Recipe":
 
 def _check_treatments(recipe: "Recipe") -> None:
     """Raises RecipeError for a treatment that there is not, or arguments that it cannot have."""
+    for at, name in enumerate(recipe.treatments or ()):
+        _treatment(name, recipe.origin.at("treatments", at))
     for layer, plan in (recipe.plan or {}).items():
         if isinstance(plan, str):
             _treatment(plan, recipe.origin.at("plan", layer))
@@ -145,6 +147,10 @@ def dump_recipe(recipe: "Recipe") -> str:
     else:
         layers = recipe.plan.items()
         content["plan"] = {layer: plan if isinstance(plan, str) else Inline(plain(plan)) for layer, plan in layers}
+    if recipe.treatments is None:
+        del content["treatments"]
+    else:
+        content["treatments"] = OneLine(recipe.treatments)
     content["gate"] = Inline(content["gate"])
     if not recipe.description:
         del content["description"]

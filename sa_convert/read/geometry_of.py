@@ -44,7 +44,9 @@ def geometry_of(checkpoint: Checkpoint, family: Family, reusing: Container[str] 
         depth, cached = _depth(checkpoint, config, stack), caches(config, family, stack)
         lost = [f"{stack.name}.{index}".removeprefix(".") in reusing for index in range(depth)]
         if all(lost):
-            raise CheckpointError("config.json: 'shared_attention' lets every layer reuse another, which none can own.")
+            raise CheckpointError(
+                "config.json: 'shared_attention' lets every layer borrow, so that none is left to borrow from."
+            )
         found = [
             None if lost[index] else _layer(checkpoint, config, family, stack, index, depth) for index in range(depth)
         ]

@@ -5,7 +5,7 @@ from typing import Any
 
 from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.domain.model import Model
-from sa_convert.domain.stacks import place_of
+from sa_convert.domain.stacks import in_stack
 from sa_convert.errors import CheckpointError
 from sa_convert.families.family import Family, Stack
 
@@ -28,7 +28,7 @@ def attention_config(config: Mapping[str, Any], family: Family) -> Mapping[str, 
 
 def stack_of(model: Model, layer: int) -> tuple[Stack, int]:
     """The stack of a layer, and its number in it."""
-    name, number = place_of(model.geometry.stacks, layer)
+    name, number = in_stack(model.geometry.stacks, layer)
     return next(stack for stack in model.family.all_stacks if stack.name == name), number
 
 

@@ -13,7 +13,7 @@ from sa_convert.observe.tried import Reference
 from sa_convert.search.budget import check_budget, too_much
 from sa_convert.search.choose import Step, path, rounds
 from sa_convert.search.within import within_limit
-from sa_convert.treatments.share.plans import map_of, plan_of
+from sa_convert.treatments.registry import searched
 
 if TYPE_CHECKING:
     from sa_convert.domain.recipe import Origin, Recipe, Search
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """plan: the recipe's, or the one that was found. step, refit: None where the recipe asks for none."""
+    """plan: the recipe's, or the one that was found. step, refit: None if the recipe asks for none."""
 
     plan: Plan
     step: Step | None
@@ -36,11 +36,11 @@ def calibrate(model: Model, recipe: "Recipe", plan: Plan | None, run: RunOptions
     CheckpointError (a model that cannot be loaded, or overflows).
     """
     refits = refits and recipe.refit == "ridge"
-    search = recipe.search
+    search, treatments = recipe.search, searched(recipe.treatments)
     if plan is None:
         assert search is not None
-        check_budget(Units(model.geometry), search, recipe.origin)
-    with open_session(model, recipe.calibration, run) as session:
+        check_budget(Units(model.geometry), treatments, search, recipe.origin)
+    with open_session(model, recipe.calibration, run, treatments=treatments) as session:
         how = f"{len(session.samples.fit)} sequences of {session.samples.text}"
         announce(f"calibrating on {how}; costs by {session.measure}")
         reference = Reference(session.probe, session.samples.held_out)
@@ -48,15 +48,15 @@ def calibrate(model: Model, recipe: "Recipe", plan: Plan | None, run: RunOptions
         if plan is None:
             assert search is not None
             step = _search(session, search, reference, recipe.origin, recipe.refit == "ridge")
-            plan = plan_of(step.sharing, model.geometry)
-        found = refit(session, map_of(plan, model.geometry).layers, reference) if refits else None
+            plan = step.plan
+        found = refit(session, plan, reference) if refits else None
     return Calibrated(plan, step, found)
 
 
 def _search(session: Session, search: "Search", reference: Reference, origin: "Origin", refits: bool) -> Step:
-    """The map for a recipe's search. refits: a refit follows, so a limit on perplexity holds for the model after it.
+    """The plan for a recipe's search. refits: a refit follows, so a limit on perplexity holds for the model after it.
 
-    reference: of the held-out samples. Raises RecipeError where the search cannot reach its aim.
+    reference: of the held-out samples. Raises RecipeError if the search cannot reach its aim.
     """
     if search.key_cache is not None:
         return _for_key_cache(session, search.key_cache, reference, origin)

@@ -1,4 +1,4 @@
-"""The search: a sharing map for a budget, from costs that are measured again as units go."""
+"""The search: a plan for a budget, from costs that are measured again as units go."""
 
 import math
 from collections.abc import Iterator
@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sa_convert.domain.calibrated import Distance
-from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.domain.plan import Plan
 from sa_convert.observe.sequences import REPETITION_WEIGHT, Sample
 from sa_convert.observe.tried import Reference
-from sa_convert.search.costs import Costs
 from sa_convert.search.rounds import State
-from sa_convert.search.scoring import collect
+from sa_convert.search.scoring import Ledgers, collect
 
 if TYPE_CHECKING:
     from sa_convert.observe.session import Session
@@ -25,66 +24,67 @@ SWAPS = 3
 FIRST_SAMPLES, LATER_SAMPLES = 16, 10
 """Samples whose costs are measured in the first round and in each later one."""
 
+NOTHING = Plan()
+
 
 @dataclass(frozen=True)
 class Step:
-    """A map on the way to the budget. removed: the part of the key cache that it saves. estimate: expected rise of the
+    """A plan on the way to the budget. removed: the part of the key cache that it saves. estimate: expected rise of the
     loss by the costs; measured: on held-out samples, or None if it was not measured."""
 
-    sharing: SharingMap
+    plan: Plan
     removed: float
     estimate: float
     measured: Distance | None = None
 
 
-def path(session: "Session", parts: list[float], reference: Reference, first: Costs | None = None) -> Iterator[Step]:
-    """Maps that save `parts` of the key cache, ascending; each starts from the one before. Ends early if no more can
+def path(session: "Session", parts: list[float], reference: Reference, first: Ledgers | None = None) -> Iterator[Step]:
+    """Plans that save `parts` of the key cache, ascending; each starts from the one before. Ends early if no more can
     be saved.
 
-    In every round some maps are made: by the costs of the first round; by costs that are measured again under the map
-    so far; by these with other sources for units that share already, and with swaps. All are measured on held-out
-    samples, and the one that diverges least from the base is taken. first: costs without a map, if they are known.
+    In every round some plans are made: by the costs of the first round; by costs that are measured again under the
+    plan so far; by these with other choices for units that are treated already, and with swaps. All are measured on
+    held-out samples, and the one that diverges least from the base is taken. first: costs without a plan, if they are
+    known.
     """
-    first = first or collect_first(session)
-    sharing = SharingMap({})
+    first = first or costs_under(session)
+    plan = NOTHING
     for number, part in enumerate(parts):
-        states = [State(first, sharing)]
+        states = [State(first, plan)]
         if number:
-            samples = some(session.samples.fit, LATER_SAMPLES, number)
-            description = f"costs, round {number + 1} of {len(parts)}"
-            again = collect(
-                session.probe,
-                session.units,
-                samples,
-                sharing,
-                session.measure,
-                session.seed + number,
-                description,
-                first,
-            )
-            states += [State(again, sharing), State(again, sharing)]
+            again = costs_under(session, plan, number, first)
+            states += [State(again, plan), State(again, plan)]
             states[-1].rematch()
         reached = [state.extend(part) for state in states]
         if number:
             _swaps(states[-1])
         options: list[tuple[Distance, State]] = []
         for at, state in enumerate(states, start=1):
-            if not any(state.sharing == other.sharing for _, other in options):
-                measured = reference.measure(state.sharing.layers, f"round {number + 1}: map {at} of {len(states)}")
+            if not any(state.plan == other.plan for _, other in options):
+                measured = reference.measure(state.plan, f"round {number + 1}: plan {at} of {len(states)}")
                 options.append((measured, state))
         measured, best = min(options, key=lambda option: _badness(option[0]))
-        if best.sharing == sharing:
+        if best.plan == plan:
             return
-        sharing = best.sharing
-        yield Step(sharing, best.removed, State(first, sharing).estimate, measured)
+        plan = best.plan
+        yield Step(plan, best.removed, State(first, plan).estimate, measured)
         if not all(reached):
             return
 
 
-def collect_first(session: "Session") -> Costs:
-    """Costs of the base as it is."""
-    samples = some(session.samples.fit, FIRST_SAMPLES)
-    return collect(session.probe, session.units, samples, SharingMap({}), session.measure, session.seed, "costs")
+def costs_under(session: "Session", plan: Plan = NOTHING, number: int = 0, known: Ledgers | None = None) -> Ledgers:
+    """Costs under a plan, in a round of the search by its number. known: those of the base as it is."""
+    return collect(
+        session.probe,
+        session.units,
+        some(session.samples.fit, LATER_SAMPLES if number else FIRST_SAMPLES, number),
+        plan,
+        session.treatments,
+        measure=session.measure,
+        seed=session.seed + number,
+        description=f"costs, round {number + 1}",
+        known=known,
+    )
 
 
 def some(samples: tuple[Sample, ...], count: int, turn: int = 0) -> list[Sample]:

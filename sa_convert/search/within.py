@@ -7,14 +7,12 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from sa_convert.domain.calibrated import Distance
-from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.domain.plan import Plan
 from sa_convert.errors import RecipeError
 from sa_convert.heal.refit import refit
 from sa_convert.observe.tried import Reference
-from sa_convert.search.choose import LATER_SAMPLES, ROUND, Step, collect_first, some
-from sa_convert.search.costs import Costs
+from sa_convert.search.choose import ROUND, Step, costs_under
 from sa_convert.search.rounds import State
-from sa_convert.search.scoring import collect
 
 if TYPE_CHECKING:
     from sa_convert.domain.recipe import Origin
@@ -25,47 +23,37 @@ FURTHER = (1.5, 1.2)
 
 
 def within_limit(session: "Session", limit: float, reference: Reference, origin: "Origin", refits: bool) -> Step:
-    """The map that saves the most of those whose perplexity rises by no more than `limit` (0.02 is 2%) on held-out
+    """The plan that saves the most of those whose perplexity rises by no more than `limit` (0.02 is 2%) on held-out
     samples, with a standard error to spare.
 
     Units are taken in the order of their cost; how many of a round keep within the limit is found by bisection. If
-    all do, costs are measured again and another round follows. refits: what a refit of the final map allows is tried,
+    all do, costs are measured again and another round follows. refits: what a refit of the final plan allows is tried,
     too. Raises RecipeError if even the cheapest unit is beyond the limit.
     """
-    taken = Step(SharingMap({}), 0.0, 0.0, reference.base)
+    taken = Step(Plan(), 0.0, 0.0, reference.base)
     cheapest, first = None, None
     for number in range(round(1 / ROUND)):
-        costs = _costs(session, taken.sharing, number, first)
+        costs = costs_under(session, taken.plan, number, first)
         first = first or costs
-        state = State(costs, taken.sharing)
+        state = State(costs, taken.plan)
         steps = list(_steps(state, taken))
         longest = _longest(steps, limit, reference)
         cheapest = cheapest or (steps[0] if steps else None)
         if longest is None:
             break
         taken = longest
-        if taken.sharing != steps[-1].sharing:
+        if taken.plan != steps[-1].plan:
             break
-    if not taken.sharing.layers:
+    if not taken.plan:
         raise _impossible(limit, cheapest, reference, origin)
-    return _further(session, State(costs, taken.sharing), taken, limit, reference) if refits else taken
-
-
-def _costs(session: "Session", sharing: SharingMap, number: int, first: Costs | None) -> Costs:
-    if first is None:
-        return collect_first(session)
-    samples = some(session.samples.fit, LATER_SAMPLES, number)
-    return collect(
-        session.probe, session.units, samples, sharing, session.measure, session.seed + number,
-        f"costs, round {number + 1}", first,
-    )  # fmt: skip
+    return _further(session, State(costs, taken.plan), taken, limit, reference) if refits else taken
 
 
 def _steps(state: State, before: Step) -> Iterator[Step]:
-    """Maps with one unit more each, until a round is full."""
+    """Plans with one unit more each, until a round is full."""
     start = state.removed
     while state.removed < start + ROUND - 1e-9 and state.advance():
-        yield Step(state.sharing, state.removed, before.estimate + state.rise)
+        yield Step(state.plan, state.removed, before.estimate + state.rise)
 
 
 def _longest(steps: list[Step], limit: float, reference: Reference) -> Step | None:
@@ -73,7 +61,7 @@ def _longest(steps: list[Step], limit: float, reference: Reference) -> Step | No
     low, high, found = 0, len(steps), None  # steps before `low` are within, those from `high` on are not
     while low < high:
         middle = (low + high) // 2
-        step = replace(steps[middle], measured=reference.measure(steps[middle].sharing.layers, "within the limit?"))
+        step = replace(steps[middle], measured=reference.measure(steps[middle].plan, "within the limit?"))
         if _within(step.measured, reference.base, limit):
             low, found = middle + 1, step
         else:
@@ -86,9 +74,9 @@ def _further(session: "Session", state: State, taken: Step, limit: float, refere
     wider = []
     for factor in reversed(FURTHER):
         state.extend(min(taken.removed * factor, 1.0))
-        wider.append(Step(state.sharing, state.removed, taken.estimate + state.rise))
+        wider.append(Step(state.plan, state.removed, taken.estimate + state.rise))
     for step in reversed(wider):
-        found = refit(session, step.sharing.layers, reference).report.after
+        found = refit(session, step.plan, reference).report.after
         if _within(found, reference.base, limit):
             return replace(step, measured=found)
     return taken
@@ -108,7 +96,7 @@ def _increase(measured: Distance, base: Distance) -> float:
 def _impossible(limit: float, cheapest: Step | None, reference: Reference, origin: "Origin") -> RecipeError:
     cost = ""
     if cheapest is not None:
-        measured = reference.measure(cheapest.sharing.layers, "the cheapest group")
+        measured = reference.measure(cheapest.plan, "the cheapest group")
         cost = f"; the cheapest group alone raises it by {_increase(measured, reference.base):.2%}"
     return RecipeError(
         f"{origin.at('sharing', 'search', 'max_perplexity_increase')}: nothing can be shared within "

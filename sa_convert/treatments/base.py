@@ -11,22 +11,23 @@ A treatment is a folder of these files, of which only the first and the runtime 
 and one line in registry.py. Nothing here imports torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.domain.answers import Answers
+from sa_convert.domain.calibrated import Measure
 from sa_convert.domain.checkpoint import TensorEdit
-from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
+from sa_convert.domain.geometry import Head, LayerGeometry, ModelGeometry
 from sa_convert.domain.plan import Arguments, Plan
 from sa_convert.domain.treated import Drawing, Inspected, Treated
+from sa_convert.domain.units import Unit, Units
+from sa_convert.treatments.ledger import Ledger
+from sa_convert.treatments.trial import Trial
 
 if TYPE_CHECKING:
     from sa_convert.domain.model import Model
     from sa_convert.domain.recipe import Recipe
-    from sa_convert.domain.units import Units
-    from sa_convert.treatments.costs import Costs, Measure
-    from sa_convert.treatments.trial import Trial
 
 
 class Treatment:
@@ -66,6 +67,10 @@ class Treatment:
         """
         return None
 
+    def layers_in_recipe(self, plan: Plan, geometry: ModelGeometry) -> dict[str, Any] | None:
+        """The layers of such a plan in that grammar, as JSON; None: it has none."""
+        return None
+
     # What it changes.
 
     def answers(self, before: Answers, layer: LayerGeometry, arguments: Arguments) -> Answers:
@@ -79,14 +84,25 @@ class Treatment:
 
     # How it is searched for.
 
-    def trial(self, plan: Plan) -> "Trial | None":
-        """What to change of a base model that runs, to try the plan before anything is written; None: nothing."""
-        return None
+    impossible = "No KV group of this model can be treated so."
+    """What is said to whom a search is refused, if there are no candidates."""
 
-    def costs(self, units: "Units", plan: Plan, measure: "Measure", known: "Costs | None" = None) -> "Costs | None":
-        """An empty ledger of what this treatment would cost each unit of the model, under a plan. known: the ledger
-        that was filled without a plan. None: no search offers this treatment."""
-        return None
+    def candidates(self, units: Units) -> Collection[Unit]:
+        """The units to which a search could do it at the most."""
+        return units.all
+
+    def trial(self, plan: Plan) -> Trial:
+        """What to change of a base model that runs, to try the plan before anything is written."""
+        return Trial()
+
+    def ledger(self, units: Units, plan: Plan, measure: Measure, known: Ledger | None = None) -> Ledger:
+        """An empty ledger of what this treatment costs each unit under a plan. known: the one that was filled without a
+        plan. The default offers nothing."""
+        return Ledger(units, self.name, measure, without_plan=not plan)
+
+    def lenders(self, plan: Plan, geometry: ModelGeometry) -> Iterator[tuple[int, Head]]:
+        """For each query head that uses the scores of another one: its layer, and that other one."""
+        return iter(())
 
     # How it is told.
 

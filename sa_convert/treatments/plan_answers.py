@@ -33,6 +33,12 @@ def own_heads(plan: Plan, geometry: ModelGeometry, index: int) -> tuple[int, ...
     return tuple(head for answers in layer_answers(plan, geometry, index) for head in answers.scores)
 
 
+def groups_without_keys(plan: Plan, geometry: ModelGeometry) -> int:
+    """KV groups that cache no key under a plan."""
+    found = (layer_answers(plan, geometry, index) for index in plan.layers)
+    return sum(answers.keys == 0 for layer in found for answers in layer)
+
+
 def own_groups(layer: LayerGeometry, heads: Iterable[int]) -> tuple[int, ...]:
     """The KV groups whose key these query heads read."""
     return tuple(sorted({layer.group_of(head) for head in heads}))

@@ -1,10 +1,11 @@
 """The treatments that there are, one line each, in the order in which they are applied to a KV group."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
+from sa_convert.domain.geometry import Head, ModelGeometry
 from sa_convert.domain.plan import Plan
 from sa_convert.treatments.base import Treatment
 from sa_convert.treatments.share.treatment import ShareTreatment
@@ -12,6 +13,9 @@ from sa_convert.treatments.share.treatment import ShareTreatment
 _TREATMENTS: tuple[Treatment, ...] = (
     ShareTreatment(),
 )  # fmt: skip
+
+SEARCHED = ("share",)
+"""What a search uses unless a recipe says otherwise."""
 
 _MORE: ContextVar[tuple[Treatment, ...]] = ContextVar("more treatments", default=())
 
@@ -35,6 +39,16 @@ def used_in(plan: Plan) -> tuple[Treatment, ...]:
 def runtime_files() -> dict[str, Path]:
     """The code of each treatment that travels with a model."""
     return {treatment.name: treatment.runtime_file for treatment in treatments()}
+
+
+def searched(names: Sequence[str] | None = None) -> tuple[Treatment, ...]:
+    """Those of these names, that a search may use; None: those that it uses unless it is told otherwise."""
+    return tuple(treatment for treatment in treatments() if treatment.name in (names or SEARCHED))
+
+
+def lenders(plan: Plan, geometry: ModelGeometry) -> list[tuple[int, Head]]:
+    """For each query head that uses the scores of another one under a plan: its layer, and that other one."""
+    return [pair for treatment in used_in(plan) for pair in treatment.lenders(plan, geometry)]
 
 
 @contextmanager

@@ -151,7 +151,7 @@ def test_mixed_attention_types(tmp_path):
     save_tiny("gemma2", tmp_path / "gemma2")
     recipe = write_recipe(tmp_path / "recipe.json", {1: [[0, head] for head in range(8)]})
     result = run_cli("convert", tmp_path / "gemma2", "--recipe", recipe, "-o", tmp_path / "out")
-    refused(result, 1, "Layer 1 head 0 .*sliding_attention, the reusing layer full_attention", tmp_path / "out")
+    refused(result, 1, "Layer 1 head 0 .*sliding_attention, the borrowing layer full_attention", tmp_path / "out")
 
 
 def test_wrong_usage_is_status_2(base):

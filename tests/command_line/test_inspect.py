@@ -57,7 +57,7 @@ def test_table(cli, tmp_path):
     # 4 layers, keys and values, 2 groups of 8 halves
     assert table["Cache per token"] == f"{4 * 2 * 2 * 8 * 2} bytes in the data type of the weights"
     assert table["Can share"] == "yes, by query head"
-    assert "layers 1-3 can reuse earlier ones of this kind; layer 0 cannot" in result.stdout
+    assert "layers 1-3 can borrow from earlier ones of this kind; layer 0 cannot" in result.stdout
     assert table["At most"] == "6 of 8 KV groups can lose their keys (75.0%)"
 
 
@@ -84,7 +84,7 @@ def test_json_is_the_only_output(cli, tmp_path):
         (
             {"model_type": "gemma2", "num_hidden_layers": 8, "sliding_window": 512},
             "0 sliding(512), 1 full, and so on every 2 layers",
-            ["sliding(512): layers 2, 4, 6 can reuse", "full: layers 3, 5, 7 can reuse", "layer 1 cannot"],
+            ["sliding(512): layers 2, 4, 6 can borrow", "full: layers 3, 5, 7 can borrow", "layer 1 cannot"],
         ),
         (
             {
@@ -94,7 +94,7 @@ def test_json_is_the_only_output(cli, tmp_path):
                 "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
             },
             "0-2 sliding(64), 3 full",
-            ["sliding(64): layers 1-2 can reuse", "full: layer 3 cannot, no earlier layer is of its kind"],
+            ["sliding(64): layers 1-2 can borrow", "full: layer 3 cannot, no earlier layer is of its kind"],
         ),
     ],
 )

@@ -79,7 +79,8 @@ def test_inspect_names_stacks(models, family):
     first, *reach = rows["Can share"]
     assert first == "yes, by query head, within each stack"
     assert [line.split("; ")[0] for line in reach] == [
-        f"full without rotary: layers {name}.1-{depth - 1} can reuse earlier ones of this kind" for name, depth in T5
+        f"full without rotary: layers {name}.1-{depth - 1} can borrow from earlier ones of this kind"
+        for name, depth in T5
     ]
     assert "layer decoder.cross.0 cannot" in reach[2]
 
@@ -103,8 +104,8 @@ def test_inspect_tells_stacks_of_different_shapes(tmp_path):
 @pytest.mark.parametrize(
     ("family", "layers", "reach"),
     [
-        ("jamba", "6 (softmax attention in 1, 3, 5)", "layers 3, 5 can reuse"),
-        ("qwen3_next", "6 (softmax attention in 1-2, 4-5)", "layers 2, 4-5 can reuse"),
+        ("jamba", "6 (softmax attention in 1, 3, 5)", "layers 3, 5 can borrow"),
+        ("qwen3_next", "6 (softmax attention in 1-2, 4-5)", "layers 2, 4-5 can borrow"),
     ],
 )
 def test_inspect_tells_which_layers_have_softmax_attention(models, family, layers, reach):
@@ -143,8 +144,8 @@ SPANS = {
 @pytest.mark.parametrize("family", SPANS)
 def test_dry_run_of_the_late_span(models, family):
     output = dry_run(models(family), "late-span")
-    assert f"layers that reuse wholly  {SPANS[family]}\n" in output
-    no_cache = "cache per token           none: the model caches nothing\n"
+    assert f"layers that borrow wholly  {SPANS[family]}\n" in output
+    no_cache = "cache per token            none: the model caches nothing\n"
     assert (no_cache in output) == (family == "bert")
     layers = json.loads(dry_run(models(family), "late-span", "--json"))["sharing"]["layers"]
     assert ", ".join(layers) == SPANS[family]
@@ -161,7 +162,11 @@ def test_dry_run_of_the_late_span(models, family):
         ("t5", "{layers: 0%-20%}", "layer encoder.0 has no source: it is the first; start the span later"),
         ("bart", "{layers: 50%-60%, source: 3}", "source 3 is not before span 50%-60%, which is layers encoder.3-4"),
         ("jamba", "{layers: 4}", "no layer of span 4 has softmax attention; name others"),
-        ("jamba", "{layers: 3, source: 2}", "Layer 3 head 0 cannot reuse layer 2 head 0: the source layer has no soft"),
+        (
+            "jamba",
+            "{layers: 3, source: 2}",
+            "Layer 3 head 0 cannot borrow from layer 2 head 0: the source layer has no soft",
+        ),
         ("jamba", "{layers: 1-3}", "layer 1 has no source: none before layers 1-3 is of its kind (full_attention)"),
     ],
 )

@@ -129,3 +129,17 @@ def test_no_two_classes_have_one_name():
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and room(module) != "runtime":
                 names[node.name].append(module)
     assert not {name: modules for name, modules in names.items() if len(modules) > 1}
+
+
+def test_what_takes_many_arguments_takes_them_by_name():
+    """Six by position at the most. Left out: what travels, commands (click names their arguments), and functions that
+    others call with arguments of their own choice."""
+    many = [
+        f"{module}.{node.name}"
+        for module, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+        and len([name for name in node.args.args if name.arg not in ("self", "cls")]) > 6
+        if room(module) not in ("runtime", "commands") and node.name != "attend"
+    ]
+    assert not many

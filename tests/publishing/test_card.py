@@ -12,13 +12,13 @@ from PIL import Image, ImageColor
 
 from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
 from sa_convert.domain.report import BaseModel, Change
-from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.present.charts import plan_figure
 from sa_convert.present.charts.plan_figure import CELL, OWN, _font, drawings_of
 from sa_convert.present.charts.plan_figure import FILE as FIGURE
 from sa_convert.present.files.card import write_card
 from sa_convert.treatments.share.drawing import LOOKS, told
 from sa_convert.treatments.share.plans import plan_of
+from sa_convert.treatments.share.sharing_map import SharingMap
 from support.measured_report import MEASURED, UNMEASURED
 from support.processes import ROOT
 
@@ -169,13 +169,13 @@ def geometry(layers: int) -> ModelGeometry:
     return ModelGeometry(tuple(LayerGeometry(heads=4, groups=2, head_dim=8) for _ in range(layers)))
 
 
-def test_cells_tell_own_source_partial_and_reusing():
+def test_cells_tell_own_source_partial_and_borrowed():
     sharing = SharingMap({2: ((0, 0), (1, 3), None, (1, 2)), 3: (None, None, (0, 0), None)})
     found = {(cell.layer, cell.group): cell for cell in cells(sharing, geometry(4))}
     states = {place: cell.state for place, cell in found.items()}
     assert states == {
         (0, 0): "source", (0, 1): "own", (1, 0): "own", (1, 1): "source",
-        (2, 0): "reusing", (2, 1): "partial", (3, 0): "own", (3, 1): "partial",
+        (2, 0): "borrowed", (2, 1): "partial", (3, 0): "own", (3, 1): "partial",
     }  # fmt: skip
     assert (found[2, 0].label, found[2, 1].label, found[0, 0].label) == ("0\n1", "1", "")
 
@@ -225,8 +225,8 @@ def test_each_stack_has_a_band(tmp_path):
     rows = [[place[0] for place in found if place[1] == y] for y in sorted({y for _, y in found})]
     assert [len(row) for row in rows] == [5, 5, 2, 2, 2, 2, 2, 2]
     assert len({row[0] for row in rows}) == 1  # all bands begin at the left
-    reusing = ImageColor.getrgb(COLOURS["reusing"])
-    assert list(found.values()).count(reusing) == 3
+    borrowed = ImageColor.getrgb(COLOURS["borrowed"])
+    assert list(found.values()).count(borrowed) == 3
 
 
 def test_layers_without_softmax_attention_are_blank(tmp_path):

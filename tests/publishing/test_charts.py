@@ -5,6 +5,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import numpy
 import pytest
@@ -12,12 +13,15 @@ from PIL import Image
 
 from sa_convert.domain.analysis import Analysis, AttentionStatistics, CalibrationText, CurvePoint, UnitCost
 from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
+from sa_convert.domain.plan import Plan
 from sa_convert.domain.report import BaseModel
-from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.domain.units import Units
 from sa_convert.present.charts.all_charts import CHARTS, write_charts
 from sa_convert.present.terminal.analysis_text import render_analysis
+from sa_convert.treatments.share.plans import plan_of, plan_of_unit
 from sa_convert.treatments.share.rules import layer_difference
+from sa_convert.treatments.share.sharing_map import SharingMap
+from sa_convert.treatments.share.treatment import ShareTreatment
 from support.processes import ROOT
 
 
@@ -58,13 +62,27 @@ def analysis_of(geometry, measure="fisher", cost=lambda chance: 10 ** chance(-6,
         source = next((layer for layer in reversed(range(unit.layer)) if compared(layer, unit.layer)), None)
         found = None if source is None else tuple((source, head) for head in unit.heads)
         costs.append(UnitCost(unit, None if found is None else cost(chance), found))
-    sharing = units.to_map({found.unit: found.sources for found in costs if found.unit.layer == layers - 1})
+    plan = Plan(
+        {
+            layers - 1: {
+                group: told
+                for found in costs
+                if found.unit.layer == layers - 1
+                for group, told in plan_of_unit(found.unit, found.sources, geometry).items()
+            }
+        },
+        geometry.stacks,
+    )
+    share = ShareTreatment()
+    layers_told = share.layers_in_recipe(plan, geometry)
+    used = Counter((layer, source) for layer, (source, _) in share.lenders(plan, geometry))
     points = tuple(CurvePoint(part / 10, part, part**2 / 100, part**2 / 90, part**2 / 95, None) for part in range(1, 6))
     by_layer = tuple(chance(0, 1) if layer.heads else None for layer in geometry.layers)
     heads = tuple(layer.heads for layer in geometry.layers)
     return Analysis(
         BaseModel("org/model"), "llama", CalibrationText("builtin", 8, 128, 0), "float32", measure, heads,
-        AttentionStatistics(matrix, matrix, by_layer, by_layer, 6), tuple(costs), points, sharing, 1 / layers, 10**9,
+        AttentionStatistics(matrix, matrix, by_layer, by_layer, 6), tuple(costs), points, plan,
+        layers_told, used, 1 / layers, 10**9,
     )  # fmt: skip
 
 
@@ -106,8 +124,9 @@ def test_what_a_layer_reuses_is_counted():
     assert analysis.best_sources == {(1, 0): 4, (2, 1): 4, (3, 2): 4}
     assert analysis.used_sources == {(3, 2): 4}
     assert analysis.cost_matrix[0] == (None, None)
-    partial = SharingMap({2: (None, (1, 0), None, (0, 3))})
-    assert Analysis(**{**vars(analysis), "sharing": partial}).used_sources == {(2, 1): 1, (2, 0): 1}
+    model = ModelGeometry((LayerGeometry(4, 2, 64),) * 4)
+    partial = plan_of(SharingMap({2: (None, (1, 0), None, (0, 3))}), model)
+    assert list(ShareTreatment().lenders(partial, model)) == [(2, (1, 0)), (2, (0, 3))]
 
 
 def drawn(chart, analysis):
@@ -183,12 +202,12 @@ def test_json_of_stacks_has_labels_and_numbers_in_each():
 
 def test_terminal_names_layers_and_what_is_removed():
     text = render_analysis(analysis_of(encoder_decoder(3, 2)))
-    assert "heads of layer decoder.cross.1 reuse" in text
+    assert "heads of layer decoder.cross.1 borrow" in text
     assert "Key cache removed" in text
     assert re.search(r"layer encoder\.\d group \d+: .*, sources \(layer.head\) [01]\.\d", text)
     encoder = Analysis(**{**vars(make_analysis(3, 2, 1)), "caches": False})
     assert "Keys removed" in render_analysis(encoder)
-    assert "of the keys; heads of layer 2 reuse" in render_analysis(encoder)
+    assert "of the keys; heads of layer 2 borrow" in render_analysis(encoder)
     assert drawn("loss.png", encoder)[0].get_xlabel() == "keys removed, %"
 
 

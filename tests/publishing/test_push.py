@@ -22,11 +22,11 @@ OTHER = {2: [[1, 7 - head] for head in range(8)], 4: [[3, 0], None, [0, 2], None
 PROMPT = [[5, 17, 99, 42, 23]]
 
 
-@pytest.fixture(scope="module")
 LATER = {"2": {"0": {"share": [[3, 0]] * 2}}}
 """In the plan of a folder: a layer that reuses a later one."""
 
 
+@pytest.fixture(scope="module")
 def folders(base, tmp_path_factory):
     """Two validated conversions with the same name, and one that was not validated."""
     root = tmp_path_factory.mktemp("folders")

@@ -10,7 +10,8 @@ from sa_convert.domain.report import (
     CopyingReport,
     DecodeCheck,
 )
-from sa_convert.present.files.report_file import installed_versions, render_report, write_report
+from sa_convert.present.files.report_file import installed_versions, write_report
+from sa_convert.present.terminal.report_text import render_report
 from support.measured_report import MEASURED, UNMEASURED
 
 
@@ -83,7 +84,7 @@ def test_terminal_shows_every_number_in_aligned_rows():
     text = "\n".join(lines)
     for part in (
         "org/base at 0123abc (llama)",
-        "12 of 90 KV groups reuse, in 2 layers",
+        "12 of 90 KV groups borrow, in 2 layers",
         "134.5 M -> 130.0 M (-3.4%)",
         "538.1 MB -> 520.0 MB (-3.4%)",
         "46,080 bytes -> 43,008 bytes (-6.7%), measured",

@@ -8,10 +8,10 @@ import pytest
 from sa_convert.console.amounts import format_percent
 from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
 from sa_convert.domain.recipe import Recipe
-from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.errors import RecipeError
 from sa_convert.plan.recipe_file import dump_recipe, load_recipe, parse_recipe, shipped_recipes
 from sa_convert.treatments.share.plans import recipe_of
+from sa_convert.treatments.share.sharing_map import SharingMap
 from sa_convert.treatments.share.spans import sharing_of
 
 ROOT = Path(__file__).parents[2]
@@ -61,8 +61,8 @@ REFUSED = {
     "sharing:\n  spans:\n    - layer: 27-30": "line 3: unknown key 'layer' under sharing.spans[0]; "
     "did you mean 'layers'?",
     SPANS + "calibraton: {}": "line 2: unknown key 'calibraton'; did you mean 'calibration'?",
-    SPANS
-    + "zzz: 1": "line 2: unknown key 'zzz'; the keys here are description, sharing, plan, refit, calibration, gate",
+    SPANS + "zzz: 1": "line 2: unknown key 'zzz'; the keys here are description, sharing, plan, treatments, refit, "
+    "calibration, gate",
     SPANS + "1: 3": "line 2: unknown key '1'; the keys here",
     SPANS + "\nsharing: 3": "line 3: key 'sharing' is written twice",
     "refit: none": "line 1: the key 'sharing' is missing",
@@ -79,7 +79,7 @@ REFUSED = {
     "sharing:\n  spans:\n  - layers: 27-94%": "line 3: sharing.spans[0].layers: '27-94%' is not a range of layers",
     "sharing:\n  spans:\n  - layers: -3": "line 3: sharing.spans[0].layers: -3 is not a range of layers",
     "sharing:\n  spans:\n  - layers: true": "line 3: sharing.spans[0].layers: True is not a range of layers",
-    "sharing:\n  spans:\n  - layers: 0-3": "line 3: layer 0 cannot reuse, since no layer is before it",
+    "sharing:\n  spans:\n  - layers: 0-3": "line 3: layer 0 cannot borrow, since no layer is before it",
     "sharing:\n  spans:\n  - layers: 4-5\n    source: 4": "line 4: source 4 is not before layers 4-5",
     "sharing:\n  spans:\n  - layers: 4-5\n    source: -1": "line 4: sharing.spans[0].source should be 0 or more",
     "sharing:\n  spans:\n  - layers: 4-5\n    source: '3'": "line 4: sharing.spans[0].source should be a whole",
@@ -91,8 +91,8 @@ REFUSED = {
     "sharing:\n  map:\n    3: [[2, 1, 0]]": "line 3: layer 3 head 0 should be null or",
     "sharing:\n  map:\n    3: [[2, -1]]": "line 3: layer 3 head 0 should be null or",
     "sharing:\n  map:\n    3: [[2, 1.0]]": "line 3: layer 3 head 0 should be null or",
-    "sharing:\n  map:\n    2: [[1, 0]]\n    3:\n    - null\n    - [3, 1]": "line 6: layer 3 head 1 reuses layer 3, "
-    "which is not before it",
+    "sharing:\n  map:\n    2: [[1, 0]]\n    3:\n    - null\n    - [3, 1]": "line 6: layer 3 head 1 borrows from layer "
+    "3, which is not before it",
     "sharing:\n  map:\n    x3: [[2, 1]]": "line 3: 'x3' is not a layer",
     "sharing:\n  map:\n    3: [[2, 1]]\n    '3': [[1, 1]]": "line 4: layer 3 is listed twice",
     "sharing: {search: {}}": "line 1: search needs exactly one of key_cache, max_perplexity_increase, but has none",

@@ -3,9 +3,9 @@
 import pytest
 
 from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
-from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.errors import PlanError
 from sa_convert.treatments.share.rules import check_map
+from sa_convert.treatments.share.sharing_map import SharingMap
 
 FULL = LayerGeometry(heads=4, groups=2, head_dim=8)
 UNIFORM = ModelGeometry((FULL,) * 4)
@@ -30,12 +30,12 @@ def whole(source: int, heads: int = 4):
         ({1: (None, (1, 0), None, None)}, UNIFORM, r"earlier layer"),
         ({1: (None, (-1, 0), None, None)}, UNIFORM, r"Layer 1 head 1 .*layers 0 to 3"),
         ({1: (None, (0, 4), None, None)}, UNIFORM, r"layer 0 has heads 0 to 3"),
-        ({1: whole(0), 2: whole(1)}, UNIFORM, r"Layer 2 head 0 .*itself reuses layer 0 head 0"),
+        ({1: whole(0), 2: whole(1)}, UNIFORM, r"Layer 2 head 0 .*itself borrows from layer 0 head 0"),
         ({2: whole(0)}, changed(attention="sliding_attention", window=8), r"full_attention.*sliding_attention"),
         ({3: whole(2)}, changed(attention="sliding_attention", window=8), r"sliding_attention.*full_attention"),
         ({2: whole(1)}, changed(head_dim=16), r"size 8.*16"),
-        ({2: whole(1)}, changed(rotary=False), r"the source layer rotates .* the reusing layer does not"),
-        ({3: whole(2)}, changed(rotary=False), r"the reusing layer rotates .* the source layer does not"),
+        ({2: whole(1)}, changed(rotary=False), r"the source layer rotates .* the borrowing layer does not"),
+        ({3: whole(2)}, changed(rotary=False), r"the borrowing layer rotates .* the source layer does not"),
         (
             {2: (None, (0, 1), (0, 2), (0, 3))},
             ModelGeometry((FULL,) * 4, "layer"),
@@ -50,7 +50,7 @@ def test_violations(layers, geometry, message):
 
 def test_different_windows():
     layers = [LayerGeometry(4, 2, 8, "sliding_attention", window) for window in (8, 16)]
-    with pytest.raises(PlanError, match="window is 8 tokens, the reusing layer's 16"):
+    with pytest.raises(PlanError, match="window is 8 tokens, the borrowing layer's 16"):
         check_map(SharingMap({1: whole(0)}), ModelGeometry(tuple(layers)))
 
 

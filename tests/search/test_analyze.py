@@ -9,7 +9,6 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
-from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.domain.units import Units
 from sa_convert.errors import DataError
 from sa_convert.families.table import FAMILIES
@@ -18,6 +17,7 @@ from sa_convert.observe.sequences import REPETITION, Sample
 from sa_convert.observe.similarity import attention_statistics
 from sa_convert.plan.recipe_file import load_recipe
 from sa_convert.treatments.share.rules import check_map
+from sa_convert.treatments.share.sharing_map import SharingMap
 from support.cli_cases import refused
 from support.validation_models import save_base
 

@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 
-from sa_convert.domain.sharing_map import SharingMap
+from sa_convert.domain.plan import Plan
 from sa_convert.domain.units import Units
 from sa_convert.families.table import FAMILIES
 from sa_convert.heal.ridge import Sums, combine, solve
@@ -16,8 +16,12 @@ from sa_convert.observe.replay import Replay
 from sa_convert.observe.sequences import REPETITION, Sample, calibration_set
 from sa_convert.read.model_of import model_of
 from sa_convert.read.open_model import open_model
-from sa_convert.search.scoring import _pass, collect
+from sa_convert.search.scoring import collect, observe
 from sa_convert.texts.text import load_text
+from sa_convert.treatments.registry import searched
+from sa_convert.treatments.share.cost import changes_of
+from sa_convert.treatments.share.plans import plan_of
+from sa_convert.treatments.share.sharing_map import SharingMap
 from support.forced_softmax import forced
 from support.tiny_models import attentions_of, save_tiny, save_tokenizer
 
@@ -64,7 +68,7 @@ def test_the_probe_attends_by_a_map_as_forced_attention_does(family, tmp_path):
     plain = model(tokens, **inputs).logits
     probe = Probe(model, subject.family)
     torch.testing.assert_close(probe.model(tokens, **inputs).logits, plain, atol=1e-5, rtol=1e-5)
-    with probe.sharing(sharing.layers):
+    with probe.trying(plan_of(sharing, units.geometry)):
         shared = probe.model(tokens, **inputs).logits
     torch.testing.assert_close(shared, expected, atol=1e-5, rtol=1e-5)
     assert (shared - plain).abs().max() > 1e-3
@@ -83,12 +87,12 @@ def test_layers_run_one_by_one_give_what_the_model_gives(family, tmp_path):
     samples = [Sample(row, "prose", task.scored(row[None])[0], task=task) for row in tokens]
     last = []
     hook = probe.blocks[-1].module.register_forward_hook(lambda _, __, output: last.append(output))
-    with probe.sharing(sharing.layers):
+    with probe.trying(plan_of(sharing, units.geometry)):
         model(**task.batch(model, tokens).kwargs)
     hook.remove()
     expected = last[0][0] if isinstance(last[0], tuple) else last[0]
     replay = Replay(probe, samples, batch=2)
-    with torch.no_grad(), probe.sharing(sharing.layers):
+    with torch.no_grad(), probe.trying(plan_of(sharing, units.geometry)):
         for start in range(0, len(samples), replay.batch):
             chunk, loans = slice(start, start + replay.batch), {}
             for layer in range(len(probe.blocks)):
@@ -118,9 +122,9 @@ def test_changes_of_the_loss_are_what_heads_outputs_and_gradients_say(tmp_path):
     (-chances.gather(1, labels)[:-1, 0].sum()).backward()
     weights = [attention[0].detach() for attention in output.attentions]
     probe = Probe(model, subject.family)
-    allowed = {layer: torch.ones(units.offsets[layer + 1], dtype=torch.bool) for layer in range(1, 6)}
     again = torch.Generator().manual_seed(5)
-    found = {layer: changes for layer, changes, _ in _pass(probe, units, sample(tokens), {}, "fisher", again, allowed)}
+    passed = observe(probe, units, sample(tokens), Plan(), measure="fisher", generator=again)
+    found = {observed.layer: changes_of(observed) for observed in passed if observed.layer}
     for layer in (1, 4):
         gradient = inputs[layer].grad[0].view(12, 8, 16)
         for head in (0, 3, 7):
@@ -128,7 +132,9 @@ def test_changes_of_the_loss_are_what_heads_outputs_and_gradients_say(tmp_path):
             for source in ((0, 2), (layer - 1, 5), (layer, head)):
                 change = (weights[source[0]][source[1]] - weights[layer][head]) @ value
                 expected = (change * gradient[:, head]).sum(-1)
-                torch.testing.assert_close(found[layer][:, units.number(source), head], expected, atol=1e-6, rtol=1e-4)
+                torch.testing.assert_close(
+                    found[layer][:, units.number_of(source), head], expected, atol=1e-6, rtol=1e-4
+                )
 
 
 def test_output_errors_have_the_mean_square_that_the_outputs_have(tmp_path):
@@ -145,13 +151,14 @@ def test_output_errors_have_the_mean_square_that_the_outputs_have(tmp_path):
     error = ((weights[1][6] - weights[2][3]) @ value) @ matrix.T
     expected = error.square().sum(-1).mean() / states[2].square().sum(-1).mean()
     probe = Probe(model, subject.family)
-    allowed = {2: torch.ones(units.offsets[3], dtype=torch.bool)}
     generator = torch.Generator().manual_seed(0)
     mean = torch.stack(
         [
-            next(_pass(probe, units, sample(tokens), {}, "output error", generator, allowed))[1]
+            changes_of(
+                list(observe(probe, units, sample(tokens), Plan(), measure="output error", generator=generator))[2]
+            )
             .square()
-            .mean(0)[units.number((1, 6)), 3]
+            .mean(0)[units.number_of((1, 6)), 3]
             for _ in range(300)
         ]
     ).mean()
@@ -164,12 +171,13 @@ def test_costs_under_a_map_say_what_the_divergence_from_the_base_says(tmp_path):
     sharing = SharingMap({3: ((2, 1), (2, 0), *[None] * 6)})
     tokens = torch.randint(3, 120, (16,))
     probe = Probe(model, subject.family)
-    costs = collect(probe, units, [sample(tokens)], sharing, seed=3)
+    plan = plan_of(sharing, units.geometry)
+    costs = collect(probe, units, [sample(tokens)], plan, searched(), seed=3)["share"]
     model.double()  # differences of a small divergence
     base = model(tokens[None], use_cache=False).logits[0, :-1].log_softmax(-1).detach()
     unit, step = units.all[4 * 4 + 1], 1e-2
     place = costs.shortlist[4][unit.heads[0]].tolist()
-    source = units.place(place[0])
+    source = units.head(place[0])
 
     def divergence(amount):
         def blend(_, args):
@@ -179,7 +187,7 @@ def test_costs_under_a_map_say_what_the_divergence_from_the_base_says(tmp_path):
             return (heads.flatten(2),)
 
         hook = probe.output_projections[4].register_forward_pre_hook(blend)
-        with torch.no_grad(), probe.sharing(sharing.layers):
+        with torch.no_grad(), probe.trying(plan_of(sharing, units.geometry)):
             chances = model(tokens[None], use_cache=False).logits[0, :-1].log_softmax(-1)
         hook.remove()
         return (base.exp() * (base - chances)).sum(-1).mean().double().item()
@@ -187,7 +195,7 @@ def test_costs_under_a_map_say_what_the_divergence_from_the_base_says(tmp_path):
     seen = {}
     with (
         torch.no_grad(),
-        probe.sharing(sharing.layers),
+        probe.trying(plan_of(sharing, units.geometry)),
         probe.observing(lambda layer: seen.update({layer.layer: layer})),
     ):
         model(tokens[None], use_cache=False)

@@ -9,10 +9,10 @@ from sa_convert.families.table import FAMILIES
 from sa_convert.heal.refit import refit
 from sa_convert.observe.session import open_session
 from sa_convert.observe.tried import Reference
+from sa_convert.plan.conversion import check_plan
 from sa_convert.read.model_of import model_of
 from sa_convert.read.open_model import open_model
 from sa_convert.search.choose import path
-from sa_convert.treatments.share.rules import check_map
 from support.tiny_models import save_tiny, save_tokenizer
 
 
@@ -28,9 +28,9 @@ def test_a_map_is_found_that_the_family_can_run_and_its_refit_helps_or_is_left_o
         assert session.measure == ("output error" if layer_by_layer else "fisher")
         reference = Reference(session.probe, session.samples.held_out)
         step = list(path(session, [0.2], reference))[-1]
-        check_map(step.sharing, model.geometry)
+        check_plan(step.plan, model)
         assert step.removed >= 0.2
-        found = refit(session, step.sharing.layers, reference)
+        found = refit(session, step.plan, reference)
     assert found.report.after.divergence <= found.report.before.divergence
-    assert set(found.report.layers) == set(step.sharing.layers)
+    assert set(found.report.layers) == set(step.plan.layers)
     assert all(bool(torch.isfinite(change).all()) for change in found.changes.values())

@@ -5,12 +5,13 @@ import torch
 
 from sa_convert.domain.model import RunOptions
 from sa_convert.domain.recipe import Calibration
-from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.heal.refit import fit_layers, refit
 from sa_convert.observe.session import open_session
 from sa_convert.observe.tried import Reference
 from sa_convert.read.model_of import model_of
 from sa_convert.read.open_model import open_model
+from sa_convert.treatments.share.plans import plan_of
+from sa_convert.treatments.share.sharing_map import SharingMap
 from support.forced_attention import forced_logits
 from support.planted import save_planted
 from support.tiny_models import save_tiny, save_tokenizer
@@ -73,7 +74,7 @@ def test_held_out_samples_are_never_worse_with_the_refit(base, name):
         if session.model.family.model_type == "gemma2" and name != "some heads":
             pytest.skip("layers of two kinds alternate")  # such maps are refused before
         reference = Reference(session.probe, session.samples.held_out)
-        found = refit(session, sharing.layers, reference)
+        found = refit(session, plan_of(sharing, session.model.geometry), reference)
         samples, output = session.samples.held_out, session.model.family.modules.output
     model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
     rows = {layer: list(row) for layer, row in sharing.layers.items()}
@@ -89,7 +90,9 @@ def test_held_out_samples_are_never_worse_with_the_refit(base, name):
 def test_each_kept_layer_lowers_the_error_on_text_and_on_repetition(base):
     with open_base(base) as session:
         sharing = MAPS["some heads"]
-        changes, found = fit_layers(session.probe, sharing.layers, session.samples.fit, session.samples.held_out)
+        changes, found = fit_layers(
+            session.probe, plan_of(sharing, session.model.geometry), session.samples.fit, session.samples.held_out
+        )
     assert set(found) == set(sharing.layers)
     for layer, result in found.items():
         assert (layer in changes) == (result.strength is not None)
@@ -104,6 +107,6 @@ def test_a_layer_whose_error_is_random_keeps_its_projection(tmp_path):
     model = model_of(open_model(str(folder)))
     exact = SharingMap({1: ((0, 0), (0, 1), *[None] * 6)})
     with open_session(model, Calibration(sequences=8, length=48), RunOptions(device="cpu")) as session:
-        found = refit(session, exact.layers, Reference(session.probe, session.samples.held_out))
+        found = refit(session, plan_of(exact, model.geometry), Reference(session.probe, session.samples.held_out))
     assert found.report.before.divergence < 1e-7
     assert all(change.abs().max() < 1e-3 for change in found.changes.values())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sa_convert.domain.stacks import place_of
+from sa_convert.domain.stacks import in_stack
 from sa_convert.families.table import FAMILIES
 from sa_convert.read.folder import open_folder
 from sa_convert.read.model_of import model_of
@@ -43,7 +43,7 @@ def test_search_and_refit_through_the_command_line(family, tmp_path):
         assert cache["after"] < cache["before"]
         assert report["decode_check"]["same_greedy_tokens"]
     shared = {label.rpartition(".")[0] for label in report["sharing"]["layers"]}
-    assert shared <= {place_of(geometry.stacks, layer)[0] for layer in range(len(geometry.layers))} - {"encoder"}
+    assert shared <= {in_stack(geometry.stacks, layer).stack for layer in range(len(geometry.layers))} - {"encoder"}
     assert report["refit"]["divergence"]["after"]["text"] <= report["refit"]["divergence"]["before"]["text"]
     load_converted(out)
 

@@ -10,6 +10,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
+from sa_convert.domain.plan import Plan
 from sa_convert.domain.units import Units
 from sa_convert.observe.gradients import fisher_gradients
 from sa_convert.observe.probe import Seen
@@ -41,7 +42,7 @@ class Watched:
             self.observer(Seen(layer=layer, probabilities=weights, used=weights, value=value, output=output))
         return output + self.added.get(layer, 0), weights
 
-    def sharing(self, rows):
+    def trying(self, plan):
         return nullcontext()
 
     @contextmanager
@@ -70,7 +71,7 @@ def test_gradients_reach_every_attention(folders, kind):
         shapes[seen.layer] = seen.output.shape
 
     generator = torch.Generator().manual_seed(3)
-    ((order, found),) = fisher_gradients(probe, sample, {}, observe, generator)
+    ((order, found),) = fisher_gradients(probe, sample, Plan(), observe, generator)
     assert order == "second"
     assert len(found) == {"bert": 2, "llama": 2}.get(kind, 6)
     # The same by adding nothing to each attention's output, as a variable.
@@ -101,7 +102,7 @@ def test_reference_measures_the_loss_of_what_is_scored(folders, kind):
         probe.added = {0: torch.ones(1)}
         changed = model(**inputs.kwargs).logits
         kl = functional.kl_div(changed.log_softmax(-1), logits.log_softmax(-1), log_target=True, reduction="none")
-        assert reference.measure({}).divergence == pytest.approx(float(kl.sum(-1)[inputs.scored].mean()), rel=1e-3)
+        assert reference.measure(Plan()).divergence == pytest.approx(float(kl.sum(-1)[inputs.scored].mean()), rel=1e-3)
 
 
 def test_attention_of_an_encoder_is_compared_over_all_pairs_of_tokens(folders):

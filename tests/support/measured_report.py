@@ -12,8 +12,8 @@ from sa_convert.domain.report import (
     Report,
     Savings,
 )
-from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.treatments.share.drawing import told
+from sa_convert.treatments.share.sharing_map import SharingMap
 
 MEASURED = Report(
     base_model=BaseModel("org/base", "0123abc"),

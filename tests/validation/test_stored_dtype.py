@@ -59,7 +59,7 @@ def test_float32_models_are_measured_once(tmp_path):
 
 
 def test_overflow_of_the_converted_model_alone_is_refused(tmp_path):
-    """In float32 both are fine. In float16 values of a layer that reuses overflow, as scores once did."""
+    """In float32 both are fine. In float16 values of a layer that borrows overflow, as scores once did."""
     base = save_base(tmp_path / "base", dtype=torch.float16)
     converted = save_converted(base, tmp_path / "converted")
     file = converted / "model.safetensors"

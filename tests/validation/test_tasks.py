@@ -10,7 +10,6 @@ from torch.nn import functional
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 from sa_convert.domain.report import BaseModel, Change, PerplexityReport, Report, Savings
-from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.errors import CheckpointError, DataError, SaConvertError
 from sa_convert.jobs.evaluating import EvaluateOptions, evaluate
 from sa_convert.measure.quality.cache_bytes import cache_bytes_per_token
@@ -23,10 +22,11 @@ from sa_convert.models.placement import positions
 from sa_convert.models.task import NEXT_TOKEN, frame_of, task_of
 from sa_convert.observe.sequences import Sample, calibration_set
 from sa_convert.present.files.card import write_card
-from sa_convert.present.files.report_file import render_report
+from sa_convert.present.terminal.report_text import render_report
 from sa_convert.read.folder import read_config
 from sa_convert.texts.text import load_text
 from sa_convert.treatments.share.drawing import told
+from sa_convert.treatments.share.sharing_map import SharingMap
 from support.cli_cases import refused
 from support.processes import run_cli
 from support.task_models import SIZES, opened, save

@@ -92,7 +92,7 @@ def copying_loss(model: Any, probes: torch.Tensor, period: int, description: str
 
     These are the tokens that equal the one `period` before, so tokens at the start that do not repeat do not count. The
     log-probabilities are computed in float32 and added up in float64; a loss that is not finite is returned as it is.
-    Raises ValueError where nothing repeats.
+    Raises ValueError if nothing repeats.
     """
     length = probes.shape[1]
     copied = probes[:, period:] == probes[:, :-period]

@@ -27,7 +27,7 @@ class KeptLogits:
         self._kept = self._taken = 0
 
     def keep(self, logits: torch.Tensor) -> None:
-        """Write the logits (N, vocabulary) of the next sequence. Raises OutputError where all will not fit on disk."""
+        """Write the logits (N, vocabulary) of the next sequence. Raises OutputError if all will not fit on disk."""
         from safetensors.torch import save_file
 
         if self._kept == 0:
@@ -61,7 +61,7 @@ class Comparison:
     def add(self, logits: torch.Tensor) -> None:
         """The model's logits (N, vocabulary) of the next sequence, those that the reference has.
 
-        Raises CheckpointError where the models have vocabularies of different sizes.
+        Raises CheckpointError if the models have vocabularies of different sizes.
         """
         reference = self._reference.take()
         if reference.shape != logits.shape:
@@ -84,7 +84,7 @@ class Predictions:
     """The base model's predictions on the first sequences, for a converted model that runs later.
 
     `keep` and `compare` are called with the scored logits (N, vocabulary) of every sequence, from first to last; those
-    beyond `sequences` are passed over. Where they do not fit on disk, nothing is compared.
+    beyond `sequences` are passed over. If they do not fit on disk, nothing is compared.
     """
 
     def __init__(self, folder: Path, sequences: int) -> None:

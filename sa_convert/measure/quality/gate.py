@@ -164,7 +164,7 @@ def _measure_converted(
 
 
 def refuse_if_failed(validation: Validation) -> None:
-    """Raises GateRefused where the converted model decodes wrongly or its perplexity rises beyond the gate."""
+    """Raises GateRefused if the converted model decodes wrongly or its perplexity rises beyond the gate."""
     check = validation.decode_check
     if check is not None and not check.passed:
         problem = (

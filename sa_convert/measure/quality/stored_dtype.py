@@ -1,4 +1,4 @@
-"""Both models once more, in the dtype of their files: validation computes in float32 where it can, users in theirs."""
+"""Both models once more, in the dtype of their files: validation computes in float32 if it can, users in theirs."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager

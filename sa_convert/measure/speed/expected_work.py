@@ -84,7 +84,7 @@ def attention_layers(checkpoint: Checkpoint, converted: bool) -> tuple[Attention
 
 
 def prefill_flops(weights: Weights, layers: tuple[Attention, ...] | None, context: int, batch: int) -> int | None:
-    """Multiplications and additions of a prefill over `batch` sequences, or None where the layers are not known."""
+    """Multiplications and additions of a prefill over `batch` sequences, or None if the layers are not known."""
     if layers is None:
         return None
     dense = weights.matrices * context + weights.head * (1 if weights.keeps_one else context)

@@ -42,7 +42,7 @@ def isotropy_chart(analysis: Analysis) -> "Figure":
 
     layers = len(analysis.heads)
     matched = array(analysis.attention.matched)
-    # A head can only reuse what an earlier layer computes. Layers that are not compared are NaN.
+    # A head can only borrow what an earlier layer computes. Layers that are not compared are NaN.
     earlier = [
         None if numpy.isnan(similar := matched[layer, :layer]).all() else float(numpy.nanmax(similar))
         for layer in range(layers)

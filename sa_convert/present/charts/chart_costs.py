@@ -41,7 +41,7 @@ def cost_chart(analysis: Analysis) -> "Figure":
     label = f"cost, {analysis.cost_unit}"
     figure.colorbar(image, ax=axes, label=label, extend="min" if (costs < scale.vmin).any() else "neither")
     _mark_removed(axes, analysis, groups)
-    axes.scatter([], [], s=60, marker="s", color=NOTHING, label="no earlier layer that it could reuse")
+    axes.scatter([], [], s=60, marker="s", color=NOTHING, label="no earlier layer from which it could borrow")
     axes.set(xlabel="layer", ylabel="" if whole else "KV group", ylim=(-0.5, groups - 0.5))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=min(groups, 10), integer=True))
     if whole:
@@ -61,17 +61,17 @@ def _scale(costs: list[float]) -> "LogNorm":
 
 
 def _mark_removed(axes: "Axes", analysis: Analysis, groups: int) -> None:
-    """A dot on each unit that the recipe's map removes."""
+    """A dot on each unit that the recipe treats."""
     layers = shown_layers(analysis)
     columns: Counter[int] = Counter()
     removed: list[tuple[int, int]] = []
     for unit in (cost.unit for cost in analysis.costs):
-        row = analysis.sharing.layers.get(unit.layer)
-        if row is not None and all(row[head] is not None for head in unit.heads):
+        planned = analysis.plan.layers.get(unit.layer, {})
+        if isinstance(planned, str) or all(group in planned for group in unit.groups):
             removed.append((layers.index(unit.layer), columns[unit.layer]))
         columns[unit.layer] += 1
     size = max(9.0, min(60.0, 3600 / (len(layers) * max(1.0, groups / 8))))
-    label = f"reuses in recipe.yaml ({analysis.key_cache_removed:.1%} of the {analysis.keys_name})"
+    label = f"borrows in recipe.yaml ({analysis.key_cache_removed:.1%} of the {analysis.keys_name})"
     x, y = [place[0] for place in removed], [place[1] for place in removed]
     axes.scatter(x, y, s=size, color="white", edgecolors="black", linewidths=0.8, label=label)
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.domain.analysis import Analysis
-from sa_convert.domain.stacks import place_of, stack_ranges
+from sa_convert.domain.stacks import in_stack, stack_ranges
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,7 +44,7 @@ def layer_axis(axis: Any, analysis: Analysis) -> None:
     step = next(step for step in (1, 2, 5, 10, 20, len(layers)) if len(layers) <= 16 * step)
     stacks = shown_stacks(analysis)
     places = [place for _, members in stacks for place in members[::step]]
-    axis.set_ticks(places, labels=[str(place_of(analysis.stacks, layers[place])[1]) for place in places])
+    axis.set_ticks(places, labels=[str(in_stack(analysis.stacks, layers[place]).number) for place in places])
     if analysis.stacks:
         # In two rows if they might overlap.
         rows = 2 if min(len(members) for _, members in stacks) < NARROW * len(layers) else 1

@@ -1,4 +1,4 @@
-"""Chart of where attention comes from: reusing layers by source layers."""
+"""Chart of where attention comes from: layers that borrow by source layers."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ def source_chart(analysis: Analysis) -> "Figure":
     for axes, (title, counts) in zip(panels, counted, strict=True):
         image = _counts(axes, counts, analysis, colours, scale)
         axes.set_title(title, fontsize=10)
-        axes.set(xlabel="layer that reuses", ylabel="source layer")
+        axes.set(xlabel="layer that borrows", ylabel="source layer")
     ticks = [2**power for power in range(top.bit_length())]
     figure.colorbar(image, ax=list(panels), label="heads of the layer", shrink=0.85, ticks=ticks).ax.minorticks_off()
     return figure

@@ -1,6 +1,5 @@
 """Writes the folder of a benchmark: bench.json, bench.md and bench.png."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +8,7 @@ from sa_convert.console.amounts import human_bytes, human_count
 from sa_convert.domain.benchmark import Benchmark, Pairing, Spread
 from sa_convert.present.charts.chart_bench import speed_chart
 from sa_convert.present.charts.chart_parts import save
+from sa_convert.present.files.json_file import write_json
 
 FILE, PAGE, FIGURE = "bench.json", "bench.md", "bench.png"
 
@@ -25,8 +25,7 @@ class Row(NamedTuple):
 
 def write_benchmark(benchmark: Benchmark, folder: Path) -> None:
     """Write all files."""
-    text = json.dumps(benchmark.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / FILE).write_text(text + "\n", encoding="utf-8", newline="\n")
+    write_json(benchmark.to_json(), folder / FILE)
     (folder / PAGE).write_text(_page(benchmark), encoding="utf-8", newline="\n")
     save(lambda: speed_chart(benchmark), folder / FIGURE)
 

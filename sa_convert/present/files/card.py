@@ -62,7 +62,7 @@ def _sections(report: Report, name: str, recipe: str, remark: str | None, drawn:
     oldest = "5" if family and family.transformers_5 else "4.57"
     yield (
         "The code of the model lies beside its weights (the `.py` files, which import torch and transformers only), so "
-        "transformers asks to trust it; where sa_convert is installed, `import sa_convert` does instead. It runs with "
+        "transformers asks to trust it; if sa_convert is installed, `import sa_convert` does instead. It runs with "
         f"transformers {oldest} and later, in releases that know models of type `{report.family}`."
     )
     for number, treated in enumerate(report.used):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from sa_convert.console.amounts import human_bytes
 from sa_convert.domain.analysis import Analysis
-from sa_convert.domain.stacks import layer_label, layer_names, place_of
+from sa_convert.domain.stacks import in_stack, layer_label, layer_names
 from sa_convert.present.terminal.aligned import aligned
 
 SHOWN = 5
@@ -26,7 +26,7 @@ def _rows(analysis: Analysis) -> Iterator[tuple[str, str]]:
     for number, cost in enumerate(priced[:SHOWN]):
         groups = "all heads" if len(cost.unit.groups) > 1 else f"group {cost.unit.groups[0]}"
         shown = (cost.sources or ())[:8]
-        sources = ", ".join(f"{place_of(analysis.stacks, layer)[1]}.{head}" for layer, head in shown)
+        sources = ", ".join(f"{in_stack(analysis.stacks, layer).number}.{head}" for layer, head in shown)
         more = ", ..." if len(cost.sources or ()) > 8 else ""
         label = "Cheapest" if number == 0 else ""
         layer = layer_label(analysis.stacks, cost.unit.layer)
@@ -34,10 +34,10 @@ def _rows(analysis: Analysis) -> Iterator[tuple[str, str]]:
     for number, point in enumerate(analysis.curve):
         change = f"loss {point.measured_loss:+.4f} nats ({math.expm1(point.measured_loss):+.2%} perplexity)"
         label = f"{analysis.keys_name.capitalize()} removed" if number == 0 else ""
-        yield label, f"{point.key_cache_removed:5.1%}: {change}, {point.groups} groups reuse"
+        yield label, f"{point.key_cache_removed:5.1%}: {change}, {point.groups} groups borrow"
     yield "", "measured on held-out sequences, without refit"
-    layers = layer_names(analysis.stacks, analysis.sharing.layers)
-    plural = "layer" if len(analysis.sharing.layers) == 1 else "layers"
+    layers = layer_names(analysis.stacks, analysis.plan.layers)
+    plural = "layer" if len(analysis.plan.layers) == 1 else "layers"
     removed = f"{analysis.key_cache_removed:.1%} of the {analysis.keys_name}"
-    yield "Recipe", f"removes {removed}; heads of {plural} {layers} reuse"
+    yield "Recipe", f"removes {removed}; heads of {plural} {layers} borrow"
     yield "Peak memory", human_bytes(analysis.peak_memory)

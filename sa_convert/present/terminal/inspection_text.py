@@ -42,12 +42,12 @@ def _rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
 
 
 def _shape(geometry: ModelGeometry) -> Iterator[tuple[str, str]]:
-    """Layers, heads and groups, stack by stack where there are several."""
+    """Layers, heads and groups, stack by stack if there are several."""
     stacks = stack_ranges(geometry.stacks, len(geometry.layers))
     by_stack = [[geometry.layers[index] for index in members] for _, members in stacks]
 
     def each(value: Callable[[LayerGeometry], int]) -> str:
-        """Such as "8", "4-8" (where layers differ), or "16 encoder, 8 decoder"."""
+        """Such as "8", "4-8" (if layers differ), or "16 encoder, 8 decoder"."""
         ranges = [sorted({value(layer) for layer in layers if layer.heads}) for layers in by_stack]
         texts = [f"{sizes[0]}-{sizes[-1]}" if len(sizes) > 1 else str(sizes[0]) for sizes in ranges]
         if len(set(texts)) == 1:

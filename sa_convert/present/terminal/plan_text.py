@@ -3,13 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.console.amounts import human_bytes, human_count
+from sa_convert.domain.report import Change
+from sa_convert.present.terminal.aligned import aligned
+from sa_convert.present.terminal.report_text import change_text
 
 if TYPE_CHECKING:
     from sa_convert.plan.conversion import ConversionPlan
 
 
 def plan_json(plan: "ConversionPlan") -> dict[str, Any]:
-    """The plan in the words of report.json, where it has them."""
+    """The plan in the words of report.json, if it has them."""
     from dataclasses import asdict
 
     return {
@@ -29,22 +32,16 @@ def render_plan(plan: "ConversionPlan") -> str:
     savings = plan.savings
     dropped = sum(edit.drops for edit in plan.edits.values())
     sliced = sum(bool(edit.rows) for edit in plan.edits.values())
-    cache = savings.cache_bytes_per_token
     lines = [
         ("family", plan.model.family.model_type),
         *(row for treated in plan.treated if treated.used for row in treated.rows),
         ("tensors", f"{dropped} dropped, {sliced} sliced"),
-        ("parameters", _change(savings.parameters.before, savings.parameters.after, human_count)),
-        ("weights", _change(savings.checkpoint_bytes.before, savings.checkpoint_bytes.after, human_bytes)),
-        (
-            "cache per token",
-            _change(cache.before, cache.after, human_bytes) if cache.before else "none: the model caches nothing",
-        ),
+        ("parameters", change_text(savings.parameters, human_count)),
+        ("weights", change_text(savings.checkpoint_bytes, human_bytes)),
+        ("cache per token", _cache(savings.cache_bytes_per_token)),
     ]
-    width = max(len(name) for name, _ in lines)
-    table = "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
-    return f"{table}\n\nDry run: nothing was written. Sizes are of tensors, without file headers."
+    return f"{aligned(lines)}\n\nDry run: nothing was written. Sizes are of tensors, without file headers."
 
 
-def _change(before: int, after: int, show: Any) -> str:
-    return f"{show(before)} -> {show(after)} ({after / before - 1:+.1%})"
+def _cache(change: Change) -> str:
+    return change_text(change, human_bytes) if change.before else "none: the model caches nothing"

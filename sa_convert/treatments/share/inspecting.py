@@ -1,23 +1,23 @@
-"""What `inspect` tells of sharing: which layers can reuse which, and what a converted model shares already."""
+"""What `inspect` tells of sharing: which layers can borrow from which, and what a converted model shares already."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from sa_convert.domain.geometry import ModelGeometry
-from sa_convert.domain.sharing_map import SharingMap
-from sa_convert.domain.stacks import layer_names, place_of
+from sa_convert.domain.stacks import in_stack, layer_names
 from sa_convert.domain.treated import Inspected
 from sa_convert.treatments.share.rules import layer_difference
+from sa_convert.treatments.share.sharing_map import SharingMap
 
 FIRST_OF_ITS_KIND = "no earlier layer of its kind"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Layers whose attention means the same, so that each can reuse the earlier ones.
+    """Layers whose attention means the same, so that each can borrow from the earlier ones.
 
-    reusing: layers that can reuse. groups: their KV groups, which is what sharing could remove at most.
+    reusing: layers that can borrow. groups: their KV groups, which is what sharing could remove at most.
     """
 
     stack: str
@@ -33,7 +33,7 @@ def inspected(geometry: ModelGeometry | None, shared: SharingMap | None, reason:
     """shared: of a converted model. reason: why the model cannot be converted, or None."""
     kinds = kinds_of(geometry) if geometry else ()
     if reason is None and not any(kind.reusing for kind in kinds):
-        reason = "Every layer is the only one of its kind, so none has an earlier layer to reuse."
+        reason = "Every layer is the only one of its kind, so none has an earlier layer to borrow from."
     rows = [*_shared_already(geometry, shared), *_possible(geometry, kinds, reason)]
     return Inspected(reason, {"sharing": _section(geometry, kinds, shared, reason)}, tuple(rows))
 
@@ -82,7 +82,7 @@ def _most(kinds: tuple[Kind, ...], reason: str | None) -> int:
 def _kind_json(kind: Kind, geometry: ModelGeometry | None) -> dict[str, Any]:
     """Layers by their numbers in the stack."""
     stacks = geometry.stacks if geometry else ()
-    numbers = {key: [place_of(stacks, layer)[1] for layer in getattr(kind, key)] for key in ("layers", "reusing")}
+    numbers = {key: [in_stack(stacks, layer).number for layer in getattr(kind, key)] for key in ("layers", "reusing")}
     return {**asdict(kind), **numbers}
 
 
@@ -105,9 +105,9 @@ def _possible(geometry: ModelGeometry | None, kinds: tuple[Kind, ...], reason: s
 
 
 def _reach(kind: Kind, geometry: ModelGeometry) -> str:
-    """Which layers of a kind can reuse which."""
+    """Which layers of a kind can borrow from which."""
     first = f"layer {geometry.label(kind.layers[0])} cannot, no earlier layer is of its kind"
     if not kind.reusing:
         return first
     plural = "layer" if len(kind.reusing) == 1 else "layers"
-    return f"{plural} {layer_names(geometry.stacks, kind.reusing)} can reuse earlier ones of this kind; {first}"
+    return f"{plural} {layer_names(geometry.stacks, kind.reusing)} can borrow from earlier ones of this kind; {first}"

@@ -1,11 +1,13 @@
 """A sharing map as the part of a plan that it is, and back; and as recipes have it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from sa_convert.domain.geometry import ModelGeometry
-from sa_convert.domain.plan import Plan
-from sa_convert.domain.sharing_map import SharingMap, Source
-from sa_convert.domain.stacks import layer_of, place_of
+from sa_convert.domain.plan import GroupPlan, Plan
+from sa_convert.domain.stacks import in_stack, layer_of
+from sa_convert.domain.units import Unit
+from sa_convert.treatments.share.sharing_map import SharingMap, Source
 
 NAME = "share"
 
@@ -17,7 +19,7 @@ def plan_of(sharing: SharingMap, geometry: ModelGeometry) -> Plan:
         layer = geometry.layers[index]
         groups = {group: [row[head] for head in layer.heads_of(group)] for group in range(layer.groups)}
         layers[index] = {
-            group: {NAME: [source and [place_of(geometry.stacks, source[0])[1], source[1]] for source in sources]}
+            group: {NAME: [source and [in_stack(geometry.stacks, source[0]).number, source[1]] for source in sources]}
             for group, sources in groups.items()
             if any(sources)
         }
@@ -28,12 +30,19 @@ def map_of(plan: Plan, geometry: ModelGeometry) -> SharingMap:
     """The map of a plan whose arguments fit the model's layers, KV groups and heads."""
     rows: dict[int, list[Source | None]] = {}
     for index, groups in plan.groups_of(NAME).items():
-        layer, stack = geometry.layers[index], place_of(geometry.stacks, index)[0]
+        layer, stack = geometry.layers[index], in_stack(geometry.stacks, index).stack
         row = rows[index] = [None] * layer.heads
         for group, sources in groups.items():
             for head, source in zip(layer.heads_of(group), sources, strict=True):
                 row[head] = source and (layer_of(geometry.stacks, stack, source[0]), source[1])
     return SharingMap({index: tuple(row) for index, row in rows.items()}, geometry.stacks)
+
+
+def plan_of_unit(unit: Unit, sources: Sequence[Source], geometry: ModelGeometry) -> dict[int, GroupPlan]:
+    """The plan of a unit's KV groups, of whose heads each has one of the sources."""
+    told = [[in_stack(geometry.stacks, layer).number, head] for layer, head in sources]
+    size = geometry.layers[unit.layer].group_size
+    return {group: {NAME: told[at * size : (at + 1) * size]} for at, group in enumerate(unit.groups)}
 
 
 def recipe_of(sharing: SharingMap) -> dict[str, Any]:

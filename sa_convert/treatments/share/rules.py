@@ -1,44 +1,44 @@
 """The rules of sharing: which map a model can run. One violation raises, naming the layer and the head, and why."""
 
 from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
-from sa_convert.domain.sharing_map import SharingMap, Source
 from sa_convert.errors import PlanError
+from sa_convert.treatments.share.sharing_map import SharingMap, Source
 
 
 def check_map(sharing: SharingMap, geometry: ModelGeometry) -> None:
-    """Raise PlanError where the map does not fit the model.
+    """Raise PlanError if the map does not fit the model.
 
     Every source is an own head of an earlier layer with the same attention type, window, head size and treatment of
-    positions; where queries are normalised over all heads together, only whole layers reuse.
+    positions; if queries are normalised over all heads together, only whole layers borrow.
     """
     depth = len(geometry.layers)
     for index, row in sharing.layers.items():
         if not 0 <= index < depth:
-            raise PlanError(f"Layer {index} reuses attention, but the model has layers 0 to {depth - 1}.")
+            raise PlanError(f"Layer {index} borrows attention, but the model has layers 0 to {depth - 1}.")
         layer, name = geometry.layers[index], geometry.label(index)
         if not layer.heads:
-            raise PlanError(f"Layer {name} has no softmax attention, so it cannot reuse any.")
+            raise PlanError(f"Layer {name} has no softmax attention, so it cannot borrow any.")
         if len(row) != layer.heads:
             raise PlanError(
                 f"Layer {name} lists {len(row)} heads, but the model has {layer.heads} query heads in this layer."
             )
         if geometry.granularity == "layer" and None in row:
             raise PlanError(
-                f"Layer {name} head {row.index(None)} keeps its own attention while others reuse; this model "
-                "normalises the queries and keys of all heads together, so only whole layers can reuse."
+                f"Layer {name} head {row.index(None)} keeps its own attention while others borrow; this model "
+                "normalises the queries and keys of all heads together, so only whole layers can borrow."
             )
         for head, source in enumerate(row):
             if source is not None:
                 reason = source_problem(sharing, geometry, index, source)
                 if reason:
                     raise PlanError(
-                        f"Layer {name} head {head} cannot reuse layer {geometry.label(source[0])} "
+                        f"Layer {name} head {head} cannot borrow from layer {geometry.label(source[0])} "
                         f"head {source[1]}: {reason}."
                     )
 
 
 def source_problem(sharing: SharingMap, geometry: ModelGeometry, index: int, source: Source) -> str | None:
-    """Why a head of layer `index` cannot reuse `source`, or None where it can."""
+    """Why a head of layer `index` cannot borrow from `source`, or None if it can."""
     layer, head = source
     if not 0 <= layer < len(geometry.layers):
         return f"the model has layers 0 to {len(geometry.layers) - 1}"
@@ -52,23 +52,23 @@ def source_problem(sharing: SharingMap, geometry: ModelGeometry, index: int, sou
     row = sharing.layers.get(layer)
     if row is not None and head < len(row) and row[head] is not None:
         at, origin = row[head]  # type: ignore[misc]
-        return f"the source itself reuses layer {geometry.label(at)} head {origin}; name that one"
+        return f"the source itself borrows from layer {geometry.label(at)} head {origin}; name that one"
     return None
 
 
-def layer_difference(source: LayerGeometry, reuser: LayerGeometry) -> str | None:
-    """Why attention weights of one layer mean nothing in the other, or None where they are of one kind."""
-    if not source.heads or not reuser.heads:
-        return f"the {'reusing' if source.heads else 'source'} layer has no softmax attention"
-    if source.stack != reuser.stack:
-        return f"the source layer belongs to {source.stack}, the reusing layer to {reuser.stack}"
-    if source.attention != reuser.attention:
-        return f"the source layer has {source.attention}, the reusing layer {reuser.attention}"
-    if source.window != reuser.window:
-        return f"the source layer's window is {source.window} tokens, the reusing layer's {reuser.window}"
-    if source.head_dim != reuser.head_dim:
-        return f"the source layer's heads have size {source.head_dim}, the reusing layer's {reuser.head_dim}"
-    if source.rotary != reuser.rotary:
-        with_rotary, without = ("source", "reusing") if source.rotary else ("reusing", "source")
+def layer_difference(source: LayerGeometry, borrower: LayerGeometry) -> str | None:
+    """Why probabilities of one layer mean nothing in the other, or None if they are of one kind."""
+    if not source.heads or not borrower.heads:
+        return f"the {'borrowing' if source.heads else 'source'} layer has no softmax attention"
+    if source.stack != borrower.stack:
+        return f"the source layer belongs to {source.stack}, the borrowing layer to {borrower.stack}"
+    if source.attention != borrower.attention:
+        return f"the source layer has {source.attention}, the borrowing layer {borrower.attention}"
+    if source.window != borrower.window:
+        return f"the source layer's window is {source.window} tokens, the borrowing layer's {borrower.window}"
+    if source.head_dim != borrower.head_dim:
+        return f"the source layer's heads have size {source.head_dim}, the borrowing layer's {borrower.head_dim}"
+    if source.rotary != borrower.rotary:
+        with_rotary, without = ("source", "borrowing") if source.rotary else ("borrowing", "source")
         return f"the {with_rotary} layer rotates queries and keys by position, the {without} layer does not"
     return None

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
 from sa_convert.domain.layer_range import LayerRange
 from sa_convert.domain.recipe_map import HeadSource
-from sa_convert.domain.sharing_map import SharingMap
 from sa_convert.domain.stacks import parse_label, stack_ranges
 from sa_convert.errors import PlanError, RecipeError
 from sa_convert.treatments.share.rules import layer_difference
+from sa_convert.treatments.share.sharing_map import SharingMap
 
 if TYPE_CHECKING:
     from sa_convert.domain.recipe import Origin, Recipe, Span
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def sharing_of(recipe: "Recipe", geometry: ModelGeometry) -> SharingMap:
     """The sharing map of a recipe with spans or map. `rules.check_map` tells whether the model can run it.
 
-    Raises RecipeError, naming the line, where a span does not fit the model.
+    Raises RecipeError, naming the line, if a span does not fit the model.
     """
     assert recipe.sharing is not None
     if recipe.sharing.spans is not None:
@@ -32,7 +32,7 @@ def sharing_of(recipe: "Recipe", geometry: ModelGeometry) -> SharingMap:
 def _explicit(
     recipe: "Recipe", rows: Mapping[int | str, tuple[HeadSource | None, ...]], geometry: ModelGeometry
 ) -> SharingMap:
-    """Raises RecipeError, naming the line, where the map names a stack that the model does not have."""
+    """Raises RecipeError, naming the line, if the map names a stack that the model does not have."""
     names = [name for name, _ in geometry.stacks]
     for layer in rows:
         stack, number = parse_label(layer)
@@ -44,17 +44,17 @@ def _explicit(
             raise RecipeError(f"{where}: there is no layer '{layer}'; {hint.format(number)}")
         depth = dict(geometry.stacks).get(stack, len(geometry.layers))
         if number >= depth:
-            raise PlanError(f"Layer {layer} reuses attention, but the model has layers 0 to {depth - 1}.")
+            raise PlanError(f"Layer {layer} borrows attention, but the model has layers 0 to {depth - 1}.")
     return SharingMap.from_json(rows, geometry.stacks)
 
 
 def resolve_spans(spans: "Sequence[Span]", geometry: ModelGeometry, origin: "Origin | None" = None) -> SharingMap:
-    """Every head i of a span's layers reuses head i of the span's source, in each stack of the model.
+    """Every head i of a span's layers borrows from head i of the span's source, in each stack of the model.
 
-    Without a source, each layer reuses the nearest earlier layer outside of the span that has its kind of attention
-    (type, window, heads, head size, rotation); where all layers are alike, that is the layer before the span. Where a
-    source reuses another layer itself, the map names the one that owns the attention. Layers without softmax attention
-    are passed over.
+    Without a source, each layer borrows from the nearest earlier layer outside of the span that has its kind of
+    attention (type, window, heads, head size, rotation). If all layers are alike, that is the layer before the span.
+    If a source borrows from another layer itself, the map names the one that owns the attention. Layers without softmax
+    attention are passed over.
     origin: where the spans were written, for messages. Raises RecipeError for a span outside of the model, spans that
     overlap, and a layer without any possible source.
     """
@@ -131,8 +131,8 @@ def _nearest(layer: int, span: range, kinds: "Sequence[LayerGeometry]", where: s
     )
 
 
-def _alike(source: LayerGeometry, reuser: LayerGeometry) -> bool:
-    return layer_difference(source, reuser) is None and source.heads == reuser.heads
+def _alike(source: LayerGeometry, borrower: LayerGeometry) -> bool:
+    return layer_difference(source, borrower) is None and source.heads == borrower.heads
 
 
 def _name(layers: range, stack: str) -> str:

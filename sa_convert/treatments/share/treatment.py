@@ -4,21 +4,27 @@ Its arguments list, per query head of the KV group, null (own attention) or [sou
 an own head of an earlier layer of the same stack; layers count in the stack.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.domain.answers import Answers
-from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
+from sa_convert.domain.calibrated import Measure
+from sa_convert.domain.geometry import Head, LayerGeometry, ModelGeometry
 from sa_convert.domain.plan import Arguments, Plan, frozen
 from sa_convert.domain.recipe_map import RecipeValueError
 from sa_convert.domain.treated import Drawing, Inspected, Treated
+from sa_convert.domain.units import Unit, Units
 from sa_convert.errors import PlanError
 from sa_convert.treatments.base import Treatment
+from sa_convert.treatments.ledger import Ledger
 from sa_convert.treatments.share import drawing
+from sa_convert.treatments.share.cost import ShareCosts
 from sa_convert.treatments.share.inspecting import inspected
 from sa_convert.treatments.share.plans import map_of, plan_of, recipe_of
-from sa_convert.treatments.share.rules import check_map
+from sa_convert.treatments.share.rules import check_map, layer_difference
+from sa_convert.treatments.share.trying import ShareTrial
+from sa_convert.treatments.trial import Trial
 
 if TYPE_CHECKING:
     from sa_convert.domain.recipe import Recipe
@@ -44,7 +50,7 @@ class ShareTreatment(Treatment):
         for index, groups in plan.groups_of(self.name).items():
             if not 0 <= index < len(geometry.layers):
                 raise PlanError(
-                    f"Layer {index} reuses attention, but the model has layers 0 to {len(geometry.layers) - 1}."
+                    f"Layer {index} borrows attention, but the model has layers 0 to {len(geometry.layers) - 1}."
                 )
             layer, name = geometry.layers[index], plan.label(index)
             for group, sources in groups.items():
@@ -69,10 +75,34 @@ class ShareTreatment(Treatment):
     def to_recipe(self, plan: Plan, geometry: ModelGeometry) -> dict[str, Any]:
         return recipe_of(map_of(plan, geometry))
 
+    def layers_in_recipe(self, plan: Plan, geometry: ModelGeometry) -> dict[str, Any]:
+        return map_of(plan, geometry).to_json()
+
     def answers(self, before: Answers, layer: LayerGeometry, arguments: Arguments) -> Answers:
         borrowed = {head for head, source in zip(before.heads, arguments, strict=True) if source is not None}
         scores = tuple(head for head in before.scores if head not in borrowed)
         return replace(before, scores=scores, keys=before.keys if scores else 0)
+
+    impossible = "No layer of this model can borrow the attention of an earlier one, so nothing can be shared."
+
+    def candidates(self, units: Units) -> list[Unit]:
+        """All but those in the first layer of every kind, in which no head has a source."""
+        layers = units.geometry.layers
+        return [
+            unit
+            for unit in units.all
+            if any(layer_difference(layers[source], layers[unit.layer]) is None for source in range(unit.layer))
+        ]
+
+    def trial(self, plan: Plan) -> Trial:
+        return ShareTrial(plan)
+
+    def ledger(self, units: Units, plan: Plan, measure: Measure, known: Ledger | None = None) -> Ledger:
+        return ShareCosts(units, measure, plan, known if isinstance(known, ShareCosts) else None)
+
+    def lenders(self, plan: Plan, geometry: ModelGeometry) -> Iterator[tuple[int, Head]]:
+        rows = map_of(plan, geometry).layers.items()
+        return ((layer, source) for layer, row in rows for source in row if source is not None)
 
     def treated(self, plan: Plan, geometry: ModelGeometry) -> Treated:
         return drawing.treated(map_of(plan, geometry), geometry)

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
-from sa_convert.domain.stacks import Stacks, layer_label, layer_of, parse_label, place_of
+from sa_convert.domain.stacks import Stacks, in_stack, layer_label, layer_of, parse_label
 
 Source = tuple[int, int]
 """A source layer and a query head in it."""
@@ -14,9 +14,9 @@ Source = tuple[int, int]
 
 @dataclass(frozen=True)
 class SharingMap:
-    """For each reusing layer, per query head, None (own) or the source layer and source head.
+    """For each layer that borrows, per query head, None (own) or the source layer and source head.
 
-    Layers without a reusing head are left out. The map is resolved: a source head is always an own head; that, and
+    Layers without a borrower are left out. The map is resolved: a source head is always an own head; that, and
     everything else a model demands, is checked by `sa_convert.treatments.share.rules.check_map`. stacks: those of the
     model, which name its layers (see `sa_convert.domain.stacks`).
     """
@@ -49,7 +49,7 @@ class SharingMap:
         """As {"27": [[26, 4], null, ...]}."""
         return {
             self.label(layer): [
-                None if source is None else [place_of(self.stacks, source[0])[1], source[1]] for source in row
+                None if source is None else [in_stack(self.stacks, source[0]).number, source[1]] for source in row
             ]
             for layer, row in self.layers.items()
         }

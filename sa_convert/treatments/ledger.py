@@ -1,0 +1,173 @@
+"""What a treatment would cost each unit of a model, and what a search makes of it."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from sa_convert.domain.calibrated import Measure
+from sa_convert.domain.geometry import Head
+from sa_convert.domain.plan import GroupPlan, Plan
+from sa_convert.domain.units import Unit, Units
+
+if TYPE_CHECKING:
+    import torch
+
+Taken = frozenset[Unit]
+"""Units to which something is done so that no other may use their scores."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """One layer in one pass over a sequence: what a ledger is filled from.
+
+    Letters: T tokens, S tokens seen, H query heads of the layer, J those of all layers up to it, G KV groups, D head
+    size. probabilities: (T, J, S), 0 for heads of other stacks. value: (G, S, D). output: (T, H, D) of each head.
+    gradient: (T, H, D) of a loss at these outputs; slope: whether the loss is the divergence from the base, which
+    comes first, or that of labels which the model has drawn. scored: (T,) bool, the tokens whose loss counts.
+    repetition: whether the sequence repeats random tokens. weight: of the sequence, over the tokens scored, so that
+    sums are per token.
+    """
+
+    layer: int
+    probabilities: "torch.Tensor"
+    value: "torch.Tensor"
+    output: "torch.Tensor"
+    gradient: "torch.Tensor"
+    slope: bool
+    scored: "torch.Tensor"
+    repetition: bool
+    weight: float
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a treatment would do to a unit.
+
+    treatment: its name. cost: nats a token (or relative error). saved: elements of one token's cached keys. plan:
+    treatments and arguments of each of the unit's KV groups. sources: heads whose scores it uses, which then have to
+    keep them. lends: whether others may use the scores of the unit nevertheless.
+    """
+
+    treatment: str
+    cost: float
+    saved: int
+    plan: Mapping[int, GroupPlan] = field(default_factory=dict, compare=False)
+    sources: tuple[Head, ...] = ()
+    lends: bool = False
+
+
+@dataclass(frozen=True)
+class Move:
+    """A change of the plan.
+
+    offers: of the moved unit, and of units that lose a source by it. cost: by how much the expected loss rises. saved:
+    elements of one token's cached keys, besides those saved already.
+    """
+
+    offers: Mapping[Unit, Offer]
+    cost: float
+    saved: int
+
+
+class Chosen(Protocol):
+    """What a ledger may ask of a search: which units are treated so far."""
+
+    units: Units
+    chosen: dict[Unit, Offer]
+
+    @property
+    def taken(self) -> Taken: ...
+
+    @property
+    def lent(self) -> Taken:
+        """Units whose scores others use."""
+        ...
+
+    def users_of(self, unit: Unit) -> list[Unit]:
+        """Units that use scores of this one."""
+        ...
+
+    def best(self, treatment: str, unit: Unit, taken: Taken) -> Offer | None:
+        """The cheapest offer of a treatment for a unit, remembered while its sources are not taken."""
+        ...
+
+    def move(self, offers: Mapping[Unit, Offer]) -> Move: ...
+
+
+class Ledger:
+    """Costs of one treatment. Filled layer by layer over calibration sequences, then asked for offers.
+
+    units: of the model. treatment: its name. measure: of the costs. without_plan: whether they are those of the base as
+    it is, and not of a plan in use.
+    """
+
+    screens = False
+    """Whether some sequences are shown beforehand, for choices that all others then are measured by."""
+
+    def __init__(self, units: Units, treatment: str, measure: Measure, without_plan: bool = True) -> None:
+        self.units, self.treatment, self.measure, self.without_plan = units, treatment, measure, without_plan
+
+    def screen(self, observed: Observed) -> None:
+        """A layer of one of these sequences."""
+
+    def screened(self) -> None:
+        """After the last of these sequences."""
+
+    def add(self, observed: Observed) -> None:
+        """A layer of a sequence."""
+
+    def close(self) -> None:
+        """After the last sequence."""
+
+    def best(self, unit: Unit, taken: Taken) -> Offer | None:
+        """The cheapest offer for a unit while these are taken, or None if it has none."""
+        return None
+
+    def value(self, unit: Unit, offer: Offer) -> float:
+        """What a unit costs that is treated as an offer has it, under the plan of which costs were measured."""
+        best = self.best(unit, frozenset({unit}))
+        return offer.cost if best is None else best.cost
+
+    def given_back(self, unit: Unit, offer: Offer) -> float:
+        """What a unit costs that is as in the base again, under that plan."""
+        return 0.0
+
+    def given(self, plan: Plan) -> dict[Unit, Offer]:
+        """The units all of whose KV groups a plan treats so, at no cost."""
+        found = {}
+        groups = plan.groups_of(self.treatment)
+        for unit in self.units.all:
+            told = groups.get(unit.layer, {})
+            if all(group in told for group in unit.groups):
+                parts = {group: {self.treatment: told[group]} for group in unit.groups}
+                found[unit] = Offer(self.treatment, 0.0, self.saved(unit), parts)
+        return found
+
+    def saved(self, unit: Unit) -> int:
+        """Elements of one token's cached keys that a treated unit saves."""
+        return self.units.keys_of(unit)
+
+    def moves(self, state: Chosen) -> Iterator[Move]:
+        """All that the treatment can do next: to each unit to which nothing is done, and whose scores nobody uses."""
+        for unit in self.units.all:
+            offer = None if unit in state.chosen else self.best(unit, state.taken | {unit})
+            if offer is not None and (offer.lends or unit not in state.lent):
+                yield state.move({unit: offer})
+
+
+def plan_of_offers(units: Units, offers: Mapping[Unit, Offer]) -> Plan:
+    """The plan in which these units are treated so."""
+    layers: dict[int, dict[int, GroupPlan]] = {}
+    for unit, offer in offers.items():
+        layers.setdefault(unit.layer, {}).update(offer.plan)
+    return Plan(layers, units.geometry.stacks)
+
+
+def users_of(units: Units, unit: Unit, offers: Mapping[Unit, Offer]) -> list[Unit]:
+    """The units whose offers use scores of `unit`."""
+    return [user for user, offer in offers.items() if any(units.unit_of(head) == unit for head in offer.sources)]
+
+
+def units_of(units: Units, heads: Iterable[Head]) -> Taken:
+    """The units that these heads belong to."""
+    return frozenset(units.unit_of(head) for head in heads)

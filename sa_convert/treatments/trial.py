@@ -1,0 +1,32 @@
+"""How a plan is tried on a base model that runs: attention is changed on its way, and no weight is touched."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+Lent = Callable[[int], "torch.Tensor"]
+"""The probabilities (B, H, T, S) of a layer that has run before, of those that a trial names as lenders."""
+
+
+class Trial:
+    """What one treatment changes of the attention of layers; every default leaves it as it is.
+
+    Letters: B sequences, H query heads, G KV groups, T tokens, S tokens seen, D head size.
+    """
+
+    lenders: frozenset[int] = frozenset()
+    """Layers whose probabilities are asked for by later layers."""
+
+    def key(self, layer: int, key: "torch.Tensor") -> "torch.Tensor":
+        """Keys (B, G, S, D), rotated already."""
+        return key
+
+    def probabilities(self, layer: int, own: "torch.Tensor", lent: Lent) -> "torch.Tensor":
+        """Probabilities (B, H, T, S) that weigh the values. own: those that the layer's heads have computed."""
+        return own
+
+    def value(self, layer: int, value: "torch.Tensor") -> "torch.Tensor":
+        """Values (B, G, S, D)."""
+        return value
