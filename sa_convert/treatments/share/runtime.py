@@ -200,7 +200,8 @@ class Share:
             output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
             found = output, (blocks[0] if whole else None)
         elif loans:
-            found = self._attend_queries(call, layer, loans, query, key, value, mask, own_mask, arguments)
+            given = {"query": query, "key": key, "value": value, "mask": mask, "own_mask": own_mask}
+            found = self._attend_queries(call, layer, loans, **given, arguments=arguments)
         else:
             found = then(query, key, value, mask)
         exchange.settle([(self.name, at) for at in layer.settled])
@@ -249,7 +250,7 @@ class Share:
             found.append(_probabilities(call, rows, keys, rows_mask, group).to(dtype))
         return found
 
-    def _attend_queries(self, call, layer, loans, query, key, value, mask, own_mask, arguments):
+    def _attend_queries(self, call, layer, loans, *, query, key, value, mask, own_mask, arguments):
         """Borrowed queries and keys take the place of the missing ones, and the kernel does the rest."""
         sinks, wanted = arguments.get("s_aux"), arguments.get("scaling")
         if sinks is not None:
