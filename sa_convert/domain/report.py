@@ -181,6 +181,7 @@ class Report:
             "family": self.family,
             "recipe": self.recipe,
             **self.sections,
+            "treatments": {treated.name: dict(treated.counts) for treated in self.used},
             "savings": {**asdict(self.savings), "key_cache_removed": round(self.savings.key_cache_removed, 6)},
             "perplexity": self.perplexity and _perplexity_json(self.perplexity),
             "decode_check": self.decode_check and _decode_json(self.decode_check),

@@ -105,7 +105,9 @@ def check_plan(plan: Plan, model: Model) -> None:
 
 def treated_by(plan: Plan, model: Model) -> tuple[Treated, ...]:
     """What each treatment says of the plan, those included that it does not use."""
-    used = plan.treatments
-    return tuple(
-        replace(treatment.treated(plan, model.geometry), used=treatment.name in used) for treatment in treatments()
-    )
+    found = []
+    for treatment in treatments():
+        numbers = {"groups": plan.group_count(treatment.name), "layers": len(plan.layers_of(treatment.name))}
+        counts = {what: number for what, number in numbers.items() if number}
+        found.append(replace(treatment.treated(plan, model.geometry), counts=counts, used=bool(counts)))
+    return tuple(found)
