@@ -98,18 +98,20 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class TensorEdit:
-    """What happens to one tensor. A tensor without an edit is copied as it is.
+    """What happens to one tensor, by its name. A tensor without an edit is copied as it is.
 
     rows: ranges (start, stop) along `axis` that stay, in the order that the new tensor has them in, which need not be
     ascending; no two overlap. Empty: the tensor is dropped; None: all of it stays. axis: 0, or 1 for columns of a
-    matrix. name: its new name, or None to keep it. replacement: a tensor of the same dtype and shape whose bytes take
-    the place of its own; rows do not apply to it.
+    matrix. name: its new name, or None to keep it. replacement: a tensor of any dtype and shape that takes its place;
+    rows do not apply to it. after: of a tensor that the base does not have, the one of the base that it follows; such
+    an edit has a replacement.
     """
 
     rows: tuple[tuple[int, int], ...] | None = None
     name: str | None = None
     replacement: TensorEntry | None = None
     axis: int = 0
+    after: str | None = None
 
     @property
     def drops(self) -> bool:
@@ -117,6 +119,8 @@ class TensorEdit:
 
     def shape(self, tensor: TensorEntry) -> tuple[int, ...]:
         """Shape of the tensor after the edit."""
+        if self.replacement is not None:
+            return self.replacement.shape
         if self.rows is None:
             return tensor.shape
         kept = sum(stop - start for start, stop in self.rows)

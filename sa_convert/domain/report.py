@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from sa_convert.domain.agreement import Agreement
 from sa_convert.domain.calibrated import RefitReport
+from sa_convert.domain.change import Change, Savings
 from sa_convert.domain.stacks import Stacks
 from sa_convert.domain.treated import Treated
 
@@ -48,32 +49,6 @@ class BaseModel:
     @property
     def on_hub(self) -> bool:
         return "/" in self.id
-
-
-@dataclass(frozen=True)
-class Change:
-    """A quantity of the base model and of the converted one."""
-
-    before: int
-    after: int
-
-    @property
-    def removed(self) -> float:
-        """The part that is gone, 0 to 1."""
-        return 1 - self.after / self.before if self.before else 0.0
-
-
-@dataclass(frozen=True)
-class Savings:
-    """What a plan removes. cache_bytes_per_token: one sequence, in the dtype of the weights.
-
-    key_cache_removed: the part of all keys in the cache that is gone, 0 to 1.
-    """
-
-    parameters: Change
-    checkpoint_bytes: Change
-    cache_bytes_per_token: Change
-    key_cache_removed: float
 
 
 @dataclass(frozen=True)
@@ -206,6 +181,7 @@ class Report:
             "family": self.family,
             "recipe": self.recipe,
             **self.sections,
+            "treatments": {treated.name: dict(treated.counts) for treated in self.used},
             "savings": {**asdict(self.savings), "key_cache_removed": round(self.savings.key_cache_removed, 6)},
             "perplexity": self.perplexity and _perplexity_json(self.perplexity),
             "decode_check": self.decode_check and _decode_json(self.decode_check),

@@ -29,6 +29,8 @@ class Treated:
     """Lines of the table in that section."""
     remarks: tuple[str, ...] = ()
     """Paragraphs below the table of savings."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """How many KV groups ("groups") and whole layers ("layers") it is done to."""
     used: bool = True
     """Whether the plan uses the treatment; if not, only `section` is told."""
 

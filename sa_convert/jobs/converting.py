@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from sa_convert.console.amounts import human_bytes
 from sa_convert.console.progress import announce, notes, peak_memory
+from sa_convert.domain.change import Change
 from sa_convert.domain.model import Model, RunOptions
 from sa_convert.domain.plan import Plan
-from sa_convert.domain.report import BaseModel, Change, Report, Validation
+from sa_convert.domain.report import BaseModel, Report, Validation
 from sa_convert.domain.units import Units
 from sa_convert.models.auto_class import auto_class_name, prediction_task
 from sa_convert.models.trust import trusting

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from sa_convert.domain.change import Savings
 from sa_convert.domain.checkpoint import TensorEdit
 from sa_convert.domain.geometry import ModelGeometry
 from sa_convert.domain.model import Model
 from sa_convert.domain.plan import Plan
-from sa_convert.domain.report import Savings
 from sa_convert.domain.stacks import parse_label
 from sa_convert.domain.treated import Treated
 from sa_convert.errors import RecipeError
@@ -105,7 +105,9 @@ def check_plan(plan: Plan, model: Model) -> None:
 
 def treated_by(plan: Plan, model: Model) -> tuple[Treated, ...]:
     """What each treatment says of the plan, those included that it does not use."""
-    used = plan.treatments
-    return tuple(
-        replace(treatment.treated(plan, model.geometry), used=treatment.name in used) for treatment in treatments()
-    )
+    found = []
+    for treatment in treatments():
+        numbers = {"groups": plan.group_count(treatment.name), "layers": len(plan.layers_of(treatment.name))}
+        counts = {what: number for what, number in numbers.items() if number}
+        found.append(replace(treatment.treated(plan, model.geometry), counts=counts, used=bool(counts)))
+    return tuple(found)

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from math import prod
 
+from sa_convert.domain.change import Change, Savings
 from sa_convert.domain.checkpoint import DTYPE_BITS, TensorEdit
 from sa_convert.domain.model import Model
 from sa_convert.domain.plan import Plan
-from sa_convert.domain.report import Change, Savings
 from sa_convert.read.names import attention_prefix, projection
 from sa_convert.treatments.plan_answers import layer_answers
 
@@ -18,10 +18,17 @@ def plan_savings(model: Model, plan: Plan, edits: Mapping[str, TensorEdit]) -> S
         parameters += tensor.elements
         size += tensor.bytes
     for name, edit in edits.items():
-        tensor = model.checkpoint.tensors[name]
-        gone = tensor.elements - prod(edit.shape(tensor))
-        removed += gone
-        removed_size += gone * DTYPE_BITS[tensor.dtype] // 8
+        before, after = model.checkpoint.tensors.get(name), edit.replacement
+        if before is not None:
+            removed += before.elements
+            removed_size += before.bytes
+        if after is not None:
+            removed -= after.elements
+            removed_size -= after.bytes
+        elif before is not None:
+            kept = prod(edit.shape(before))
+            removed -= kept
+            removed_size -= kept * DTYPE_BITS[before.dtype] // 8
     keys = [_keys(model, Plan()), _keys(model, plan)]
     return Savings(
         parameters=Change(parameters, parameters - removed),

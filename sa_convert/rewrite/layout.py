@@ -73,11 +73,13 @@ class ShardPlan:
 
 def plan_shard(shard: Shard, edits: Mapping[str, TensorEdit]) -> ShardPlan:
     """What the edits make of a shard. Raises CheckpointError for rows or columns that do not end at whole bytes."""
-    pieces = tuple(
-        _piece(tensor, edits.get(tensor.name, TensorEdit()))
-        for tensor in shard.tensors
-        if tensor.name not in edits or not edits[tensor.name].drops
-    )
+    added = [(name, edit) for name, edit in edits.items() if edit.after is not None]
+    found: list[Piece] = []
+    for tensor in shard.tensors:
+        edit = edits.get(tensor.name, TensorEdit())
+        found += [] if edit.drops else [_piece(tensor, edit)]
+        found += [_new(name, new.replacement) for name, new in added if new.after == tensor.name]
+    pieces = tuple(found)
     if _aligned([(tensor.dtype, tensor.bytes) for tensor in shard.tensors]) and not _aligned(
         [(piece.dtype, piece.bytes) for piece in pieces]
     ):
@@ -89,13 +91,17 @@ def plan_shard(shard: Shard, edits: Mapping[str, TensorEdit]) -> ShardPlan:
 def _piece(tensor: TensorEntry, edit: TensorEdit) -> Piece:
     name = edit.name or tensor.name
     if edit.replacement is not None:
-        new = edit.replacement
-        if (new.dtype, new.shape) != (tensor.dtype, tensor.shape):
-            raise ValueError(f"'{tensor.name}' is {tensor.dtype} {tensor.shape}, its new data {new.dtype} {new.shape}")
-        return Piece(name, new.dtype, new.shape, (Range(new.file, new.start, new.stop),))
+        return _new(name, edit.replacement)
     if edit.rows is None:
         return Piece(name, tensor.dtype, tensor.shape, (Range(tensor.file, tensor.start, tensor.stop),))
     return Piece(name, tensor.dtype, edit.shape(tensor), _kept(tensor, edit.rows, edit.axis))
+
+
+def _new(name: str, tensor: TensorEntry | None) -> Piece:
+    """A tensor that comes from a file of ours."""
+    if tensor is None:
+        raise ValueError(f"'{name}' is new, but has no data")
+    return Piece(name, tensor.dtype, tensor.shape, (Range(tensor.file, tensor.start, tensor.stop),))
 
 
 def _kept(tensor: TensorEntry, kept: tuple[tuple[int, int], ...], axis: int) -> tuple[Range | Columns, ...]:

@@ -45,7 +45,8 @@ class _StoppedError(Exception):
 def plan_shards(checkpoint: Checkpoint, edits: Mapping[str, TensorEdit]) -> tuple[ShardPlan, ...]:
     """The new files, in the order of the base's. Raises CheckpointError for rows that cannot be taken apart."""
     plans = tuple(plan_shard(shard, edits) for shard in checkpoint.shards)
-    absent = set(edits) - {tensor.name for shard in checkpoint.shards for tensor in shard.tensors}
+    present = {tensor.name for shard in checkpoint.shards for tensor in shard.tensors}
+    absent = {edit.after or name for name, edit in edits.items()} - present
     if absent:
         raise ValueError(f"edits of tensors that the checkpoint does not have: {', '.join(sorted(absent))}")
     names = [piece.name for plan in plans for piece in plan.pieces]
@@ -140,9 +141,10 @@ def _new_index(
         # Not always the number of elements: quantised models count otherwise. What goes is plain weights.
         before = sum(tensor.elements for tensor in checkpoint.tensors.values())
         metadata["total_parameters"] -= before - written.parameters
-    weight_map = {}
+    weight_map, added = {}, {name: edit.after for name, edit in edits.items() if edit.after is not None}
     for name, file in index["weight_map"].items():
         edit = edits.get(name, TensorEdit())
         if not edit.drops:
             weight_map[edit.name or name] = file
+        weight_map |= {new: file for new, after in added.items() if after == name}
     return {**index, "metadata": metadata, "weight_map": weight_map}

@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.domain.answers import Answers
-from sa_convert.domain.calibrated import Measure
 from sa_convert.domain.checkpoint import TensorEdit
 from sa_convert.domain.geometry import Head, LayerGeometry, ModelGeometry
 from sa_convert.domain.plan import Arguments, Plan
 from sa_convert.domain.treated import Drawing, Inspected, Treated
 from sa_convert.domain.units import Unit, Units
-from sa_convert.treatments.ledger import Ledger
-from sa_convert.treatments.trial import Trial
 
 if TYPE_CHECKING:
+    from sa_convert.domain.calibrated import Measure
     from sa_convert.domain.model import Model
     from sa_convert.domain.recipe import Recipe
+    from sa_convert.treatments.ledger import Ledger
+    from sa_convert.treatments.trial import Trial
 
 
 class Treatment:
@@ -91,13 +91,17 @@ class Treatment:
         """The units to which a search could do it at the most."""
         return units.all
 
-    def trial(self, plan: Plan) -> Trial:
+    def trial(self, plan: Plan) -> "Trial":
         """What to change of a base model that runs, to try the plan before anything is written."""
+        from sa_convert.treatments.trial import Trial
+
         return Trial()
 
-    def ledger(self, units: Units, plan: Plan, measure: Measure, known: Ledger | None = None) -> Ledger:
+    def ledger(self, units: Units, plan: Plan, measure: "Measure", known: "Ledger | None" = None) -> "Ledger":
         """An empty ledger of what this treatment costs each unit under a plan. known: the one that was filled without a
         plan. The default offers nothing."""
+        from sa_convert.treatments.ledger import Ledger
+
         return Ledger(units, self.name, measure, without_plan=not plan)
 
     def lenders(self, plan: Plan, geometry: ModelGeometry) -> Iterator[tuple[int, Head]]:

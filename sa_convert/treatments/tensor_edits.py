@@ -6,6 +6,7 @@ has edits of its own.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from sa_convert.domain.checkpoint import TensorEdit, TensorEntry
 from sa_convert.domain.geometry import LayerGeometry
@@ -31,11 +32,26 @@ def plan_edits(model: Model, plan: Plan) -> dict[str, TensorEdit]:
 
 
 def combined(first: Mapping[str, TensorEdit], then: Mapping[str, TensorEdit], name: str) -> dict[str, TensorEdit]:
-    """Both, of which no tensor may have two, unless it goes anyway. name: of what makes the second."""
-    both = [tensor for tensor in then if tensor in first and not (first[tensor].drops and then[tensor].drops)]
-    if both:
-        raise ValueError(f"'{name}' edits '{both[0]}', which another treatment edits as well")
-    return {**first, **then}
+    """Both. Of a tensor that has two edits, what both of them keep stays. name: of what makes the second.
+
+    Raises ValueError for two edits that cannot be had together.
+    """
+    return {
+        **first,
+        **{tensor: _both(first.get(tensor), edit, f"{name} and {tensor}") for tensor, edit in then.items()},
+    }
+
+
+def _both(one: TensorEdit | None, other: TensorEdit, where: str) -> TensorEdit:
+    if one is None or other.drops:
+        return other
+    if one.drops:
+        return one
+    rows = [edit.rows for edit in (one, other) if edit.rows is not None and list(edit.rows) == sorted(edit.rows)]
+    if len(rows) < 2 or one.axis != other.axis or one.replacement or other.replacement or one.name or other.name:
+        raise ValueError(f"{where}: two treatments edit the tensor, and not both of them by what they keep")
+    pairs = ((max(a, c), min(b, d)) for a, b in rows[0] for c, d in rows[1])
+    return replace(one, rows=tuple(sorted(pair for pair in pairs if pair[0] < pair[1])))
 
 
 def _score_edits(model: Model, index: int, heads: tuple[int, ...]) -> dict[str, TensorEdit]:

@@ -10,8 +10,9 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image, ImageColor
 
+from sa_convert.domain.change import Change
 from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
-from sa_convert.domain.report import BaseModel, Change
+from sa_convert.domain.report import BaseModel
 from sa_convert.present.charts import plan_figure
 from sa_convert.present.charts.plan_figure import CELL, OWN, _font, drawings_of
 from sa_convert.present.charts.plan_figure import FILE as FIGURE

@@ -9,7 +9,8 @@ import transformers
 from torch.nn import functional
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 
-from sa_convert.domain.report import BaseModel, Change, PerplexityReport, Report, Savings
+from sa_convert.domain.change import Change, Savings
+from sa_convert.domain.report import BaseModel, PerplexityReport, Report
 from sa_convert.errors import CheckpointError, DataError, SaConvertError
 from sa_convert.jobs.evaluating import EvaluateOptions, evaluate
 from sa_convert.measure.quality.cache_bytes import cache_bytes_per_token

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from sa_convert.domain.change import Change
 from sa_convert.domain.evaluation import CopyingLoss
 from sa_convert.domain.model import RunOptions
-from sa_convert.domain.report import Change, CopyingReport, GateResult, PerplexityReport, Validation
+from sa_convert.domain.report import CopyingReport, GateResult, PerplexityReport, Validation
 from sa_convert.errors import CheckpointError, GateRefused
 from sa_convert.measure.quality import stored_dtype as stored
 from sa_convert.measure.quality.cache_bytes import cache_bytes_per_token

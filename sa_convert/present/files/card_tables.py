@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from sa_convert.console.amounts import human_bytes
-from sa_convert.domain.report import Change, Report
+from sa_convert.domain.change import Change
+from sa_convert.domain.report import Report
 
 
 def savings_table(report: Report) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.console.amounts import human_bytes, human_count
-from sa_convert.domain.report import Change
+from sa_convert.domain.change import Change
 from sa_convert.present.terminal.aligned import aligned
 from sa_convert.present.terminal.report_text import change_text
 

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator
 
 from sa_convert.console.amounts import format_percent, human_bytes, human_count
-from sa_convert.domain.report import TASK_NAMES, Change, CopyingReport, DecodeCheck, Report
+from sa_convert.domain.change import Change
+from sa_convert.domain.report import TASK_NAMES, CopyingReport, DecodeCheck, Report
 from sa_convert.present.files.report_file import refit_summary
 from sa_convert.present.terminal.aligned import aligned
 

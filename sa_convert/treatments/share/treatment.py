@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.domain.answers import Answers
-from sa_convert.domain.calibrated import Measure
 from sa_convert.domain.geometry import Head, LayerGeometry, ModelGeometry
 from sa_convert.domain.plan import Arguments, Plan, frozen
 from sa_convert.domain.recipe_map import RecipeValueError
@@ -17,17 +16,16 @@ from sa_convert.domain.treated import Drawing, Inspected, Treated
 from sa_convert.domain.units import Unit, Units
 from sa_convert.errors import PlanError
 from sa_convert.treatments.base import Treatment
-from sa_convert.treatments.ledger import Ledger
 from sa_convert.treatments.share import drawing
-from sa_convert.treatments.share.cost import ShareCosts
 from sa_convert.treatments.share.inspecting import inspected
 from sa_convert.treatments.share.plans import map_of, plan_of, recipe_of
 from sa_convert.treatments.share.rules import check_map, layer_difference
-from sa_convert.treatments.share.trying import ShareTrial
-from sa_convert.treatments.trial import Trial
 
 if TYPE_CHECKING:
+    from sa_convert.domain.calibrated import Measure
     from sa_convert.domain.recipe import Recipe
+    from sa_convert.treatments.ledger import Ledger
+    from sa_convert.treatments.trial import Trial
 
 
 class ShareTreatment(Treatment):
@@ -94,10 +92,14 @@ class ShareTreatment(Treatment):
             if any(layer_difference(layers[source], layers[unit.layer]) is None for source in range(unit.layer))
         ]
 
-    def trial(self, plan: Plan) -> Trial:
+    def trial(self, plan: Plan) -> "Trial":
+        from sa_convert.treatments.share.trying import ShareTrial
+
         return ShareTrial(plan)
 
-    def ledger(self, units: Units, plan: Plan, measure: Measure, known: Ledger | None = None) -> Ledger:
+    def ledger(self, units: Units, plan: Plan, measure: "Measure", known: "Ledger | None" = None) -> "Ledger":
+        from sa_convert.treatments.share.cost import ShareCosts
+
         return ShareCosts(units, measure, plan, known if isinstance(known, ShareCosts) else None)
 
     def lenders(self, plan: Plan, geometry: ModelGeometry) -> Iterator[tuple[int, Head]]:
