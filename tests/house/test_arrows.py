@@ -1,6 +1,7 @@
 """The house: which room may import which, no circles, one name for one thing. Read from the source."""
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,3 +144,17 @@ def test_what_takes_many_arguments_takes_them_by_name():
         if room(module) not in ("runtime", "commands") and node.name != "attend"
     ]
     assert not many
+
+
+def test_what_texts_mention_is_there():
+    """Modules, and functions and classes in them, as docstrings and pages name them."""
+    root = HOME.parent
+    pages = [*FILES.values(), *root.glob("*.md"), *root.glob("docs/*.md")]
+    named = {
+        name for page in pages for name in re.findall(r"`(sa_convert(?:\.\w+)+)`", page.read_text(encoding="utf-8"))
+    }
+    assert named
+    for name in named:
+        module, _, member = name.rpartition(".")
+        members = [getattr(node, "name", None) for node in TREES[module].body] if module in FILES else []
+        assert name in FILES or member in members, name
