@@ -1,6 +1,6 @@
 """Makes transformers know the shared-attention types once sa_convert is imported, without importing transformers here.
 
-`import sa_convert` must stay light (`sa-convert --help`, header-only work), so where transformers is not loaded yet,
+`import sa_convert` must stay light (`sa-convert --help`, header-only work), so if transformers is not loaded yet,
 the types are registered right after it is. Registration is transformers' own: AutoConfig.register
 and the auto classes' register.
 """
@@ -9,12 +9,70 @@ import importlib.abc
 import importlib.machinery
 import sys
 from collections.abc import Sequence
+from functools import cache
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType, new_class
 from typing import Any
 
-from sa_convert.read.auto_classes import model_classes_of
-from sa_convert.runtime.shared_attention_families import CLASS_PREFIX, FAMILIES, auto_class_of
+from sa_convert.families.family import CLASS_PREFIX, PREFIX, Family
+from sa_convert.families.model_classes import model_classes_of
+from sa_convert.families.table import FAMILIES
+from sa_convert.models.attention_class import attention_class_of
+from sa_convert.plan.converted import upgraded
+from sa_convert.rewrite.carried import auto_map, carried_files
+from sa_convert.treatments.registry import runtime_files
+
+
+@cache
+def config_class_of(family: Family) -> type:
+    """The configuration class of a family: its base's, with our model type."""
+    import transformers
+
+    from sa_convert.runtime.configuration_shared_attention import TreatedConfig
+
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, and with the code, for the model may be loaded elsewhere. A model saves its config so."""
+        architecture = (getattr(self, "architectures", None) or [family.default_class])[0].removeprefix(CLASS_PREFIX)
+        classes = model_classes_of(family, architecture)
+        self.auto_map = auto_map(family, classes)
+        if hasattr(self, "shared_attention"):
+            self.shared_attention = upgraded(self.to_dict(), family)["shared_attention"]
+        super(made, self).save_pretrained(save_directory, *args, **kwargs)
+        for name, content in carried_files(family, runtime_files(), classes.values()).items():
+            (Path(save_directory) / name).write_bytes(content)
+
+    base: Any = getattr(transformers, family.config_class)
+    members = {
+        "model_type": PREFIX + family.model_type,
+        "needs_5": family.transformers_5,
+        "save_pretrained": save_pretrained,
+        "__module__": __name__,
+    }
+    made: Any = type(CLASS_PREFIX + family.config_class, (TreatedConfig, base), members)
+    return made
+
+
+@cache
+def model_class_of(family: Family, architecture: str) -> type:
+    """The model class of a family for one of its base's classes, such as LlamaForCausalLM, treated as its config says.
+
+    Unlike the classes in a checkpoint it also takes configs of version 1.
+    """
+    from sa_convert.runtime import modeling_shared_attention as modeling
+    from sa_convert.treatments.share.runtime import Share
+
+    def described(config: Any) -> Any:
+        return upgraded(config.to_dict(), family)["shared_attention"]
+
+    members = {
+        "config_class": config_class_of(family),
+        "treatments": {"share": Share},
+        "attention_class": attention_class_of(family.modules),
+        "described": staticmethod(described),
+        "__module__": __name__,
+    }
+    return type(CLASS_PREFIX + architecture, (modeling.TreatedModel, modeling.base_class(architecture)), members)
 
 
 class _StandIn(type):
@@ -29,13 +87,8 @@ class _StandIn(type):
         return new_class(name, real, exec_body=lambda namespace: namespace.update(members))
 
     def real_class(cls) -> Any:
-        from sa_convert.runtime.modeling_shared_attention import model_class_of
-
         family, architecture = cls.__dict__["_family"], cls.__dict__["_architecture"]
-        model_class: Any = model_class_of(family, architecture)
-        # So that save_pretrained writes the code files beside the weights, as it does for remote code.
-        model_class.register_for_auto_class(auto_class_of(family, architecture))
-        return model_class
+        return model_class_of(family, architecture)
 
     def __getattr__(cls, name: str) -> Any:
         return getattr(cls.real_class(), name)
@@ -54,14 +107,11 @@ def register() -> None:
     """Register every family that this transformers has with AutoConfig, and its classes with their auto classes."""
     import transformers
 
-    from sa_convert.runtime.configuration_shared_attention import config_class_of
-
     known = set(dir(transformers))
     for family in FAMILIES.values():
         if family.config_class not in known:
             continue
         config_class: Any = config_class_of(family)
-        config_class.register_for_auto_class()
         transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         for auto_class, architecture in model_classes_of(family, family.default_class).items():
             if architecture not in known or auto_class not in known:

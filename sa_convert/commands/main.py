@@ -24,6 +24,7 @@ COMMANDS = {
     "convert": "sa_convert.commands.convert",
     "evaluate": "sa_convert.commands.evaluate",
     "bench": "sa_convert.commands.bench",
+    "audit": "sa_convert.commands.audit",
     "push": "sa_convert.commands.push",
     "recipes": "sa_convert.commands.recipes",
 }

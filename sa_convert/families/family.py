@@ -24,7 +24,7 @@ class Stack:
     """Attention of one kind in a model that has several: encoder, decoder and cross-attention."""
 
     name: str
-    """As sharing maps name it: "decoder.cross"."""
+    """As plans name it: "decoder.cross"."""
     layers: str
     """Module path of the layers."""
     attention: str
@@ -114,9 +114,19 @@ class Modules:
     output_dropout: str | None = None
     """The dropout module after `output`."""
 
+    @property
+    def special_class(self) -> str | None:
+        """The class in shared_attention_special.py that runs the family's attention; None if its own forward does."""
+        if not self.plain_forward:
+            return None
+        if self.module is None:
+            return "PlainAttention" if self.exchange == "keyword" else "ThreadedAttention"
+        names = {"gpt2": "GPT2Attention", "gptj": "GPTJAttention", "t5": "T5Attention"}
+        return names.get(self.module) or "".join(map(str.capitalize, self.module.split("_"))) + "Attention"
+
     def to_json(self) -> dict[str, Any]:
         """What travels with a converted model: the fields that differ from Llama's."""
-        found = changed(self)
+        found = changed(self, "plain_forward", "module", "interface")
         return found | {"stacks": [stack.to_json() for stack in self.stacks]} if self.stacks else found
 
 

@@ -20,6 +20,7 @@ from sa_convert.models.quiet import keep_module_cache_clean
 from sa_convert.models.subject import Subject, open_subject
 from sa_convert.output.signals import termination_as_exit
 from sa_convert.output.staging import staging
+from sa_convert.plan.audited import foreign_code
 from sa_convert.present.files.benchmark_folder import write_benchmark
 from sa_convert.present.files.report_file import installed_versions
 from sa_convert.read.open_model import open_model
@@ -80,7 +81,7 @@ def bench(model: str, against: str, options: BenchOptions | None = None, output:
 
         # 2. Both models, as safetensors; nothing is loaded yet.
         subjects = [
-            open_subject(reference, temporary / f"model{number}", options)
+            open_subject(reference, temporary / f"model{number}", options, foreign_code)
             for number, reference in enumerate((model, against))
         ]
 

@@ -22,7 +22,7 @@ from sa_convert.read.work_on import bytes_to_read, describe, source_of, with_wei
 from sa_convert.rewrite.refitted import check_refittable, refit_edits
 from sa_convert.rewrite.rewrite import needed_bytes, rewrite_checkpoint
 from sa_convert.rewrite.shards import Written
-from sa_convert.treatments.registry import searched
+from sa_convert.treatments.registry import runtime_files, searched
 
 if TYPE_CHECKING:
     from sa_convert.domain.recipe import Recipe
@@ -101,7 +101,10 @@ def convert(
 
         # 6. The weights, the configuration, and the code that travels.
         announce("rewriting weights")
-        written = rewrite_checkpoint(model.checkpoint, model.family, conversion.plan, conversion.edits, stage.folder)
+        edits, runtimes = conversion.edits, runtime_files()
+        written = rewrite_checkpoint(
+            model.checkpoint, model.family, conversion.plan, edits, stage.folder, runtimes=runtimes
+        )
 
         # 7. Both models run; the gate may refuse the result.
         validation = _validate(conversion, recipe, options, stage) if options.validate else None

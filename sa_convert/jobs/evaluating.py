@@ -23,6 +23,7 @@ from sa_convert.models.subject import Subject, open_subject
 from sa_convert.models.task import Task, task_of
 from sa_convert.models.tokens import token_sequences
 from sa_convert.output.signals import termination_as_exit
+from sa_convert.plan.audited import foreign_code
 from sa_convert.texts.text import Text
 
 
@@ -57,7 +58,7 @@ def evaluate(model: str, against: str | None, text: Text, options: EvaluateOptio
         # 1. Both models, as safetensors; nothing is loaded yet.
         references = [model] if against is None else [model, against]
         subjects = [
-            open_subject(reference, Path(temporary) / f"model{number}", options)
+            open_subject(reference, Path(temporary) / f"model{number}", options, foreign_code)
             for number, reference in enumerate(references)
         ]
 

@@ -4,13 +4,12 @@ An ordinary model runs by the code of transformers. A converted one runs by the 
 run it; that is done without asking only where this code is, byte for byte, what this version of sa-convert writes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import sa_convert.runtime
 from sa_convert.console.progress import announce, notes
 from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.domain.model import RunOptions
@@ -21,11 +20,8 @@ from sa_convert.models.load import Loaded, load_base, load_converted, load_token
 from sa_convert.models.placement import Placement
 from sa_convert.models.quiet import keep_module_cache_clean
 from sa_convert.output.disk_space import require_space
-from sa_convert.read.folder import read_json
 from sa_convert.read.open_model import complete, open_model
 from sa_convert.read.remote_code import code_references, refuse_code_elsewhere, shown_code
-
-_HOME = Path(sa_convert.runtime.__file__).parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +52,12 @@ class Subject:
         return load_tokenizer(self.folder, self.converted or self.trusted, "")
 
 
-def open_subject(reference: str, workspace: Path, run: RunOptions) -> Subject:
+def open_subject(
+    reference: str, workspace: Path, run: RunOptions, foreign_code: Callable[[Checkpoint], str | None]
+) -> Subject:
     """The model that the user calls `reference`: a folder, ordinary or converted, a .gguf file, or one on the Hub.
 
+    foreign_code: says what of the code in a converted folder is not ours, or None (`sa_convert.plan.audited`).
     workspace: where a model that is not in safetensors is written as such. What of a model on the Hub is not in the
     cache is downloaded; what code is trusted is told on stderr. Raises CheckpointError, UnsupportedModelError,
     OutputError; CheckpointError, too, for code in the folder that is not ours and would have to run, unless it is
@@ -100,33 +99,3 @@ def open_subject(reference: str, workspace: Path, run: RunOptions) -> Subject:
         converted=converted,
         trusted=run.trust,
     )
-
-
-def foreign_code(checkpoint: Checkpoint) -> str | None:
-    """What of the code that loading a converted folder runs is not byte for byte ours, or None.
-
-    transformers runs the files that `auto_map` of config.json and tokenizer_config.json name, those that they import,
-    and `custom_generate/generate.py`. So no other code may be in the folder at all, and nothing else be named.
-    """
-    folder = checkpoint.folder
-    files = (file for home in (_HOME, _HOME / "tokenizer") for file in home.glob("*.py"))
-    shipped = {file.name: file for file in files if file.name != "__init__.py"}
-    for path in sorted(folder.rglob("*.py")):  # open_model refuses links to folders
-        ours = shipped.get(path.relative_to(folder).as_posix())
-        if ours is None or path.read_bytes() != ours.read_bytes():
-            return f"its code {path.relative_to(folder)} is not that of sa_convert"
-    for name, config in _configs(checkpoint):
-        references = config.get("auto_map")
-        values = references.values() if isinstance(references, dict) else [references] if references else []
-        for value in [one for some in values for one in (some if isinstance(some, list) else [some])]:
-            module, _, _ = str(value).partition(".")
-            if f"{module}.py" not in shipped or module.startswith("tokenization") == (name == "config.json"):
-                return f"{name} names code of its own ('{value}' under auto_map)"
-    return None
-
-
-def _configs(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
-    yield "config.json", checkpoint.config
-    for name in ("tokenizer_config.json", "generation_config.json"):
-        if (checkpoint.folder / name).exists():
-            yield name, read_json(checkpoint.folder / name)

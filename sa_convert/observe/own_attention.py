@@ -6,58 +6,60 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sa_convert.models.attention_class import attention_class_of
 from sa_convert.observe.attention_call import Call
 
 if TYPE_CHECKING:
     from sa_convert.observe.probe import Probe
-    from sa_convert.runtime.shared_attention_plan import LayerPlan
 
 
 def replace(probe: "Probe") -> None:
     """Give every attention module of the probe's model our class, with all its own heads, and the probe's function."""
-    from sa_convert.runtime.shared_attention_apply import shape_of, shared_class
+    from types import SimpleNamespace
 
-    modules, stack = probe.family.modules, probe.family.all_stacks[0]
+    from sa_convert.runtime.modeling_shared_attention import MODULES, LayerPlan
+
+    modules = probe.family.modules
+    ours, stack = attention_class_of(modules), probe.family.all_stacks[0]
+    names = SimpleNamespace(**{**MODULES, **modules.to_json()})
     for layer, attention in enumerate(probe.attentions):
         config = getattr(attention, "config", probe.model.config)
-        heads, attention.group, attention.size = shape_of(attention, modules, stack, config)
-        attention.plan = _whole(layer, heads, attention.group)
-        attention.names, attention.stack = modules, ""
-        attention.model_config, attention.num_key_value_groups = config, attention.group
+        heads, group, size = ours.shape_of(attention, names, getattr(config, stack.heads, None))  # type: ignore[attr-defined]
         own: Any = type(attention)
         with _unhooked(attention):
-            attention.__class__ = _probed(shared_class(own, modules))
+            attention.__class__ = _probed(ours, own)
+        attention.plan = LayerPlan("", layer, heads, group, tuple(range(heads)), (_PROBE,))
+        attention.names, attention.size, attention.model_config = names, size, config
+        attention.num_key_value_groups = group
+        attention.prepare()
 
 
-def _whole(layer: int, heads: int, group: int) -> "LayerPlan":
-    """The plan of a layer that owns all its attention and lends none."""
-    from sa_convert.runtime.shared_attention_plan import LayerPlan
-
-    every, groups = tuple(range(heads)), tuple(range(heads // group))
-    return LayerPlan(layer, (None,) * heads, group, every, groups, group, (), (), group, False, ())
+_PROBE = object()
+"""Stands for the treatments of a probed layer: the probe."""
 
 
-def _probed(shared: type) -> type:
-    """Our attention class, whose attention function is the probe's."""
+def _probed(ours: type, own: type) -> type:
+    """Our attention class before a family's own, whose attention function is the probe's."""
 
-    def attend(
-        self: Any, exchange: Any, implementation: str, query: Any, key: Any, value: Any, mask: Any, arguments: Any
-    ) -> Any:
+    def attend(self: Any, query: Any, key: Any, value: Any, mask: Any, arguments: Any, exchange: Any) -> Any:
         added = _eager_mask(mask, query, key)
         call = Call(module=self, query=query, key=key, mask=added, arguments=arguments)
         return self.sa_convert_probe.attend(call, value)
 
-    return type(f"Probed{shared.__name__}", (shared,), {"attend": attend})
+    return type(f"Probed{own.__name__}", (type("Probed", (ours,), {"attend": attend}), own), {})
 
 
 def _eager_mask(mask: Any, query: Any, key: Any) -> Any:
     """A mask that is added to scores, from what a causal model hands to its kernel: boolean, or none at all."""
-    from sa_convert.runtime.shared_attention_weights import additive
 
     tokens, length = query.shape[-2], key.shape[-2]
     if mask is None:
         mask = torch.ones(1, 1, tokens, length, dtype=torch.bool, device=query.device).tril(length - tokens)
-    return additive(mask, query, length)
+    mask = mask[..., :length]
+    if mask.dtype != torch.bool:
+        return mask
+    least = torch.finfo(query.dtype).min
+    return torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, least)
 
 
 @contextmanager

@@ -57,8 +57,6 @@ class Probe:
     """
 
     def __init__(self, model: Any, family: Family) -> None:
-        from sa_convert.runtime.shared_attention_apply import submodule
-
         self.model, self.family = model, family
         self.attentions: list[Any] = []
         self.output_projections: list[Any] = []
@@ -72,7 +70,7 @@ class Probe:
         paths = dict.fromkeys(stack.layers for stack in family.all_stacks if _has_stack(model, family, stack))
         for path in paths:
             self._find([stack for stack in family.all_stacks if stack.layers == path])
-            parent = submodule(model, path.rpartition(".")[0]) if "." in path else model
+            parent = _submodule(model, path.rpartition(".")[0]) if "." in path else model
             # What was lent in one pass is never seen in the next, and is not kept after it.
             parent.register_forward_pre_hook(lambda *_: self._loans.clear())
             parent.register_forward_hook(lambda *_: self._loans.clear())
@@ -83,10 +81,10 @@ class Probe:
 
     def _find(self, stacks: list[Stack]) -> None:
         """Note the attentions of stacks that lie in the same layers."""
-        from sa_convert.runtime.shared_attention_apply import attentions_of, submodule
+        from sa_convert.runtime.modeling_shared_attention import attentions_of
 
         modules = self.family.modules
-        layers: list[Any] = list(submodule(self.model, stacks[0].layers).children())
+        layers: list[Any] = list(_submodule(self.model, stacks[0].layers).children())
         numbers: list[list[int]] = [[] for _ in layers]
         for stack in stacks:
             attentions: list[Any] = list(attentions_of(self.model, modules, stack))
@@ -172,8 +170,15 @@ def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, 
     return module.sa_convert_probe.attend(call, value)
 
 
+def _submodule(model: Any, path: str) -> Any:
+    """A part of a model by its path in a language model."""
+    from sa_convert.runtime.modeling_shared_attention import path_in
+
+    return model.get_submodule(path_in(model, path) or path)
+
+
 def _has_stack(model: Any, family: Family, stack: Stack) -> bool:
     """An encoder may stand alone."""
-    from sa_convert.runtime.shared_attention_apply import path_in
+    from sa_convert.runtime.modeling_shared_attention import path_in
 
     return not family.encoder_decoder or path_in(model, stack.layers) is not None

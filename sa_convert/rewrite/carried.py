@@ -1,21 +1,74 @@
-"""The code that a converted model carries with it."""
+"""The code that a converted model carries: which files a family and a plan need, and what stands in them.
 
+Files are copied whole from the package. Two of them end with the few lines that name their classes.
+"""
+
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import sa_convert.runtime
+from sa_convert.families.family import CLASS_PREFIX, PREFIX, Family
 
 HOME = Path(sa_convert.runtime.__file__).parent
+
+CONFIGURATION, MODELING, SPECIAL = (
+    f"{name}.py" for name in ("configuration_shared_attention", "modeling_shared_attention", "shared_attention_special")
+)
 
 TOKENIZERS = HOME / "tokenizer" / "tokenization_mistral.py"
 """Carried only by a model whose tokenizer_config.json names it."""
 
 
-def model_code() -> list[Path]:
-    """The modules of `sa_convert.runtime` that every converted model carries."""
-    return [file for file in sorted(HOME.glob("*.py")) if file.name != "__init__.py"]
+def is_carried(name: str) -> bool:
+    """Whether a file of this name may be one that a converted model carries."""
+    return name in (CONFIGURATION, MODELING, TOKENIZERS.name) or name.startswith("shared_attention_")
 
 
-def write_code(folder: Path) -> None:
-    """Copy the modules that every converted model carries into `folder`, byte for byte."""
-    for file in model_code():
-        (folder / file.name).write_bytes(file.read_bytes())
+def carried_files(family: Family, treatments: Mapping[str, Path], classes: Iterable[str]) -> dict[str, bytes]:
+    """Name and content of every code file that a converted model carries.
+
+    treatments: the runtime file of each treatment in the plan. classes: the base's model classes that auto_map names.
+    """
+    special = family.modules.special_class
+    files = {
+        CONFIGURATION: (HOME / CONFIGURATION).read_text(encoding="utf-8") + _configuration(family),
+        MODELING: (HOME / MODELING).read_text(encoding="utf-8")
+        + _modeling(family, special, sorted(treatments), sorted(set(classes))),
+    }
+    files |= {f"shared_attention_{name}.py": path.read_text(encoding="utf-8") for name, path in treatments.items()}
+    if special:
+        files[SPECIAL] = (HOME / SPECIAL).read_text(encoding="utf-8")
+    return {name: text.encode() for name, text in files.items()}
+
+
+def auto_map(family: Family, classes: Mapping[str, str]) -> dict[str, str]:
+    """What config.json names: the classes of these files. classes: the base's, by auto class."""
+    return {
+        "AutoConfig": f"{CONFIGURATION.removesuffix('.py')}.{CLASS_PREFIX}{family.config_class}",
+        **{name: f"{MODELING.removesuffix('.py')}.{CLASS_PREFIX}{found}" for name, found in classes.items()},
+    }
+
+
+def _configuration(family: Family) -> str:
+    needs = "\n    needs_5 = True" if family.transformers_5 else ""
+    return f'''
+
+class {CLASS_PREFIX}{family.config_class}(TreatedConfig, transformers.{family.config_class}):
+    model_type = "{PREFIX}{family.model_type}"{needs}
+'''
+
+
+def _modeling(family: Family, special: str | None, treatments: list[str], classes: list[str]) -> str:
+    config = f"{CLASS_PREFIX}{family.config_class}"
+    named = {name: "".join(word.capitalize() for word in name.split("_")) for name in treatments}
+    imports = [f"from .configuration_shared_attention import {config}  # noqa: E402"]
+    imports += [f"from .shared_attention_{name} import {title}  # noqa: E402" for name, title in named.items()]
+    imports += [f"from .shared_attention_special import {special}  # noqa: E402"] if special else []
+    attention = f"\n\nclass _Attention({special}, TreatedAttention):\n    pass\n" if special else ""
+    listed = ", ".join(f'"{name}": {title}' for name, title in named.items())
+    uses = "\n    attention_class = _Attention" if special else ""
+    models = "".join(f'\n\nclass {CLASS_PREFIX}{name}(_Treated, base_class("{name}")):\n    pass\n' for name in classes)
+    return (
+        "\n\n" + "\n".join(imports) + f"\n{attention}\n\nclass _Treated(TreatedModel):\n    config_class = {config}\n"
+        f"    treatments = {{{listed}}}{uses}\n{models}"
+    )

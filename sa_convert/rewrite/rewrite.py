@@ -8,8 +8,8 @@ from sa_convert.console.progress import progress_bytes
 from sa_convert.domain.checkpoint import Checkpoint, TensorEdit
 from sa_convert.domain.plan import Plan
 from sa_convert.families.family import Family
-from sa_convert.rewrite.carried import TOKENIZERS, write_code
-from sa_convert.rewrite.config import converted_config
+from sa_convert.rewrite.carried import TOKENIZERS, carried_files
+from sa_convert.rewrite.config import classes_in, converted_config
 from sa_convert.rewrite.processor import processor_configs
 from sa_convert.rewrite.shards import Written, plan_shards, write_shards
 from sa_convert.rewrite.tokenizer import FILE as TOKENIZER_CONFIG
@@ -31,11 +31,14 @@ def rewrite_checkpoint(
     plan: Plan,
     edits: Mapping[str, TensorEdit],
     folder: Path,
+    *,
+    runtimes: Mapping[str, Path],
 ) -> Written:
     """Write weights, index, configuration, code and side files of the converted model into `folder`, an empty folder.
 
-    Shows a progress bar. Raises CheckpointError where the base cannot be read, OSError where the result cannot be
-    written; `staging` makes that an OutputError and removes what was written.
+    runtimes: the runtime file of each treatment that there is. Shows a progress bar. Raises CheckpointError if the base
+    cannot be read, OSError if the result cannot be written; `staging` makes that an OutputError and removes what was
+    written.
     """
     for path in (*checkpoint.side_files, *tokenizer_code(checkpoint)):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +50,9 @@ def rewrite_checkpoint(
             shutil.copyfile(TOKENIZERS, folder / TOKENIZERS.name)
     for name, content in processor_configs(checkpoint, family).items():
         (folder / name).write_text(as_json(content), encoding="utf-8")
-    write_code(folder)
+    used = {name: runtimes[name] for name in plan.treatments}
+    for name, code in carried_files(family, used, classes_in(checkpoint, family).values()).items():
+        (folder / name).write_bytes(code)
     config = as_json(converted_config(checkpoint, family, plan))
     (folder / "config.json").write_text(config, encoding="utf-8")
     total = sum(plan.bytes for plan in plan_shards(checkpoint, edits))

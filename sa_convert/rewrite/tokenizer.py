@@ -12,7 +12,7 @@ from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.errors import UnsupportedModelError
 from sa_convert.families.family import Family
 from sa_convert.read.folder import read_json
-from sa_convert.rewrite.carried import TOKENIZERS, model_code
+from sa_convert.rewrite.carried import TOKENIZERS, is_carried
 
 FILE = "tokenizer_config.json"
 
@@ -67,8 +67,7 @@ def tokenizer_code(checkpoint: Checkpoint) -> list[Path]:
         module = checkpoint.folder / f"{reference.rpartition('.')[0]}.py"
         imported = [Path(file) for file in get_relative_import_files(module)]
         files |= {file.relative_to(checkpoint.folder) for file in (module, *imported)}
-    ours = {file.name for file in (*model_code(), TOKENIZERS)}
-    taken = next((file for file in sorted(files) if file.as_posix() in ours), None)
+    taken = next((file for file in sorted(files) if is_carried(file.as_posix())), None)
     if taken is not None:
         raise UnsupportedModelError(f"The tokenizer's code is called {taken}, as a file of sa-convert is: rename it.")
     return sorted(files)

@@ -1,62 +1,696 @@
-"""Models that share attention across layers.
+"""Models whose attention is changed as `config.shared_attention` says. Every converted checkpoint carries this file.
 
-The class `SharedAttention<Base>` exists for every model class `<Base>` of the families in `shared_attention_families`,
-whatever its head; it is made when it is first asked for. It is the base class, with the attention of sharing layers
-changed as `config.shared_attention` says: see `shared_attention`.
+A model is built as its base builds it. Then each attention module that a *treatment* touches gets `TreatedAttention` in
+front of its own class, and loses the parameters that its treatments do without. The family's own forward still runs:
+
+    project, normalise, rotate -> cache (CacheView) -> attention function (attend) -> output projection
+                                                        each treatment of the layer in turn, at last the kernel
+
+A layer may keep the keys of some KV groups only, or of none. In a cache they lie so (K: own keys, V: values):
+
+    kind of cache                        slot for keys                  slot for values
+    grows, or static, made by us         K, or V if there is no K       V, or V of width 0
+    quantised                            K, or the first half of V      V, or its second half
+    made before this model ran, unknown  K, then copies of its first    V (as many heads as the base has)
+                                         head, or V if there is no K
+
+so that every operation of the cache (crop, reorder, offload, ...) holds. A layer that owns no key still runs the
+family's forward: `Gone` stands in for its projections, and what comes of that is thrown away.
+
+The layers of one pass share an `Exchange`. It travels with the call and never stays on a module: threads do not meet,
+nothing outlives the pass, and a checkpointed layer that is computed again finds the same tensors.
+
+Letters in shape comments: B batch, H query heads, O own query heads, G KV groups, T new tokens, S cached tokens, D head
+size. *Own* are heads that compute their attention themselves.
 """
 
-from contextlib import contextmanager
-from functools import cache
+import sys
+from dataclasses import dataclass
+from functools import cache, partial, wraps
+from inspect import signature
+from types import SimpleNamespace
+from typing import Any
 
+import torch
 import transformers
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel, cache_utils
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .configuration_shared_attention import config_class_of
+MADE_FOR = ("4.57", "5.24")
+"""The first and the last release of transformers that this code was tested on."""
 
-# transformers 4 copies only those files of a local folder that this one names, so it names them all.
-from .shared_attention import SharedAttention  # noqa: F401
-from .shared_attention_apply import share_attention
-from .shared_attention_arguments import is_newer, unlike
-from .shared_attention_attend import Attending  # noqa: F401
-from .shared_attention_cache import PackedCache  # noqa: F401
-from .shared_attention_exchange import checkpoint_contexts, opening
-from .shared_attention_families import CLASS_PREFIX, FAMILIES, PREFIX, Family, auto_class_of
-from .shared_attention_modules import MODULES  # noqa: F401
-from .shared_attention_paged import PagedCache  # noqa: F401
-from .shared_attention_plan import LayerPlan  # noqa: F401
-from .shared_attention_weights import weigh  # noqa: F401
+EXCHANGE = "shared_attention"
+"""The keyword under which an exchange travels, and the name of our attention function."""
 
-if transformers.__version__ == "5.3.0" and __name__.startswith("transformers_modules"):
-    raise ImportError(
-        "transformers 5.3.0 loses the tied weights of every model that comes with code of its own: run "
-        "pip install -U transformers."
+MODULES = {
+    **{"layers": "model.layers", "attention": "self_attn", "heads": "num_attention_heads", "stacks": ()},
+    **{"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj", "output_outside": False},
+    **{"fused": None, "fused_order": "blocks", "transposed": False, "gate": None, "value_limit": None},
+    **{"query_norm": None, "key_norm": None, "norm": "shared", "output_norm": None, "sinks": None},
+    **{"bidirectional": False, "rotary": "all", "dropout": "attention_dropout", "output_dropout": None},
+    **{"exchange": "keyword"},
+}
+"""What a model's parts are called unless `modules` in its config says otherwise. stacks: of a model with several kinds
+of attention, `name`, `layers`, `attention`, `heads`, `cross` and `query_input` (a norm that only queries read)."""
+
+
+def unlike(what):
+    """The message for a transformers in which something that this code needs is not what it was."""
+    return (
+        f"shared_attention: {what} in transformers {transformers.__version__}. This checkpoint's code was made for "
+        f"transformers {MADE_FOR[0]} to {MADE_FOR[1]}: install one of those, or convert the base model again with a "
+        "newer sa-convert."
     )
 
 
-@contextmanager
-def _as_base(config, family: Family):
-    """While open, the config is of its base's class: some heads ask an auto class for their base model."""
-    ours = type(config)
-    config.__class__ = getattr(transformers, family.config_class)
-    try:
-        yield
-    finally:
-        config.__class__ = ours
+def is_newer():
+    """Whether this transformers is newer than the last that this code was tested on."""
+    found, tested = (release.split(".")[:2] for release in (transformers.__version__, MADE_FOR[1]))
+    return [int("".join(filter(str.isdigit, part)) or 0) for part in found] > [int(part) for part in tested]
 
 
-class SharedAttentionMixin:
-    """Builds the base model, then makes it share attention.
+def is_paged(value):
+    """Whether this is the cache of continuous batching, which shares no class with the others."""
+    return not isinstance(value, torch.Tensor) and "Paged" in type(value).__name__
 
-    base_class: the class of transformers that the model derives from. Some of what transformers does for a model it
-    decides by the name of its class or by the source code around that, where it looks for the base's.
+
+def computing_again():
+    """Whether a checkpointed layer runs once more. A torch without the name merely keeps more memory for longer."""
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    return task is not None and not torch.compiler.is_compiling() and task() >= 0
+
+
+class Exchange:
+    """What the layers of one forward pass leave for later ones, by place: (stack, layer).
+
+    Once the pass is over, layers may still run: checkpointed ones, which are computed again, and those that a tool
+    replays one by one on inputs that it caught (as GPTQ does). Then loans are kept, and a replayed lender lends anew.
     """
 
+    def __init__(self):
+        self.over, self.loans, self._inputs, self._mixed, self._again = False, {}, {}, set(), None
+
+    def lend(self, place, loan):
+        if place not in self.loans or not computing_again():  # the first loan of a checkpointed layer is in the graph
+            self.loans[place] = loan
+            if self._again not in (None, self):
+                self._again.lend(place, loan.apart())
+
+    def again(self):
+        """What layers borrow from if they are computed again and cannot keep their exchange: these loans, apart from
+        the graph that the layers' inputs are in, which else would keep itself alive."""
+        if self._again is None:
+            self._again = Exchange()
+            self._again.over, self._again._again = True, self._again
+            self._again.loans = {place: loan.apart() for place, loan in self.loans.items()}
+        return self._again
+
+    def borrow(self, place):
+        """Raises RuntimeError if nothing was lent, or if it is not clear for which input."""
+        self._inputs.pop(place, None)
+        if place in self._mixed:
+            raise RuntimeError(
+                f"shared_attention: layer {place[1]} of one forward pass was replayed on several inputs before the "
+                "layers that reuse its attention. Replay each input with the keyword arguments of its own pass, or run "
+                "the whole model."
+            )
+        if place not in self.loans:
+            raise RuntimeError(
+                f"shared_attention: layer {place[1]} lends its attention to later layers, and has not run in this "
+                "pass. Run the whole model, or every layer in order (checkpointing needs use_reentrant=False)."
+            )
+        return self.loans[place]
+
+    def settle(self, places):
+        """Forget loans that no later layer needs. With gradients, a layer that is computed again still needs them."""
+        if not self.over and not torch.is_grad_enabled():
+            for place in places:
+                self.loans.pop(place, None)
+
+    def see(self, place, states):
+        """What a lender is about to be replayed on, (B, T, hidden): to notice that one exchange serves several."""
+        before = self._inputs.get(place)
+        if before is not None and (before.shape != states.shape or not torch.equal(before, states)):
+            self._mixed.add(place)
+        self._inputs[place] = states
+
+
+def states_in(args, kwargs):
+    """The states (B, T, hidden) that a layer is called with, whatever their name is, or None."""
+    return next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim == 3), None)
+
+
+def _see_input(place, layer, args, kwargs):
+    for value in kwargs.values():
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, Exchange) and item.over and not computing_again():
+                item.see(place, states_in(args, kwargs))
+
+
+def _classes(*names):
+    """Those of transformers' cache layers that this release has."""
+    return tuple(getattr(cache_utils, name) for name in names if hasattr(cache_utils, name))
+
+
+# A class of another name that inherits the way in which these take new tokens is as good as they are.
+_GROW = {layer.update for layer in _classes("DynamicLayer", "DynamicSlidingWindowLayer")}
+_STATIC = {layer.update for layer in _classes("StaticLayer", "StaticSlidingWindowLayer")}
+_QUANTIZED = _classes("BaseQuantizedLayer", "QuantizedLayer")
+
+
+class CacheView:
+    """A cache as a layer sees it that keeps `own` heads of keys; see the drawing at the top."""
+
+    def __init__(self, cache, own):
+        self.cache, self.own = cache, own
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["cache"], name)
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        """Add (B, own, T, D), not read if own is 0, and (B, G, T, D); return both with all that was cached. Without
+        own keys the first is of no meaning. Raises ValueError if another model filled the cache."""
+        put = self._put_paged if is_paged(self.cache) else self._put
+        keys, values = put(key_states if self.own else None, value_states, layer_idx, *args, **kwargs)
+        return (values if keys is None else keys), values
+
+    def read(self, layer_idx, groups):
+        """Key (B, own, S, D), or of no meaning without own keys, and value (B, groups, S, D), as an earlier pass left
+        them. Raises ValueError if that was another model's."""
+        layer, own = self.cache.layers[layer_idx], self.own
+        key, value = layer.keys, layer.values
+        if not own and not value.numel():
+            return key, key
+        if value.shape[1] != groups or key.shape[1] < own or (type(layer).update in _GROW and key.shape[1] != own):
+            raise self._foreign(layer_idx, key.shape[1])
+        return key[:, : own or None], value
+
+    def _put_paged(self, key, value, layer_idx, arguments=None, **kwargs):
+        """A page has room for a key and a value of every group: the rest is filled up, and nothing is saved."""
+        arguments = kwargs.get("kwargs", arguments)
+        if arguments.get("block_table") is not None:
+            raise NotImplementedError(
+                "shared_attention: with a block table the kernel writes keys and values itself, and a layer with "
+                "shared attention has keys elsewhere: choose attn_implementation='sdpa' for continuous batching."
+            )
+        key = value if key is None else nn.functional.pad(key, (0, 0, 0, 0, 0, value.shape[1] - key.shape[1]))
+        keys, values = self.cache.update(key, value, layer_idx, kwargs=arguments)
+        return (keys[:, : self.own] if self.own else None), values
+
+    def _put(self, key, value, layer_idx, *args, **kwargs):
+        own, groups, cache = self.own, value.shape[1], self.cache
+        layers = getattr(cache, "layers", ())  # transformers 4 has caches of other makes for mixed models
+        layer = layers[layer_idx] if layer_idx < len(layers) else None
+        kind = getattr(cache, "layer_class_to_replicate", None) if layer is None else type(layer)
+        way = getattr(kind, "update", None)
+        slots = (key, value) if own else (value, value[..., :0])
+        if way in _GROW:
+            held = (getattr(layer, "keys", None), getattr(layer, "values", None))
+            for states, new in zip(held, slots, strict=True):
+                if states is not None and states.ndim == 4 and states[:, :, :0].shape[1:] != new[:, :, :0].shape[1:]:
+                    raise self._foreign(layer_idx, held[0].shape[1])
+            keys, values = self._append(layer, *slots, layer_idx, *args, **kwargs)
+            return (keys, values) if own else (None, keys)
+        fresh = layer is not None and not getattr(layer, "is_initialized", True)
+        known = layer is None or fresh or torch.compiler.is_compiling() or hasattr(layer, "shared_attention")
+        if not known and int(layer.get_seq_length()) > 0:  # slots of the base's shape may be empty, or full of its keys
+            raise self._foreign(layer_idx, None)
+        if layer is not None:
+            layer.shared_attention = True
+        if isinstance(kind, type) and issubclass(kind, _QUANTIZED) and (own or value.shape[-1] % 2 == 0):
+            slots = slots if own else value.chunk(2, dim=-1)
+            self._fit(layer, slots)
+            keys, values = cache.update(*slots, layer_idx, *args, **kwargs)
+            return (keys, values) if own else (None, torch.cat([keys, values], dim=-1))
+        if way in _STATIC and fresh:
+            self._make(layer, *slots)
+        if way in _STATIC and all(
+            a[:, :, :0].shape == b[:, :, :0].shape for a, b in zip(slots, (layer.keys, layer.values), strict=True)
+        ):
+            keys, values = cache.update(*slots, layer_idx, *args, **kwargs)
+            return (keys, values) if own else (None, keys)
+        room = layer.keys.shape[1] if way in _STATIC else groups
+        slots = [self._filled(states, max(room, groups)) for states in (key if own else value, value)]
+        keys, values = cache.update(*slots, layer_idx, *args, **kwargs)
+        return (keys[:, :own] if own else None), values[:, :groups]
+
+    def _foreign(self, number, found):
+        return ValueError(
+            f"shared_attention: layer {number} of this model caches {self.own} heads of keys (none where heads reuse "
+            f"attention of an earlier layer), but the cache given holds {found or 'tokens'} already: another model "
+            "filled it, or prefix tuning did. Let this model fill its cache itself."
+        )
+
+    @staticmethod
+    def _filled(states, heads):
+        missing = heads - states.shape[1]
+        return torch.cat([states, states[:, :1].expand(-1, missing, -1, -1)], dim=1) if missing > 0 else states
+
+    @staticmethod
+    def _fit(layer, slots):
+        """Make groups of quantised numbers so small that those of every token fill some, as they do in the base."""
+        size = getattr(layer, "q_group_size", None)
+        while size and any(states.shape[1] * states.shape[-1] % size for states in slots):
+            layer.q_group_size = size = size // 2
+
+    @staticmethod
+    def _make(layer, keys, values):
+        """Make the slots of a static layer, each with as many heads as it gets."""
+        needed = [keys, values][: len(signature(layer.lazy_initialization).parameters)]
+        layer.lazy_initialization(*needed)
+        layer.values = values.new_zeros(*values.shape[:2], layer.max_cache_len, values.shape[-1])
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(layer.values)
+
+    def _append(self, layer, keys, values, layer_idx, *args, **kwargs):
+        """As `Cache.update`, without the copy of everything cached that a plain dynamic layer makes at every step."""
+        plain = type(layer) in _classes("DynamicLayer") and getattr(layer, "is_initialized", False)
+        lent = getattr(self.cache, "offloading", False) or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if not plain or lent:
+            return self.cache.update(keys, values, layer_idx, *args, **kwargs)
+        layer.keys, layer.values = _grown(layer, "keys", keys), _grown(layer, "values", values)
+        return layer.keys, layer.values
+
+
+def _grown(layer, slot, new):
+    """torch.cat([what is in the slot, new], dim=-2), in place if it is what this function put there, and has room.
+
+    From the second step on, the slot is the beginning of a larger tensor, with room for a sixteenth more tokens. Of
+    copies of a cache that hold one tensor, the first to write finds its own there, and the others copy.
+    """
+    states, rooms = getattr(layer, slot), layer.__dict__.setdefault("shared_attention_rooms", {})
+    room, last = rooms.pop(slot, (None, None))
+    length, total = states.shape[-2], states.shape[-2] + new.shape[-2]
+    if not new.numel():
+        return states.new_empty((*new.shape[:-2], total, new.shape[-1]))
+    if last is not states or states.is_inference() > new.is_inference():
+        room, whole = None, torch.cat([states, new], dim=-2)
+    else:
+        if room is None or room.shape[-2] < total:
+            room = states.new_empty((*states.shape[:-2], total + total // 16 + 16, states.shape[-1]))
+            room[..., :length, :] = states
+        whole = room[..., :total, :]
+        whole[..., length:, :] = new
+    rooms[slot] = room, whole
+    return whole
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one layer has, and which treatments it runs, the first outermost. own, own_groups: query heads, and KV
+    groups, that compute their attention, all of them or fewer."""
+
+    stack: str
+    layer: int
+    heads: int
+    group: int  # query heads in a KV group
+    own: tuple
+    treatments: tuple
+
+    @property
+    def own_groups(self):
+        return tuple(sorted({head // self.group for head in self.own}))
+
+    @property
+    def packs(self):
+        """A layer that owns every key caches as its family does."""
+        return len(self.own_groups) < self.heads // self.group
+
+
+class Gone:
+    """In place of a projection whose heads are all gone: gives the one head that a family's forward asks for. It is no
+    module, so that tools which look for layers to adapt, quantise or divide find none."""
+
+    def __init__(self, size):
+        self.size, self.weight, self.bias = size, torch.empty(0), None
+
+    def __call__(self, states):
+        return nn.functional.pad(states[..., : self.size], (0, max(self.size - states.shape[-1], 0)))
+
+
+class KernelModule:
+    """An attention module as a kernel should see it: the real config, this grouping of heads, and other sinks."""
+
+    def __init__(self, module, group, sinks=None):
+        self._module, self.num_key_value_groups, self.config = module, group, module.model_config
+        if sinks is not None:
+            setattr(self, module.names.sinks, sinks)
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["_module"], name)
+
+
+class ConfigView:
+    """The model's config, but for the attention function that it names: ours."""
+
+    _attn_implementation = EXCHANGE
+
+    def __init__(self, config):
+        self._config = config
+
+    def __getattr__(self, name):
+        if name.startswith("__") or "_config" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self._config, name)
+
+
+def _dispatch(module, query, key, value, attention_mask, **arguments):
+    return module.attend(query, key, value, attention_mask, arguments, arguments.pop(EXCHANGE, None))
+
+
+# The only place where transformers looks for an attention function: one name, whatever is treated.
+AttentionInterface.register(EXCHANGE, _dispatch)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the attention function, as treatments see it. implementation: what the user chose, such as "sdpa".
+    arguments: what the family hands to its kernel besides (scaling, window, softcap, sinks, dropout)."""
+
+    attention: Any
+    implementation: str
+    exchange: Any
+    arguments: dict
+
+    @property
+    def layer(self):
+        return self.attention.plan.layer
+
+    def kernel(self, query, key, value, mask, group=None, arguments=None, sinks=None):
+        """The family's attention, of heads that lie `group` to a key: output (B, T, H, D), probabilities or None."""
+        eager = self.implementation == "eager"
+        function = self.attention.family_eager if eager else ALL_ATTENTION_FUNCTIONS[self.implementation]
+        module = KernelModule(self.attention, group or self.attention.plan.group, sinks)
+        return function(module, query, key, value, mask, **(self.arguments if arguments is None else arguments))
+
+
+class TreatedAttention(nn.Module):
+    """In front of the attention class of a family: runs the layer's treatments."""
+
+    checkpoint_options: dict = {}
+    sizes = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")  # attributes with the head size
+    exchange_class, unlike, is_paged = Exchange, staticmethod(unlike), staticmethod(is_paged)
+
+    def prepare(self):
+        """Called once, when the module has its plan."""
+        self.family_eager = sys.modules[type(self).__bases__[1].__module__].eager_attention_forward
+
+    @classmethod
+    def open_exchange(cls, stack, names):
+        """Give every forward pass of a stack an exchange: a model that is its own stack does it in its forward."""
+        if isinstance(stack, TreatedModel):
+            stack.opens_exchange = cls
+        else:
+            stack.register_forward_pre_hook(cls.begin, with_kwargs=True)
+            stack.register_forward_hook(cls.end, with_kwargs=True, always_call=True)
+
+    @staticmethod
+    def begin(stack, args, kwargs):
+        return args, {EXCHANGE: Exchange(), **kwargs}
+
+    @staticmethod
+    def end(stack, args, kwargs, output):
+        if EXCHANGE in kwargs:
+            kwargs[EXCHANGE].over = True
+
+    def forward(self, *args, **kwargs):
+        if self.plan.packs:
+            args, kwargs = [self._seen(value) for value in args], {key: self._seen(kwargs[key]) for key in kwargs}
+        outputs = super().forward(*args, **kwargs)
+        if len(outputs) != 2:
+            raise RuntimeError(unlike(f"{type(self).__name__} returns {len(outputs)} values instead of 2"))
+        return outputs
+
+    def _seen(self, value):
+        """An argument as the family's forward gets it. A cache is known by what it does: releases rename arguments."""
+        is_cache = hasattr(value, "update") and hasattr(value, "get_seq_length")
+        return self.view(value) if is_cache or is_paged(value) else value
+
+    def view(self, cache):
+        return CacheView(cache, len(self.plan.own_groups))
+
+    def attend(self, query, key, value, mask, arguments, exchange):
+        """The attention function. query: (B, O, T, D); key: (B, own groups, S, D), both without meaning if nothing is
+        own; value: (B, G, S, D). Returns the output (B, T, H, D), and probabilities (B, H, T, S) or None."""
+        implementation = (self.model_config._attn_implementation or "eager").replace("paged|eager", "eager")
+        paged = next((name for name, item in arguments.items() if is_paged(item)), None)
+        if paged is not None:  # until 5.23 the attention function writes the cache of continuous batching
+            view = CacheView(arguments.pop(paged), len(self.plan.own_groups))
+            key, value = view.update(key, value, self.plan.layer, arguments)
+        if exchange is None and self.plan.treatments:
+            raise RuntimeError(
+                f"shared_attention: layer {self.plan.layer} lends to other layers, or borrows from them, so it runs "
+                "only within its model's forward: run the whole model (checkpointing needs use_reentrant=False)."
+            )
+        call = Call(self, implementation, exchange, arguments)
+        then = call.kernel
+        for treatment in reversed(self.plan.treatments):
+            then = partial(treatment.attend, call, then=then)
+        return then(query, key, value, mask) if self.plan.own else then(None, None, value, mask)
+
+    @staticmethod
+    def keep_heads(module, heads, total):
+        """Keep these of `total` heads in every parameter of a projection or per-head norm (rows come head by head)."""
+        if isinstance(getattr(module, "norms", None), nn.ModuleList):
+            module.norms = nn.ModuleList(module.norms[head] for head in heads)
+            return
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            kept = parameter.detach().unflatten(0, (total, -1))[list(heads)].flatten(0, 1)
+            setattr(module, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+        if isinstance(module, nn.Linear):
+            module.out_features = module.weight.shape[0]
+
+    @staticmethod
+    def shape_of(attention, names, heads):
+        """Query heads, query heads in a KV group, and head size of an attention module."""
+        size = next(getattr(attention, name) for name in TreatedAttention.sizes if hasattr(attention, name))
+        heads, groups = (getattr(attention, name).weight.shape[0] // size for name in (names.query, names.key))
+        return heads, heads // groups, size
+
+    def shrink(self):
+        """Remove what the layer's lost heads do not need."""
+        plan, names = self.plan, self.names
+        sides = (
+            (names.query, names.query_norm, plan.own, plan.heads),
+            (names.key, names.key_norm, plan.own_groups, plan.heads // plan.group),
+        )
+        for projection, norm, kept, total in sides:
+            has_norm = norm and hasattr(self, norm)
+            if not kept:
+                self.replace(projection, Gone(self.size))
+                if has_norm:
+                    self.replace(norm, nn.Identity())
+            elif len(kept) < total:
+                self.keep_heads(getattr(self, projection), kept, total)
+                if has_norm and names.norm in ("rows", "list"):
+                    self.keep_heads(getattr(self, norm), kept, total)
+        if names.sinks:
+            sinks = getattr(self, names.sinks).detach()[list(plan.own)]
+            self.replace(names.sinks, nn.Parameter(sinks) if plan.own else sinks)
+
+    def replace(self, name, new):
+        delattr(self, name)
+        setattr(self, name, new)
+
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        """Tensors made for the base model, such as an adapter's, are refused by a sentence."""
+        plan, names, errors = self.plan, self.names, others[-1]
+        own = {prefix + name: parameter.shape for name, parameter in self.named_parameters()}
+        parts = {prefix + str(name) for name in (names.query, names.key, names.query_norm, names.key_norm, names.sinks)}
+        for name in [name for name in state_dict if name.startswith(prefix) and len(plan.own) < plan.heads]:
+            part = prefix + name.removeprefix(prefix).partition(".")[0]
+            gone = part in parts and not any(known.startswith(part) for known in own)
+            if gone or own.get(name, state_dict[name].shape) != state_dict[name].shape:
+                del state_dict[name]
+                if not any("reuses attention, so it lacks" in error for error in errors):
+                    errors.append(
+                        f"{name} does not fit: layer {plan.layer} reuses attention, so it lacks queries and keys that "
+                        "its base model has. Train an adapter on the converted model, or merge that of the base into "
+                        "the base before it is converted; one of values and outputs alone fits both."
+                    )
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+@cache
+def treated_class(attention, ours):
+    """The attention class of a family with ours in front."""
+    members = {
+        "__module__": __name__,
+        # The class is no attribute of its module, so an instance is pickled by what the class is made of.
+        "__reduce__": lambda self: (_unmade, (attention, ours), self.__dict__),
+    }
+    return type(f"Treated{attention.__name__}", (ours, attention), members)
+
+
+def _unmade(*made_of):
+    """A treated attention module, before pickle or copy give it its attributes."""
+    ours = treated_class(*made_of)
+    return ours.__new__(ours)
+
+
+def path_in(model, path):
+    """Where a model has this part, or None. The path is that in a language model, and may begin with the name of the
+    base model: a model without a head lacks that name, and some heads have another."""
+    rest, base = path.partition(".")[2], model.base_model_prefix
+    return next((name for name in (path, rest, f"{base}.{rest}", f"{base}.{path}") if has_part(model, name)), None)
+
+
+def has_part(module, path):
+    """Whether there is such a part; some layers name a part that they lack, as None."""
+    for name in path.split("."):
+        module = getattr(module, name, None)
+        if module is None:
+            return False
+    return True
+
+
+def attentions_of(model, names, stack):
+    """The attention modules of a stack, layer by layer; None in layers without softmax attention."""
+    layers = model.get_submodule(path_in(model, stack.layers) or stack.layers)
+    found = [layer.get_submodule(stack.attention) if has_part(layer, stack.attention) else None for layer in layers]
+    return [module if module is not None and hasattr(module, names.fused or names.query) else None for module in found]
+
+
+def treat(model, described, treatments, ours):
+    """Change the attention of a freshly built model, in place.
+
+    described: `shared_attention` of its config. treatments: the classes of those that it may name. ours: the class that
+    comes before the family's attention class. Raises ValueError if the plan does not fit the model.
+    """
+    if described.get("version") != 2:
+        raise ValueError("shared_attention: config.json is not of version 2, for which this code was written.")
+    names = SimpleNamespace(**{**MODULES, **described.get("modules", {})})
+    single = {"name": "", **{key: getattr(names, key) for key in ("layers", "attention", "heads")}}
+    stacks = [SimpleNamespace(**{"query_input": None, **stack}) for stack in names.stacks or (single,)]
+    plans = {stack.name: {} for stack in stacks}
+    for label, layer in described["layers"].items():
+        stack, _, number = str(label).rpartition(".")
+        if stack not in plans:
+            raise ValueError(f"shared_attention: the model has no layer {label}.")
+        groups = {None: {layer: {}}} if isinstance(layer, str) else layer
+        for group, treated in groups.items():
+            for treatment, arguments in treated.items():
+                if treatment not in treatments:
+                    raise ValueError(f"shared_attention: layer {label}: this checkpoint has no code for {treatment}.")
+                chosen = plans[stack].setdefault(treatment, {}).setdefault(int(number), {})
+                chosen[None if group is None else int(group)] = arguments
+    # An encoder or a decoder may stand alone: what the plan says of the other one is not for this model.
+    stacks = [stack for stack in stacks if len(plans) == 1 or path_in(model, stack.layers)]
+    active, opened = [], {}
+    for stack in stacks:
+        stack.path = path_in(model, stack.layers) or stack.layers
+        found = _treat_stack(model, names, stack, plans[stack.name], described, treatments, ours)
+        active += found
+        opened |= {stack.path.rpartition(".")[0]: found} if found else {}
+    for path in opened:
+        ours.open_exchange(model.get_submodule(path), names)
+    # Tensor parallelism gives each process some of the heads, of every layer the same. What treatments cannot divide so
+    # is therefore left whole in each process; all else is divided as in the base.
+    plan = getattr(model, "tp_plan", None)
+    if plan and (names.fused or names.gate or not all(getattr(item, "divisible", False) for item in active)):
+        whole = tuple(f"{stack.path}.*.{stack.attention}." for stack in stacks)
+        model.tp_plan = {rule: style for rule, style in plan.items() if not rule.startswith(whole)}
+
+
+def _treat_stack(model, names, stack, chosen, described, treatments, ours):
+    """The treatments that run in a stack, ready to; its attention modules get what they need for that."""
+    attentions = attentions_of(model, names, stack)
+    configs = [getattr(attention, "config", model.config) for attention in attentions]
+    shapes = [
+        (0, 1, 0) if attention is None else ours.shape_of(attention, names, getattr(config, stack.heads, None))
+        for attention, config in zip(attentions, configs, strict=True)
+    ]
+    active = []
+    for name, layers in chosen.items():
+        # A model may be made of its first layers alone (`num_hidden_layers`), whose sources come before them.
+        layers = {layer: groups for layer, groups in layers.items() if layer < len(attentions)}
+        view = SimpleNamespace(name=stack.name, shapes=dict(enumerate(shapes)), layers=layers, options=described)
+        active.append(treatments[name](view))
+    for number, attention in enumerate(attentions):
+        mine = tuple(treatment for treatment in active if treatment.touches(number))
+        if attention is None or not (mine or (active and names.exchange == "positions")):
+            continue
+        heads, group, size = shapes[number]
+        own = tuple(head for head in range(heads) if all(head in treatment.own_heads(number) for treatment in mine))
+        attention.__class__ = treated_class(type(attention), ours)
+        attention.plan = LayerPlan(stack.name, number, heads, group, own, mine)
+        attention.names, attention.size, attention.model_config = names, size, configs[number]
+        attention.config = ConfigView(configs[number])
+        if not hasattr(attention, "is_causal"):  # kernels take it for granted if a module does not say
+            attention.is_causal = not names.bidirectional or getattr(configs[number], "is_decoder", False)
+        layer = model.get_submodule(stack.path)[number]
+        if any(number in getattr(treatment, "lenders", ()) for treatment in mine):
+            layer.register_forward_pre_hook(partial(_see_input, (stack.name, number)), with_kwargs=True)
+        attention.prepare()
+        if len(own) < heads:
+            attention.shrink()
+            if not own and stack.query_input:
+                _freeze(layer.get_submodule(stack.query_input))
+    return active
+
+
+def _freeze(module):
+    """Make buffers of parameters that nothing reads: files keep them, and no optimizer waits for their gradients."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        delattr(module, name)
+        module.register_buffer(name, parameter.detach())
+
+
+def _opening(forward):
+    """The forward of a model class. A model that is itself a stack opens its exchange here and not by a hook: some
+    callers (sentence-transformers, serving engines) call `forward` and not the model."""
+
+    @wraps(forward)
+    def run(self, *args, **kwargs):
+        ours = self.__dict__.get("opens_exchange")
+        if ours is None or EXCHANGE in kwargs:
+            return forward(self, *args, **kwargs)
+        _, kwargs = ours.begin(self, args, kwargs)
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            ours.end(self, args, kwargs, None)
+
+    return run
+
+
+class TreatedModel:
+    """In front of a model class of transformers. Some of what transformers does for a model it decides by the name of
+    its class or by the source code around that: there it looks for `base_class`."""
+
     base_class: type
+    treatments: dict = {}
+    attention_class: type = TreatedAttention
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        base = next((base for base in cls.__bases__ if issubclass(base, PreTrainedModel)), None)
+        if base is not None and not issubclass(base, TreatedModel):
+            cls.base_class, cls.forward = base, _opening(base.forward)
+            _register_conversions(cls, base)
 
     def __init__(self, config, *args, **kwargs):
-        family = FAMILIES[config.model_type.removeprefix(PREFIX)]
-        with _as_base(config, family):
+        if self.base_class is PreTrainedModel:
+            raise ImportError(unlike(f"there is no class for {type(self).__name__} to derive from"))
+        ours, config.__class__ = type(config), type(config).base_class  # some heads ask an auto class for their base
+        try:
             super().__init__(config, *args, **kwargs)
-        share_attention(self, family, config.shared_attention)
+        finally:
+            config.__class__ = ours
+        treat(self, self.described(config), self.treatments, self.attention_class)
+
+    @staticmethod
+    def described(config):
+        return config.shared_attention
+
+    if is_newer():  # what a later release changed shows anywhere in a pass
+
+        def __call__(self, *args, **kwargs):
+            try:
+                return super().__call__(*args, **kwargs)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise RuntimeError(unlike(f"{type(error).__name__}: {error}")) from error
 
     def _get_name(self):
         """By this name, which is also printed, Trainer tells whose labels are to be shifted."""
@@ -70,30 +704,22 @@ class SharedAttentionMixin:
     def _can_set_experts_implementation(cls):
         return cls.base_class._can_set_experts_implementation()
 
-    if is_newer():  # what a later release changed shows anywhere in a pass
-
-        def __call__(self, *args, **kwargs):
-            try:
-                return super().__call__(*args, **kwargs)
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise RuntimeError(unlike(f"{type(error).__name__}: {error}")) from error
-
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
         """As in the base class, without re-entrant checkpointing: it would cut the gradient to queries and keys of
-        source layers, which reach reusing layers beside the layer's input. Raises ValueError where it is asked for."""
+        source layers, which reach reusing layers beside the layer's input. Raises ValueError if it is asked for."""
         options = dict(gradient_checkpointing_kwargs or {})
         if options.setdefault("use_reentrant", False):
             raise ValueError(
                 "A model with shared attention needs gradient_checkpointing_kwargs={'use_reentrant': False}: "
                 "re-entrant checkpointing loses gradients of attention that is shared between layers."
             )
-        if FAMILIES[self.config.model_type.removeprefix(PREFIX)].exchange == "context":
-            options.setdefault("context_fn", checkpoint_contexts)
+        options = {**self.attention_class.checkpoint_options, **options}
         super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=options, **kwargs)
 
 
-def _register_conversions(family: Family, architecture: str) -> None:
-    """Checkpoints keep the tensor names of the base, so transformers 5 must convert them as it does the base's."""
+def _register_conversions(ours, base):
+    """Checkpoints keep the tensor names of the base, so transformers 5 must convert them as it does the base's: it
+    finds how by model type and by class, in tables that it has this function to add to."""
     try:
         from transformers.conversion_mapping import (
             get_checkpoint_conversion_mapping,
@@ -101,29 +727,20 @@ def _register_conversions(family: Family, architecture: str) -> None:
         )
     except ImportError:  # transformers 4 loads every checkpoint as it is
         return
-    for base, ours in (
-        (family.model_type, PREFIX + family.model_type),
-        (architecture, CLASS_PREFIX + architecture),
-    ):
-        conversions = get_checkpoint_conversion_mapping(base)
+    model_type = ours.config_class.model_type
+    for known, new in ((model_type.removeprefix("shared_attention_"), model_type), (base.__name__, ours.__name__)):
+        conversions = get_checkpoint_conversion_mapping(known)
         if conversions is not None:
-            register_checkpoint_conversion_mapping(ours, conversions, overwrite=True)
+            register_checkpoint_conversion_mapping(new, conversions, overwrite=True)
 
 
-@cache
-def model_class_of(family: Family, architecture: str) -> type:
-    """The model class of a family for one of its base's classes, such as LlamaForCausalLM, sharing attention."""
-    _register_conversions(family, architecture)
-    base = getattr(transformers, architecture)
-    members = {"config_class": config_class_of(family), "base_class": base, "__module__": __name__}
-    members["forward"] = opening(base.forward)
-    return type(CLASS_PREFIX + architecture, (SharedAttentionMixin, base), members)
+def base_class(name):
+    """The class of transformers by this name; one that says so when it is used if this release has none."""
+    return getattr(transformers, name, PreTrainedModel)
 
 
-def __getattr__(name: str):
-    architecture = name.removeprefix(CLASS_PREFIX)
-    if architecture != name:
-        for family in FAMILIES.values():
-            if auto_class_of(family, architecture):
-                return model_class_of(family, architecture)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if transformers.__version__ == "5.3.0" and __name__.startswith("transformers_modules"):
+    raise ImportError(
+        "transformers 5.3.0 loses the tied weights of every model that comes with code of its own: run "
+        "pip install -U transformers."
+    )

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 
 from sa_convert.domain.geometry import Head, ModelGeometry
 from sa_convert.domain.plan import Plan
@@ -33,6 +34,11 @@ def used_in(plan: Plan) -> tuple[Treatment, ...]:
     """Those that a plan uses, in the order in which they are applied. All that it names must be known."""
     names = plan.treatments
     return tuple(treatment for treatment in treatments() if treatment.name in names)
+
+
+def runtime_files() -> dict[str, Path]:
+    """The code of each treatment that travels with a model."""
+    return {treatment.name: treatment.runtime_file for treatment in treatments()}
 
 
 def searched(names: Sequence[str] | None = None) -> tuple[Treatment, ...]:

@@ -33,6 +33,7 @@ SURFACE = {
         "MODEL", "--against", "--contexts", "--batches", "--new-tokens", "--repeats", "--warmup", "--dtype", "--device",
         "--threads", "--attn", "--cache", "--seed", "--trust-remote-code", "-o", "--json",
     ],
+    "audit": ["DIR|REPO_ID", "--json"],
     "push": ["DIR", "REPO_ID", "--private", "--revision", "--allow-unvalidated", "--json"],
     "recipes": ["[NAME]"],
 }  # fmt: skip
@@ -59,7 +60,16 @@ def run_program(program: str, **environment: str) -> subprocess.CompletedProcess
 
 def test_surface_is_frozen():
     context = click.Context(cli)
-    assert cli.list_commands(context) == ["inspect", "analyze", "convert", "evaluate", "bench", "push", "recipes"]
+    assert cli.list_commands(context) == [
+        "inspect",
+        "analyze",
+        "convert",
+        "evaluate",
+        "bench",
+        "audit",
+        "push",
+        "recipes",
+    ]
     for name, expected in SURFACE.items():
         command = cli.get_command(context, name)
         names = [p.opts[0] if isinstance(p, click.Option) else p.make_metavar(context) for p in command.params]

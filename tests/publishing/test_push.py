@@ -10,15 +10,20 @@ import pytest
 import torch
 
 from sa_convert.errors import OutputError
+from sa_convert.plan.audited import expected_code
 from sa_convert.present.hub.upload_errors import push_errors
 from support.cli_cases import SPAN, digests, refused
 from support.loopback_hub import READ_TOKEN, WRITE_TOKEN, LoopbackHub
-from support.processes import ROOT, run_cli, run_without_sa_convert
+from support.processes import run_cli, run_without_sa_convert
 from support.tiny_models import load_converted, write_recipe
 
 REPO = "org/shared"
 OTHER = {2: [[1, 7 - head] for head in range(8)], 4: [[3, 0], None, [0, 2], None, None, None, [1, 1], [1, 5]]}
 PROMPT = [[5, 17, 99, 42, 23]]
+
+
+LATER = {"2": {"0": {"share": [[3, 0]] * 2}}}
+"""In the plan of a folder: a layer that reuses a later one."""
 
 
 @pytest.fixture(scope="module")
@@ -172,14 +177,18 @@ DAMAGES = {
     "no config": (partial(remove, "config.json"), 1, "no config.json"),
     "no map": (partial(edit, "config.json", lambda config: config.pop("shared_attention")), 1, "is no conversion"),
     "bad map": (
-        partial(edit, "config.json", lambda config: config["shared_attention"]["layers"].update({"2": [[3, 0]] * 8})),
+        partial(
+            edit,
+            "config.json",
+            lambda config: config["shared_attention"]["layers"].update(LATER),
+        ),
         1,
         "layer 3",
     ),
     "no shard": (partial(remove, "model-00004-of-00013.safetensors"), 1, "is missing"),
     "short shard": (shorten, 1, "bytes long"),
     "no index": (partial(remove, "model.safetensors.index.json"), 1, "no weights"),
-    "no code": (partial(remove, "shared_attention_cache.py"), 1, "shared_attention_cache.py is missing"),
+    "no code": (partial(remove, "shared_attention_share.py"), 1, "shared_attention_share.py is missing"),
     "other code": (partial(append, "modeling_shared_attention.py"), 1, "modeling_shared_attention.py is not that of"),
     "no report": (partial(remove, "report.json"), 1, "report.json"),
     "no card": (partial(remove, "README.md"), 1, "README.md"),
@@ -203,7 +212,7 @@ DAMAGES = {
         "decodes otherwise",
     ),
     "card is a link": (partial(link_out, "README.md"), 1, "leads out of the model's folder"),
-    "code is a link": (partial(link_out, "shared_attention.py"), 1, "is not that of|leads out"),
+    "code is a link": (partial(link_out, "shared_attention_share.py"), 1, "is not that of|leads out"),
     "tokenizer is a link": (partial(link_out, "tokenizer.json"), 1, "leads out of the model's folder"),
     "figure is a link": (partial(link_out, "figures/sharing.png"), 1, "leads out of the model's folder"),
 }
@@ -401,8 +410,8 @@ def test_round_trip_where_sa_convert_is_not_installed(folders, hub, tmp_path):
         ["perplexity", "Perplexity", perplexity["after"]],
         ["perplexity", "Perplexity of the base model", perplexity["before"]],
     ]
-    code = {path.name: path.read_bytes() for path in (ROOT / "sa_convert" / "runtime").glob("[!_]*.py")}
     again = hub.files("org/again")
+    code = expected_code(json.loads(again["config.json"]))
     assert {name: content for name, content in again.items() if name.endswith(".py")} == code
 
 

@@ -3,19 +3,19 @@
 import hashlib
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 
-import sa_convert.runtime
 from sa_convert.domain.checkpoint import TensorEdit
 from sa_convert.domain.plan import Plan
 from sa_convert.errors import UnsupportedModelError
 from sa_convert.families.table import FAMILIES
+from sa_convert.plan.audited import expected_code
 from sa_convert.read.folder import open_folder
 from sa_convert.rewrite.config import converted_config
 from sa_convert.rewrite.rewrite import needed_bytes, rewrite_checkpoint
 from sa_convert.rewrite.tokenizer import tokenizer_config
+from sa_convert.treatments.registry import runtime_files
 from support.make_checkpoint import tiny_llama
 
 SHARING = Plan({2: {0: {"share": [[1, 0], [1, 1]]}, 1: {"share": [[0, 3], None]}}})
@@ -39,7 +39,11 @@ def test_config_changes_four_keys_and_keeps_the_order(tmp_path):
             ),
             "AutoModelForTokenClassification": "modeling_shared_attention.SharedAttentionLlamaForTokenClassification",
         },
-        "shared_attention": {"layers": {"2": [[1, 0], [1, 1], [0, 3], None]}},
+        "shared_attention": {
+            "version": 2,
+            "modules": {},
+            "layers": {"2": {"0": {"share": [[1, 0], [1, 1]]}, "1": {"share": [[0, 3], None]}}},
+        },
     }
     assert base.config["model_type"] == "llama"
 
@@ -56,16 +60,15 @@ def test_the_whole_folder(tmp_path):
     base, out = open_folder(folder), tmp_path / "out"
     out.mkdir()
     edits = {"model.layers.2.self_attn.q_proj.weight": TensorEdit(rows=((24, 32),))}
-    written = rewrite_checkpoint(base, FAMILIES["llama"], SHARING, edits, out)
-    code = [file.name for file in Path(sa_convert.runtime.__file__).parent.glob("*.py") if file.name != "__init__.py"]
-    assert len(code) >= 4
+    written = rewrite_checkpoint(base, FAMILIES["llama"], SHARING, edits, out, runtimes=runtime_files())
+    code = ["configuration_shared_attention.py", "modeling_shared_attention.py", "shared_attention_share.py"]
     files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert files == {
         *side, *code, "vocab.json", "config.json", "model.safetensors.index.json", *written.files,
         "tokenizer_config.json",
     }  # fmt: skip
-    for name in code:
-        assert (out / name).read_bytes() == (Path(sa_convert.runtime.__file__).parent / name).read_bytes()
+    expected = expected_code(json.loads((out / "config.json").read_text()))
+    assert {name: (out / name).read_bytes() for name in code} == expected
     for name, data in side.items():
         assert (out / name).read_bytes() == data
     assert not any(path.is_symlink() for path in out.rglob("*"))
@@ -90,7 +93,7 @@ def test_tied_embeddings_stay_tied(tmp_path):
     start = "model.layers.2.self_attn."
     edits = {f"{start}{name}_proj.weight": TensorEdit(rows=()) for name in "qk"}
     sharing = Plan({2: {group: {"share": [[1, 2 * group], [1, 2 * group + 1]]} for group in range(2)}})
-    rewrite_checkpoint(base, FAMILIES["llama"], sharing, edits, out)
+    rewrite_checkpoint(base, FAMILIES["llama"], sharing, edits, out, runtimes=runtime_files())
     model, told = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, output_loading_info=True)
     assert not told["missing_keys"]
     assert not told["unexpected_keys"]
@@ -154,7 +157,7 @@ def test_auto_tokenizer_chooses_what_it_chose_for_the_base(tmp_path, tokenizer_j
     (base_folder / "tokenizer_config.json").write_text(json.dumps(content))
     base, out = open_folder(base_folder), tmp_path / f"out_{model_type}_{declared}"
     out.mkdir()
-    rewrite_checkpoint(base, FAMILIES[model_type], Plan(), {}, out)
+    rewrite_checkpoint(base, FAMILIES[model_type], Plan(), {}, out, runtimes=runtime_files())
     declared_now = json.loads((out / "tokenizer_config.json").read_text()).get("tokenizer_class")
     assert declared_now not in (None, "TokenizersBackend"), "transformers 4 could not load it"
     try:

@@ -262,7 +262,7 @@ if len(sys.argv) > 3:
     shards.copy_range = slowly
 base = open_folder(Path(sys.argv[1]))
 with staging(Path(sys.argv[2]), True, needed_bytes(base, {}), base.folder) as stage:
-    rewrite_checkpoint(base, FAMILIES["llama"], Plan(), {}, stage.folder)
+    rewrite_checkpoint(base, FAMILIES["llama"], Plan(), {}, stage.folder, runtimes={})
     (stage.folder / "report.json").write_text("{}")
     stage.publish()
 """

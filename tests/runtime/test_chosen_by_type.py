@@ -19,6 +19,7 @@ from sa_convert.read.family_of import family_of
 from sa_convert.read.folder import open_folder
 from sa_convert.rewrite.processor import IMAGES, PROCESSOR
 from sa_convert.rewrite.rewrite import rewrite_checkpoint
+from sa_convert.treatments.registry import runtime_files
 from support.cli_cases import edit_json
 from support.make_checkpoint import tiny_llama
 from support.processes import run_cli
@@ -47,7 +48,7 @@ def large(tmp_path_factory):
 def converted(base, out):
     checkpoint = open_folder(base)
     out.mkdir()
-    rewrite_checkpoint(checkpoint, family_of(checkpoint.config), Plan(), {}, out)
+    rewrite_checkpoint(checkpoint, family_of(checkpoint.config), Plan(), {}, out, runtimes=runtime_files())
     return out
 
 
@@ -142,7 +143,7 @@ def test_the_types_are_those_of_transformers():
 
 
 def test_the_tokenizer_code_is_ours_for_evaluate_and_push(tmp_path, large):
-    from sa_convert.models.subject import foreign_code
+    from sa_convert.plan.audited import foreign_code
 
     out = converted(base_folder(tmp_path / "base", large, "mistral", None), tmp_path / "ours")
     assert foreign_code(open_folder(out)) is None

@@ -16,7 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 
-from sa_convert.runtime.shared_attention import SharedAttention
+from sa_convert.runtime.modeling_shared_attention import TreatedAttention
 from support.memory_models import MIXED, in_memory, inputs, made, some_ids
 
 # Families whose forward passes no keyword on, one or more of each kind of forward; and two of the other ways.
@@ -103,7 +103,7 @@ def test_threads_do_not_meet(model_type, compiled):
 
 def failing(model):
     """A hook that raises within the last attention module of a model."""
-    last = [module for module in model.modules() if isinstance(module, SharedAttention)][-1]
+    last = [module for module in model.modules() if isinstance(module, TreatedAttention)][-1]
 
     def fail(*_):
         raise ZeroDivisionError
@@ -168,16 +168,16 @@ def test_checkpointing_by_wrappers(model_type, part):
     model = copy.deepcopy(plain)
     calls = []
     for module in model.modules():
-        if isinstance(module, SharedAttention):
+        if isinstance(module, TreatedAttention):
             module.register_forward_pre_hook(lambda *_: calls.append(1))
     if part == "enabled":
         model.gradient_checkpointing_enable()
     else:
         wrap = partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
-        chosen = is_layer if part == "layer" else lambda module: isinstance(module, SharedAttention)
+        chosen = is_layer if part == "layer" else lambda module: isinstance(module, TreatedAttention)
         apply_activation_checkpointing(model, checkpoint_wrapper_fn=wrap, check_fn=chosen)
     found = {without_wrapper(name): gradient for name, gradient in gradients(model, given).items()}
-    attentions = sum(isinstance(module, SharedAttention) for module in model.modules())
+    attentions = sum(isinstance(module, TreatedAttention) for module in model.modules())
     assert len(calls) == 2 * attentions, "every attention module should be computed twice"
     assert set(found) == set(expected)
     for name, gradient in expected.items():
@@ -204,7 +204,7 @@ def test_a_pass_without_backward_leaves_nothing(model_type):
     model = made(model_type)
     seen = []
     for module in model.modules():
-        if isinstance(module, SharedAttention):
+        if isinstance(module, TreatedAttention):
             module.register_forward_hook(lambda module, args, output: seen.append(weakref.ref(output[0])))
     model(**inputs(model))
     gc.collect()

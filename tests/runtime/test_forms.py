@@ -1,10 +1,11 @@
 """Which form of sharing runs is chosen, or forced by the config. (That both agree: test_families.py.)"""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from sa_convert.runtime.shared_attention_plan import plan_layers
-from sa_convert.runtime.shared_attention_weights import blocks_of, pairs_of
+from sa_convert.treatments.share.runtime import Run, Share, _gather, blocks_of
 from support.processes import run_cli
 from support.tiny_models import forms_used, geometry_of_folder, load_converted, make_map, save_tiny, write_recipe
 
@@ -51,27 +52,22 @@ def test_training_takes_queries_and_an_unknown_form_is_refused(converted, tmp_pa
 
 def test_the_budget_is_for_all_layers_that_lend_at_one_time():
     """Layers 0 and 1 lend at once, to 3; layer 4 lends to 5 alone."""
-    borrowed = {3: ((0, 0), (1, 1)), 5: ((4, 0), (4, 1))}
-    plans = plan_layers(borrowed, [2] * 6, [1] * 6)
-    assert sorted(plans) == [0, 1, 3, 4, 5]
-    assert {plan.lenders_at_once for plan in plans.values()} == {2}
-    assert {plan.gain for plan in plans.values()} == {4 / 6}
-    assert plans[3].settled == (0, 1)
+    borrowed = {3: {0: [[0, 0]], 1: [[1, 1]]}, 5: {0: [[4, 0]], 1: [[4, 1]]}}
+    stack = SimpleNamespace(name="", shapes=dict.fromkeys(range(6), (2, 1, 8)), layers=borrowed, options={})
+    share = Share(stack)
+    assert [layer for layer in range(6) if share.touches(layer)] == [0, 1, 3, 4, 5]
+    assert (share.at_once, share.gain) == (2, 4 / 6)
+    assert share.layers[3].settled == (0, 1)
 
 
 def test_blocks_end_at_what_their_tokens_see():
-    assert blocks_of(300, 300, True, False) == [(0, 128, 128), (128, 256, 256), (256, 300, 300)]
-    assert blocks_of(300, 400, False, False) == [(0, 128, 400), (128, 256, 400), (256, 300, 400)]
-    assert blocks_of(300, 400, False, True) == [(0, 300, 400)]
-    assert pairs_of(300, 300, True) == 128 * 128 + 128 * 256 + 44 * 300
-    assert pairs_of(300, 400, False) == 300 * 400
+    assert blocks_of(300, 300, True) == [(0, 128, 128), (128, 256, 256), (256, 300, 300)]
+    assert blocks_of(300, 400, False) == [(0, 128, 400), (128, 256, 400), (256, 300, 400)]
+    assert blocks_of(1, 400, False) == [(0, 1, 400)]
 
 
 def test_heads_that_another_process_holds_are_refused():
     """Of four heads in two groups, a process has the first two: a span may run, exchanged or mixed heads may not."""
-    from sa_convert.runtime.shared_attention_attend import _gather
-    from sa_convert.runtime.shared_attention_plan import Run
-
     share = torch.arange(2.0).view(1, 2, 1, 1)
     assert torch.equal(_gather((Run(0, 0, 4),), None, {0: share}.__getitem__), share)
     for runs in ((Run(0, 2, 4), Run(0, 0, 2)), (Run(0, 2, 4),), (Run(None, 0, 1), Run(0, 1, 4))):

@@ -237,7 +237,7 @@ def test_changing_the_attention_implementation(case):
 def test_save_and_load_again(case, tmp_path):
     model = case.load()
     model.save_pretrained(tmp_path / "again", max_shard_size="100KB")
-    for file in (ROOT / "sa_convert" / "runtime").glob("[!_]*.py"):
+    for file in case.folder.glob("*.py"):
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
     again = load_converted(tmp_path / "again")
     assert again.config.shared_attention == model.config.shared_attention
@@ -270,7 +270,7 @@ def test_importing_sa_convert_registers_the_types(cases, first, tmp_path):
 import sa_convert
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(cases("llama", "heads").folder)!r})
-assert type(model).__module__ == "sa_convert.runtime.modeling_shared_attention", type(model)
+assert type(model).__module__ == "sa_convert.registration", type(model)
 model.save_pretrained({str(tmp_path / "again")!r})
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -284,6 +284,17 @@ def test_broken_map_is_refused_at_load(cases, tmp_path):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(cases("llama", "span").folder, trust_remote_code=True)
-    config.shared_attention = {"layers": {"2": [[1, 0]] * 8, "1": [[0, 0]] * 8}}
+    rows = {"2": {str(group): {"share": [[1, 0]] * 2} for group in range(4)}}
+    rows["1"] = {str(group): {"share": [[0, 0]] * 2} for group in range(4)}
+    config.shared_attention = {"version": 2, "layers": rows}
     with pytest.raises(ValueError, match="layer 2 head 0 reuses layer 1 head 0, which is not an own head"):
         AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    for other, said in (
+        ({"layers": {"2": [[1, 0]] * 8}}, "is not of version 2"),
+        ({"version": 2, "layers": {"2": {"0": {"window": {}}}}}, "layer 2: this checkpoint has no code for window"),
+        ({"version": 2, "layers": {"2": {"4": {"share": [[1, 0]] * 2}}}}, "layer 2 lists 2 heads in KV group 4"),
+        ({"version": 2, "layers": {"encoder.2": {}}}, "the model has no layer encoder.2"),
+    ):
+        config.shared_attention = other
+        with pytest.raises(ValueError, match=f"shared_attention: .*{said}"):
+            AutoModelForCausalLM.from_config(config, trust_remote_code=True)

@@ -31,6 +31,7 @@ from sa_convert.measure.speed.turns import block_sizes
 from sa_convert.measure.speed.worker import _explained
 from sa_convert.models.arguments import cache_keyword, cache_of
 from sa_convert.models.subject import open_subject
+from sa_convert.plan.audited import foreign_code
 from sa_convert.read.folder import read_config
 from sa_convert.read.open_model import open_model
 from support.cli_cases import refused
@@ -309,7 +310,7 @@ def test_models_that_cannot_be_compared(base, tmp_path):
 
 def test_contexts_and_positions(base, tmp_path):
     def subject(folder):
-        return open_subject(str(folder), tmp_path / "workspace", RunOptions())
+        return open_subject(str(folder), tmp_path / "workspace", RunOptions(), foreign_code)
 
     with pytest.raises(SaConvertError, match=r"base: a context of 254 and 3 new tokens is more than .* 256 positions"):
         bench(str(base), str(base), BenchOptions(**{**vars(SMALL), "contexts": (8, 254)}))

@@ -3,9 +3,8 @@
 import torch
 import transformers
 
-from sa_convert.runtime.configuration_shared_attention import config_class_of
-from sa_convert.runtime.modeling_shared_attention import model_class_of
-from sa_convert.runtime.shared_attention_families import FAMILIES
+from sa_convert.families.table import FAMILIES
+from sa_convert.registration import config_class_of, model_class_of
 from support.tiny_models import tiny_config
 
 

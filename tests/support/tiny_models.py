@@ -202,15 +202,15 @@ def code_of(model, name):
 def forms_used(model):
     """For each call of a layer that lends, whether it lent weights."""
     used = []
-    for module in model.modules():
-        if hasattr(module, "sharing") and getattr(module, "plan", None) and module.plan.lends:
-            original = module._lends_weights
+    shares = {id(one): one for module in model.modules() if hasattr(module, "plan") for one in module.plan.treatments}
+    for share in shares.values():
+        original = share._lends_weights
 
-            def note(*args, original=original):
-                used.append(original(*args))
-                return used[-1]
+        def note(*args, original=original):
+            used.append(original(*args))
+            return used[-1]
 
-            module._lends_weights = note
+        share._lends_weights = note
     return used
 
 

@@ -3,7 +3,6 @@
 The converted folder is made in memory by the exported classes, not by the rewriter.
 """
 
-import json
 import shutil
 from pathlib import Path
 
@@ -12,10 +11,8 @@ import transformers
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
-from sa_convert import runtime as export
-from sa_convert.runtime.configuration_shared_attention import config_class_of
-from sa_convert.runtime.modeling_shared_attention import model_class_of
-from sa_convert.runtime.shared_attention_families import FAMILIES
+from sa_convert.families.table import FAMILIES
+from sa_convert.registration import config_class_of, model_class_of
 from sa_convert.texts.text import load_text
 
 VOCABULARY = 300
@@ -61,15 +58,6 @@ def save_converted(base: Path, folder: Path, source: int = 1, span: tuple[int, .
     kept = converted.state_dict().keys()
     converted.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in kept})
     converted.save_pretrained(folder)
-    for file in Path(export.__file__).parent.glob("*.py"):
-        if file.name != "__init__.py":
-            shutil.copy(file, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {
-        "AutoConfig": f"configuration_shared_attention.SharedAttention{family.config_class}",
-        "AutoModelForCausalLM": f"modeling_shared_attention.SharedAttention{family.default_class}",
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(base / name, folder)
     return folder

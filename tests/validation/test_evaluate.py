@@ -17,6 +17,7 @@ from sa_convert.measure.quality.decode import rounding_without_cache
 from sa_convert.measure.quality.gate import validate
 from sa_convert.models.subject import open_subject
 from sa_convert.models.tokens import token_sequences
+from sa_convert.plan.audited import foreign_code
 from sa_convert.texts.text import load_text
 from support.cli_cases import refused
 from support.processes import run_cli
@@ -170,10 +171,10 @@ def test_changed_code_runs_only_where_it_is_trusted(copied, tmp_path):
 def test_every_way_to_foreign_code_is_found(converted, copied):
     def fault(folder):
         with pytest.raises(CheckpointError) as caught:
-            open_subject(str(folder), folder.parent / "workspace", RunOptions())
+            open_subject(str(folder), folder.parent / "workspace", RunOptions(), foreign_code)
         return str(caught.value)
 
-    opened = open_subject(str(converted), converted.parent / "workspace", RunOptions())
+    opened = open_subject(str(converted), converted.parent / "workspace", RunOptions(), foreign_code)
     assert (opened.name, opened.converted) == ("converted", True)
     custom = copied / "custom_generate" / "generate.py"
     custom.parent.mkdir()

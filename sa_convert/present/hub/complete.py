@@ -9,7 +9,7 @@ from sa_convert.console.amounts import format_percent
 from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.errors import CheckpointError, GateRefused, OutputError, SaConvertError
 from sa_convert.families.family import PREFIX
-from sa_convert.models.subject import foreign_code
+from sa_convert.plan.audited import audit_code, foreign_code, missing_code
 from sa_convert.plan.conversion import treated_by
 from sa_convert.plan.converted import converted_parts
 from sa_convert.present.charts import plan_figure as figure
@@ -17,7 +17,6 @@ from sa_convert.present.files import card
 from sa_convert.present.files import report_file as report
 from sa_convert.read.folder import INDEX, open_folder, read_json
 from sa_convert.read.inside import check_inside
-from sa_convert.rewrite.carried import TOKENIZERS, model_code
 
 RECIPE_FILE = "recipe.yaml"
 _WRITTEN = (card.FILE, RECIPE_FILE, report.FILE, figure.FILE.as_posix())
@@ -67,9 +66,8 @@ def _check_model(checkpoint: Checkpoint) -> Mapping[str, Any]:
     except SaConvertError as error:
         raise CheckpointError(f"{folder}: {error} Convert the model again.") from error
     fault = foreign_code(checkpoint)
-    missing = next((path.name for path in model_code() if not (folder / path.name).is_file()), None)
-    if missing is not None:
-        fault = f"its code {missing} is missing"
+    if missing := missing_code(checkpoint):
+        fault = f"its code {missing[0]} is missing"
     if fault is not None:
         raise CheckpointError(
             f"{folder}: {fault}, not what this version of sa-convert writes; convert the model again."
@@ -130,6 +128,6 @@ def _files(checkpoint: Checkpoint, root: Path) -> Iterator[Path]:
         yield Path(INDEX)
     yield Path("config.json")
     yield from map(Path, _WRITTEN)
-    for path in [root / code.name for code in (*model_code(), TOKENIZERS) if (root / code.name).exists()]:
-        check_inside(path, root, "the code")
-        yield path.relative_to(root)
+    for code in audit_code(checkpoint):
+        check_inside(root / code.name, root, "the code")
+        yield Path(code.name)

@@ -1,0 +1,74 @@
+"""What a converted model carries: the files that one function names, and no more than an auditor can read."""
+
+import ast
+import io
+import json
+import tokenize
+
+import pytest
+
+from sa_convert.families.model_classes import model_classes_of
+from sa_convert.families.table import FAMILIES
+from sa_convert.plan.audited import expected_code
+from sa_convert.rewrite.carried import carried_files
+from support.converted_folder import convert_tiny
+
+# One of each kind: their own forward, with norms by row, sinks, experts, mixed layers, a text model within another; our
+# forward, with fused, gated and grouped projections; exchanges beside positions and by thread; encoder-decoders.
+OWN = ["llama", "cohere", "gpt_oss", "mixtral", "lfm2", "gemma3", "olmo2"]
+SPECIAL = ["gpt2", "qwen3_next", "stablelm", "bert", "falcon", "bloom", "gptj", "bart", "t5"]
+LIMITS = {"own": (3, 830), "special": (4, 1180)}
+"""Files, and lines of code (blank lines, comments and docstrings not counted)."""
+
+
+def lines_of_code(source: bytes) -> int:
+    text, told = source.decode(), set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            told.update(range(node.lineno, node.end_lineno + 1))
+    nothing = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in nothing:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    return len(lines - told)
+
+
+@pytest.mark.parametrize("model_type", OWN + SPECIAL)
+def test_a_folder_carries_what_one_function_says(model_type, tmp_path):
+    folder = convert_tiny(tmp_path, model_type, "span").folder
+    expected = expected_code(json.loads((folder / "config.json").read_text()))
+    assert {path.name: path.read_bytes() for path in folder.rglob("*.py")} == expected
+    assert ("shared_attention_special.py" in expected) == (model_type in SPECIAL)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_it_is_little(model_type):
+    from sa_convert.treatments.registry import runtime_files
+
+    family = FAMILIES[model_type]
+    files = carried_files(family, runtime_files(), model_classes_of(family, family.default_class).values())
+    count, lines = LIMITS["special" if family.modules.special_class else "own"]
+    assert len(files) <= count
+    assert sum(map(lines_of_code, files.values())) <= lines
+
+
+def test_what_carried_code_does_without():
+    """Its classes are named by literal lines, and nothing private of transformers is imported."""
+    from sa_convert.treatments.registry import runtime_files
+
+    for model_type in ("llama", "t5"):
+        family = FAMILIES[model_type]
+        files = carried_files(family, runtime_files(), model_classes_of(family, family.default_class).values())
+        for name, content in files.items():
+            tree = ast.parse(content)
+            top = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+            assert "__getattr__" not in top, name
+            modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level]
+            modules += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+            assert {str(module).partition(".")[0] for module in modules} <= {
+                *("torch", "transformers", "sys", "threading"),
+                *("contextlib", "dataclasses", "functools", "inspect", "itertools", "types", "typing"),
+            }, name
+            assert not any(part.startswith("_") for module in modules for part in str(module).split("."))
+    assert b"class SharedAttentionT5EncoderModel(_Treated" in files["modeling_shared_attention.py"]
