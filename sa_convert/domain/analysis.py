@@ -150,7 +150,7 @@ class Analysis:
     @property
     def cost_matrix(self) -> Matrix:
         """(L, G): the cost of each KV group, None without a source; of a whole layer in its first column if only
-        whole layers can borrow."""
+        whole layers can be treated."""
         rows: list[list[float | None]] = [[] for _ in self.heads]
         for cost in self.costs:
             rows[cost.unit.layer].append(cost.cost)

@@ -50,7 +50,7 @@ class Distance:
 class RefitReport:
     """share: the part of the way from the base's matrices to the fitted ones, 0 if they did not help.
 
-    layers: of every layer that borrows. before, after: the divergence from the base on held-out samples. text,
+    layers: of every layer that the plan changes. before, after: the divergence from the base on held-out samples. text,
     sequences, length: what it was fitted on.
     """
 

@@ -52,7 +52,7 @@ class LayerGeometry:
 
 @dataclass(frozen=True)
 class ModelGeometry:
-    """All layers; granularity is the smallest unit that can borrow: "head" or "layer"."""
+    """All layers; granularity is the smallest unit that can do without scores of its own: "head" or "layer"."""
 
     layers: tuple[LayerGeometry, ...]
     granularity: str = "head"

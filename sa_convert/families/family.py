@@ -24,7 +24,7 @@ class Stack:
     """Attention of one kind in a model that has several: encoder, decoder and cross-attention."""
 
     name: str
-    """As sharing maps name it: "decoder.cross"."""
+    """As plans name it: "decoder.cross"."""
     layers: str
     """Module path of the layers."""
     attention: str

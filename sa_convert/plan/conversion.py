@@ -11,9 +11,9 @@ from sa_convert.domain.model import Model
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.stacks import parse_label
 from sa_convert.domain.treated import Treated
-from sa_convert.errors import RecipeError
+from sa_convert.errors import PlanError, RecipeError
 from sa_convert.plan.savings import plan_savings
-from sa_convert.treatments.registry import treatments, used_in
+from sa_convert.treatments.registry import lenders, named, treatments, used_in
 from sa_convert.treatments.tensor_edits import plan_edits
 
 if TYPE_CHECKING:
@@ -99,8 +99,42 @@ def _by_number(groups: Any) -> Any:
 
 def check_plan(plan: Plan, model: Model) -> None:
     """Raise PlanError if the model cannot run the plan."""
+    for index in plan.layers:
+        _check_layer(plan, model.geometry, index)
     for treatment in used_in(plan):
         treatment.check(plan, model.geometry)
+    for borrower, (lender, head) in lenders(plan, model.geometry):
+        group = model.geometry.layers[lender].group_of(head)
+        planned = plan.layers.get(lender, {})
+        for name in [planned] if isinstance(planned, str) else planned.get(group, {}):
+            if not _lends(name):
+                raise PlanError(
+                    f"Layer {plan.label(lender)} KV group {group} lends its scores to layer {plan.label(borrower)}, so "
+                    f"it cannot be treated by {name}."
+                )
+
+
+def _check_layer(plan: Plan, geometry: ModelGeometry, index: int) -> None:
+    """That there is such a layer, and that it has such KV groups."""
+    depth, planned = len(geometry.layers), plan.layers[index]
+    if not 0 <= index < depth:
+        raise PlanError(f"The plan has a layer {index}, but the model has layers 0 to {depth - 1}.")
+    layer, name = geometry.layers[index], plan.label(index)
+    if not layer.heads:
+        raise PlanError(f"Layer {name} has no softmax attention, so nothing can be done to it.")
+    if isinstance(planned, str):
+        treatment = named(planned)
+        if treatment is None or not treatment.whole_layers:
+            raise PlanError(f"Layer {name}: {planned} is not done to whole layers; name its KV groups.")
+        return
+    for group in planned:
+        if not 0 <= group < layer.groups:
+            raise PlanError(f"Layer {name} has KV groups 0 to {layer.groups - 1}, but the plan names {group}.")
+
+
+def _lends(name: str) -> bool:
+    treatment = named(name)
+    return treatment is not None and treatment.lends
 
 
 def treated_by(plan: Plan, model: Model) -> tuple[Treated, ...]:

@@ -11,9 +11,10 @@ from sa_convert.domain.stacks import layer_of, parse_label
 from sa_convert.errors import CheckpointError, UnsupportedModelError
 from sa_convert.families.family import PREFIX, Family
 from sa_convert.families.table import FAMILIES
+from sa_convert.plan.conversion import check_plan
 from sa_convert.read.geometry_of import geometry_of
 from sa_convert.read.names import attention_config
-from sa_convert.treatments.registry import named, used_in
+from sa_convert.treatments.registry import named, treatments
 
 
 def converted_parts(checkpoint: Checkpoint) -> tuple[Model, Plan]:
@@ -28,8 +29,7 @@ def converted_parts(checkpoint: Checkpoint) -> tuple[Model, Plan]:
         raise UnsupportedModelError(
             f"The model has type '{config['model_type']}', whose base '{base}' this version does not know."
         )
-    labels: Any = config["shared_attention"].get("layers")
-    geometry = geometry_of(checkpoint, family, labels if isinstance(labels, Mapping) else ())
+    geometry = geometry_of(checkpoint, family, _reshaped(config["shared_attention"].get("layers")))
     model = Model(checkpoint=checkpoint, family=family, geometry=geometry)
     layers = upgraded(config, family, geometry)["shared_attention"].get("layers")
     try:
@@ -48,9 +48,24 @@ def converted_parts(checkpoint: Checkpoint) -> tuple[Model, Plan]:
         raise CheckpointError(
             "config.json: 'shared_attention' does not list treatments, such as sources for heads, for KV groups."
         ) from None
-    for treatment in used_in(plan):
-        treatment.check(plan, geometry)
+    check_plan(plan, model)
     return model, plan
+
+
+def _reshaped(layers: Any) -> tuple[str, ...]:
+    """The labels of layers whose tensors may not have the shapes that they have in the base."""
+    if not isinstance(layers, Mapping):
+        return ()
+    kept = {treatment.name for treatment in treatments() if treatment.keeps_shapes}
+    return tuple(label for label, groups in layers.items() if not _names_in(groups) or _names_in(groups) - kept)
+
+
+def _names_in(groups: Any) -> set[str]:
+    """The treatments of a layer; none if it is written as in version 1."""
+    if isinstance(groups, str):
+        return {groups}
+    named = groups.values() if isinstance(groups, Mapping) else ()
+    return {name for treated in named if isinstance(treated, Mapping) for name in treated}
 
 
 VERSION = 2

@@ -1,7 +1,7 @@
 """Text that every Python installation ships, so that calibration and validation need no network.
 
 Manual topics (prose), modules of the standard library that hardly change between versions (code), tables, and passages
-that repeat within a sequence (perplexity on prose alone hides what sharing does to copying). It is the same on all
+that repeat within a sequence (perplexity on prose alone hides what a plan does to copying). It is the same on all
 machines that have the same version of Python, and nearly so across versions.
 """
 

@@ -39,6 +39,15 @@ class Treatment:
     file: str
     """Set to `__file__` by each treatment: beside it lies runtime.py."""
 
+    whole_layers = False
+    """Whether a plan may name it for a whole layer, without arguments."""
+
+    lends = False
+    """Whether other heads may use the scores of a KV group that is treated so."""
+
+    keeps_shapes = False
+    """Whether all tensors of a treated layer have the shapes that they have in the base."""
+
     @property
     def runtime_file(self) -> Path:
         """The code that travels with a model that is treated so, as shared_attention_NAME.py."""

@@ -17,7 +17,7 @@ def write_json(content: Mapping[str, Any], file: Path) -> Path:
 
 
 def _rows_on_one_line(text: str) -> str:
-    """JSON with each row of a matrix or of a sharing map on one line. No string holds a line break."""
+    """JSON with each row of a matrix or of a plan on one line. No string holds a line break."""
 
     def joined(row: re.Match[str]) -> str:
         return "[" + re.sub(r"\n\s+", " ", row[1]) + "]"

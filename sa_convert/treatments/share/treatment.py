@@ -33,6 +33,7 @@ class ShareTreatment(Treatment):
 
     name = "share"
     file = __file__
+    lends = True  # heads that own their attention, which `check_map` sees to
 
     def parse(self, arguments: Any) -> Arguments:
         if not _is_list(arguments) or not arguments:
@@ -46,14 +47,8 @@ class ShareTreatment(Treatment):
 
     def check(self, plan: Plan, geometry: ModelGeometry) -> None:
         for index, groups in plan.groups_of(self.name).items():
-            if not 0 <= index < len(geometry.layers):
-                raise PlanError(
-                    f"Layer {index} borrows attention, but the model has layers 0 to {len(geometry.layers) - 1}."
-                )
             layer, name = geometry.layers[index], plan.label(index)
             for group, sources in groups.items():
-                if not 0 <= group < layer.groups:
-                    raise PlanError(f"Layer {name} has KV groups 0 to {layer.groups - 1}, but the plan shares {group}.")
                 if len(sources) != layer.group_size:
                     raise PlanError(
                         f"Layer {name} KV group {group} lists {len(sources)} heads, but the model has "
