@@ -18,13 +18,9 @@ from sa_convert.present.terminal.inspection_text import render_inspection
 from sa_convert.present.terminal.plan_text import plan_json, render_plan
 from sa_convert.present.terminal.report_text import render_report
 from sa_convert.read.open_model import open_model
-from sa_convert.rewrite import carried
 from sa_convert.treatments.registry import also, named
 from support import toy_treatment
 from support.tiny_models import save_tiny, save_tokenizer
-
-CORE = hasattr(carried, "carried_files")
-"""Whether the code that travels reads plans of any treatment."""
 
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16, "attention_bias": False}
 EXPLICIT = (
@@ -72,12 +68,7 @@ def zeroed(tensors, layer, group):
 def converted(zero, base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("converted") / "model"
     recipe = parse_recipe(EXPLICIT, "toy.yaml")
-    with pytest.MonkeyPatch.context() as patch:
-        if not CORE:
-            from sa_convert.rewrite import config
-
-            patch.setattr(config, "attention_entry", lambda checkpoint, family, plan: config.version_2(family, plan))
-        report = convert(str(base), recipe, folder, ConvertOptions(validate=CORE, device="cpu"), "toy.yaml")
+    report = convert(str(base), recipe, folder, ConvertOptions(device="cpu"), "toy.yaml")
     return folder, report
 
 
@@ -129,9 +120,8 @@ def test_weights_configuration_and_code_are_written(converted, base, zero):
     config = json.loads((folder / "config.json").read_text())["shared_attention"]
     assert config["layers"] == {"2": {"1": {"zero": True}, "3": {"zero": True}}, "4": {"2": {"zero": True}}}
     assert "plan:\n  2: {1: {zero: true}, 3: {zero: true}}\n" in (folder / "recipe.yaml").read_text()
-    if CORE:
-        assert (folder / "shared_attention_zero.py").read_bytes() == zero.runtime_file.read_bytes()
-        assert not (folder / "shared_attention_share.py").exists()
+    assert (folder / "shared_attention_zero.py").read_bytes() == zero.runtime_file.read_bytes()
+    assert not (folder / "shared_attention_share.py").exists()
 
 
 def test_the_written_recipe_gives_the_same_plan(converted, base, zero):
@@ -167,7 +157,6 @@ def test_bench_expects_less_work(converted, base):
     assert [(layer.heads, layer.own) for layer in layers] == [(8, 8), (8, 8), (4, 4), (8, 8), (6, 6), (8, 8)]
 
 
-@pytest.mark.skipif(not CORE, reason="waits for the code that travels to read plans of any treatment")
 def test_the_converted_model_computes_what_the_base_does_without_these_values(converted, base):
     from transformers import AutoModelForCausalLM
 
@@ -187,7 +176,6 @@ def test_the_converted_model_computes_what_the_base_does_without_these_values(co
     )
 
 
-@pytest.mark.skipif(not CORE, reason="waits for the code that travels to read plans of any treatment")
 def test_bench_runs_it(converted, base):
     from sa_convert.jobs.benchmarking import bench
     from sa_convert.measure.speed.request import BenchOptions

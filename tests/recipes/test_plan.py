@@ -13,7 +13,8 @@ from sa_convert.plan.recipe_file import dump_recipe, parse_recipe
 from sa_convert.plan.savings import bytes_per_token, cache_at
 from sa_convert.read.folder import open_folder
 from sa_convert.read.model_of import model_of
-from sa_convert.rewrite.config import version_1, version_2
+from sa_convert.rewrite.config import version_2
+from sa_convert.treatments.share.plans import map_of
 from support.tiny_models import save_tiny
 
 LAYERS = {
@@ -97,7 +98,7 @@ def test_what_sharing_alone_does_is_written_as_a_map(models):
 def test_version_1_and_version_2_of_a_plan_say_the_same(models, name, layers):
     model = models[name]
     plan, family = Plan.from_json(layers, model.geometry.stacks), FAMILIES[name]
-    config = dict(model.checkpoint.config) | {"shared_attention": version_1(model.checkpoint, family, plan)}
+    config = dict(model.checkpoint.config) | {"shared_attention": {"layers": map_of(plan, model.geometry).to_json()}}
     assert upgraded(config, family, model.geometry)["shared_attention"] == version_2(family, plan)
 
 

@@ -45,7 +45,6 @@ def test_what_differs_from_llama_is_told():
         "bidirectional": True,
         "rotary": "none",
         "exchange": "thread",
-        "plain_forward": True,
         "dropout": "dropout",
     }
 
