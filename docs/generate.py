@@ -79,7 +79,7 @@ that transformers knows: converted, or refused and why.
    `tokenizer` what `TOKENIZER_MAPPING_NAMES` of transformers has for the type.
 3. If its own forward fixes the number of heads, or does not call the attention interface, add `"plain_forward": true`
    to `modules`. If it takes steps of its own (ALiBi, tables of positions), write a small class in
-   `shared_attention_modules.py`, named by `module`.
+   `sa_convert/runtime/shared_attention_special.py`, named by `module`.
 4. Run `pytest -k <type> tests/families tests/rewriting/test_rewrite_model.py tests/search/test_calibrate_families.py`.
    They find the file by themselves. If the default config is no small one, or hides what is special, add the options
    that bring it out to `SPECIAL` in `tests/support/tiny_models.py`: data, not code.

@@ -10,12 +10,13 @@ from sa_convert.commands.options import echo_json, json_option
 @json_option
 @click.pass_context
 def command(ctx: click.Context, model: str, as_json: bool) -> None:
-    """Say of each code file in a converted model whether it is as sa-convert writes it.
+    """Say whether the code in a model is as sa-convert writes it.
 
-    The model is a folder, or org/name[@revision] on the Hub. Files are compared, by their SHA-256, with what this
+    The model is a folder, or org/name[@revision] on the Hub. Each code file is compared, by its SHA-256, with what this
     version and listed earlier ones write. Nothing is run.
 
-    Exit status: 0 if every file is, 1 if one is not, is missing, or is named by a config and is none of ours.
+    Exit status: 0 if every file is as sa-convert writes it. 1 if one is not, if one is missing, or if a config names
+    code that is not sa-convert's.
 
     \b
     Examples:

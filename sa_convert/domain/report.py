@@ -20,7 +20,7 @@ TASK_NAMES: Mapping[PredictionTask, str] = {
     "masked-token": " (masked-token)",
     "teacher-forced": " (teacher-forced)",
 }
-"""What follows the word perplexity, where it is not the usual one."""
+"""What follows the word perplexity, if it is not the usual one."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,9 @@ class GateResult:
 
 @dataclass(frozen=True)
 class Validation:
-    """What was measured by running both models. decode_check: None where they cache nothing. gate: None where no limit
-    was set. copying: None where they do not predict the next token. agreement: with the base model's predictions, None
-    where there was no room to keep them."""
+    """What was measured by running both models. decode_check: None if they cache nothing. gate: None if no limit
+    was set. copying: None if they do not predict the next token. agreement: with the base model's predictions, None
+    if there was no room to keep them."""
 
     perplexity: PerplexityReport
     decode_check: DecodeCheck | None

@@ -1,7 +1,7 @@
 """A model to evaluate, whatever the user calls it, and whether code in its folder may run.
 
 An ordinary model runs by the code of transformers. A converted one runs by the code in its folder, as its users will
-run it; that is done without asking only where this code is, byte for byte, what this version of sa-convert writes.
+run it; that is done without asking only if this code is, byte for byte, what this version of sa-convert writes.
 """
 
 from collections.abc import Callable, Mapping

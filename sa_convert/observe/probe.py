@@ -53,7 +53,7 @@ class Probe:
 
     model: a base model of `family`, which keeps every weight. Afterwards it runs through our attention function; its
     results without a plan are those of eager attention. attentions: the attention module of every layer as layers are
-    numbered, None where there is none; output_projections: likewise. blocks: the layers as they run.
+    numbered, None if there is none; output_projections: likewise. blocks: the layers as they run.
     """
 
     def __init__(self, model: Any, family: Family) -> None:

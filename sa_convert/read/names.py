@@ -5,7 +5,7 @@ from typing import Any
 
 from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.domain.model import Model
-from sa_convert.domain.stacks import in_stack
+from sa_convert.domain.stacks import Stacks, in_stack
 from sa_convert.errors import CheckpointError
 from sa_convert.families.family import Family, Stack
 
@@ -26,10 +26,10 @@ def attention_config(config: Mapping[str, Any], family: Family) -> Mapping[str, 
     return inner
 
 
-def stack_of(model: Model, layer: int) -> tuple[Stack, int]:
+def stack_of(family: Family, stacks: Stacks, layer: int) -> tuple[Stack, int]:
     """The stack of a layer, and its number in it."""
-    name, number = in_stack(model.geometry.stacks, layer)
-    return next(stack for stack in model.family.all_stacks if stack.name == name), number
+    name, number = in_stack(stacks, layer)
+    return next(stack for stack in family.all_stacks if stack.name == name), number
 
 
 def attention_start(checkpoint: Checkpoint, family: Family, stack: Stack, number: int) -> str:
@@ -39,7 +39,7 @@ def attention_start(checkpoint: Checkpoint, family: Family, stack: Stack, number
 
 def attention_prefix(model: Model, layer: int) -> str:
     """As `attention_start`, by the number of the layer in the whole model."""
-    return attention_start(model.checkpoint, model.family, *stack_of(model, layer))
+    return attention_start(model.checkpoint, model.family, *stack_of(model.family, model.geometry.stacks, layer))
 
 
 def layers_prefix(checkpoint: Checkpoint, family: Family, stack: Stack) -> str:
@@ -79,7 +79,7 @@ def projection(family: Family, side: str) -> str:
 
 def output_name(model: Model, layer: int) -> str:
     """Name of the weight of a layer's output projection."""
-    stack, number = stack_of(model, layer)
+    stack, number = stack_of(model.family, model.geometry.stacks, layer)
     start = attention_start(model.checkpoint, model.family, stack, number)
     if model.family.modules.output_outside:
         start = f"{layers_prefix(model.checkpoint, model.family, stack)}.{number}."

@@ -37,9 +37,9 @@ class Conversion:
 def complete_conversion(folder: Path, allow_unvalidated: bool = False) -> Conversion:
     """The conversion in a folder, from headers alone.
 
-    allow_unvalidated: accept a folder that was converted with --no-validate. Raises CheckpointError where a file is
-    missing, damaged or not the one that the conversion wrote, OutputError where it was not validated, and GateRefused
-    where its gate did not pass.
+    allow_unvalidated: accept a folder that was converted with --no-validate. Raises CheckpointError if a file is
+    missing, damaged or not the one that the conversion wrote, OutputError if it was not validated, and GateRefused
+    if its gate did not pass.
     """
     checkpoint = open_folder(folder)
     sections = _check_model(checkpoint)

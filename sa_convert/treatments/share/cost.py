@@ -154,7 +154,7 @@ class ShareCosts(Ledger):
         return self.value_with(unit, tuple((unit.layer, head) for head in unit.heads))
 
     def best(self, unit: Unit, taken: Taken) -> Offer | None:
-        """The cheapest sources of a unit outside of `taken`, or None where it has none.
+        """The cheapest sources of a unit outside of `taken`, or None if it has none.
 
         A beam search over the unit's heads, then each head in turn is improved beside the others, on the unit's common
         cost.
