@@ -33,7 +33,8 @@ class TreatedConfig:
                 f"Models of type {cls.model_type} need transformers 5, this is {transformers.__version__}: "
                 "run pip install -U transformers."
             )
-        cls.base_class = cls.__bases__[1]
+        if TreatedConfig in cls.__bases__:
+            cls.base_class = cls.__bases__[1]
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

@@ -6,6 +6,7 @@ A treatment is a folder of these files, of which only the first and the runtime 
     runtime.py     the code that travels with a model that is treated so
     edits.py       which tensors it changes, and how
     cost.py        what it would cost, from an observed base model
+    trying.py      what to change of a base model that runs, to try it before anything is written
     drawing.py     how it is told and drawn: report, card, figure, `inspect`
 
 and one line in registry.py. Nothing here imports torch.

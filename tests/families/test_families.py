@@ -112,7 +112,7 @@ def test_family(bases, tmp_path, monkeypatch, family, kind, variant):
         torch.testing.assert_close(logits[seen], expected[seen], atol=1e-4, rtol=1e-4)
 
         # Both forms of sharing, forced, say the same; of padding, kernels make different things. Weights in blocks.
-        monkeypatch.setattr(code_of(model, "shared_attention_weights"), "BLOCK", 5)
+        monkeypatch.setattr(code_of(model, "shared_attention_share"), "BLOCK", 5)
         whole = seen & mask.all(-1, keepdim=True)
         for form in ("weights", "queries"):
             model.config.shared_attention["form"] = form

@@ -438,3 +438,18 @@ def test_same_names_side_by_side_in_one_process(folders, hub, tmp_path):
     for number, logits in enumerate(found["logits"]):
         torch.testing.assert_close(torch.tensor(logits), own[number // 2], atol=1e-5, rtol=1e-5)
     assert [sorted(layers) for layers in found["maps"]] == [["3"], ["3"], ["2", "4"], ["2", "4"]]
+
+
+def test_what_was_pushed_can_be_audited_without_its_weights(folders, hub, tmp_path):
+    assert run_on(hub, tmp_path, "push", folders["a"], REPO).returncode == 0
+    result = run_on(hub, tmp_path / "elsewhere", "audit", REPO, token=READ_TOKEN)
+    assert result.returncode == 0, result.stderr
+    assert [line.partition("  ")[2] for line in result.stdout.splitlines()] == [
+        f"{name}: this version" for name in sorted(hub.files(REPO)) if name.endswith(".py")
+    ]
+    assert not list((tmp_path / "elsewhere").rglob("*.safetensors"))
+    files = hub.files(REPO)
+    hub.add_revision(REPO, {**files, "modeling_shared_attention.py": files["modeling_shared_attention.py"] + b"\n"})
+    result = run_on(hub, tmp_path / "elsewhere", "audit", REPO, token=READ_TOKEN)
+    assert result.returncode == 1
+    assert f"Error: {REPO}: its code modeling_shared_attention.py is not that of sa_convert" in result.stderr

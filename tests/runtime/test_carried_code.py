@@ -1,9 +1,8 @@
 """What a converted model carries: the files that one function names, and no more than an auditor can read."""
 
 import ast
-import io
+import importlib.util
 import json
-import tokenize
 
 import pytest
 
@@ -12,6 +11,7 @@ from sa_convert.families.table import FAMILIES
 from sa_convert.plan.audited import expected_code
 from sa_convert.rewrite.carried import carried_files
 from support.converted_folder import convert_tiny
+from support.processes import ROOT
 
 # One of each kind: their own forward, with norms by row, sinks, experts, mixed layers, a text model within another; our
 # forward, with fused, gated and grouped projections; exchanges beside positions and by thread; encoder-decoders.
@@ -19,19 +19,6 @@ OWN = ["llama", "cohere", "gpt_oss", "mixtral", "lfm2", "gemma3", "olmo2"]
 SPECIAL = ["gpt2", "qwen3_next", "stablelm", "bert", "falcon", "bloom", "gptj", "bart", "t5"]
 LIMITS = {"own": (3, 830), "special": (4, 1180)}
 """Files, and lines of code (blank lines, comments and docstrings not counted)."""
-
-
-def lines_of_code(source: bytes) -> int:
-    text, told = source.decode(), set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            told.update(range(node.lineno, node.end_lineno + 1))
-    nothing = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-    lines = set()
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type not in nothing:
-            lines.update(range(token.start[0], token.end[0] + 1))
-    return len(lines - told)
 
 
 @pytest.mark.parametrize("model_type", OWN + SPECIAL)
@@ -42,15 +29,26 @@ def test_a_folder_carries_what_one_function_says(model_type, tmp_path):
     assert ("shared_attention_special.py" in expected) == (model_type in SPECIAL)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_it_is_little(model_type):
-    from sa_convert.treatments.registry import runtime_files
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("carried", ROOT / "docs" / "benchmarks" / "carried.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    family = FAMILIES[model_type]
-    files = carried_files(family, runtime_files(), model_classes_of(family, family.default_class).values())
-    count, lines = LIMITS["special" if family.modules.special_class else "own"]
-    assert len(files) <= count
-    assert sum(map(lines_of_code, files.values())) <= lines
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_it_is_little(model_type, benchmark):
+    files, _, lines = benchmark.carried(model_type)
+    most_files, most_lines = LIMITS["special" if FAMILIES[model_type].modules.special_class else "own"]
+    assert files <= most_files
+    assert lines <= most_lines
+
+
+def test_the_page_has_today_s_numbers(benchmark):
+    page = (ROOT / "docs" / "how-it-works.md").read_text()
+    for model_type in benchmark.SHOWN:
+        assert f"| `{model_type}` | {' | '.join(f'{number:,}' for number in benchmark.carried(model_type))} |" in page
 
 
 def test_what_carried_code_does_without():

@@ -1,6 +1,6 @@
 """A treatment of four small files, in a package of its own: the output of whole KV groups is zero.
 
-What it is for: that nothing else has to know of it (tests/treatments/test_toy.py).
+What it is for: that nothing else has to know of it (tests/house/test_toy_treatment.py).
 """
 
 from pathlib import Path
