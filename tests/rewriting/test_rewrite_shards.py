@@ -16,6 +16,7 @@ from sa_convert.read.folder import open_folder
 from sa_convert.read.header import read_shard
 from sa_convert.rewrite import ranges
 from sa_convert.rewrite.shards import write_shards
+from sa_convert.treatments.tensor_edits import combined
 from support.make_checkpoint import Fake, tiny_llama, write_model, write_safetensors
 
 DROP = TensorEdit(rows=())
@@ -108,6 +109,44 @@ def test_rows_renames_and_sharded_layout(tmp_path):
     assert list(result.index["weight_map"]) == order
     assert written.parameters == sum(tensor.elements for tensor in old.values()) - removed
     assert written.files == {shard.file.name: shard.file.stat().st_size for shard in result.shards}
+
+
+def test_tensors_of_other_shapes_take_the_place_of_old_ones_and_new_ones_follow_them(tmp_path):
+    folder = tiny_llama(tmp_path / "base", 3)
+    q, k, v = (f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkv")
+    basis = "model.layers.1.self_attn.k_basis.weight"
+    write_safetensors(tmp_path / "new.safetensors", {"k": Fake("F32", (6, 32)), "basis": Fake("F16", (16, 6))})
+    made = {tensor.name: tensor for tensor in read_shard(tmp_path / "new.safetensors").tensors}
+    edits = {
+        k: TensorEdit(replacement=made["k"]),
+        basis: TensorEdit(replacement=made["basis"], after=k),
+        v: TensorEdit(rows=((0, 8),)),
+    }
+    base, written, result = rewritten(folder, edits, tmp_path / "out")
+    old, new = base.tensors, result.tensors
+    assert set(new) == set(old) | {basis}
+    for name, source in ((k, "k"), (basis, "basis")):
+        assert (new[name].dtype, new[name].shape, digest(new[name])) == (
+            made[source].dtype, made[source].shape, digest(made[source])
+        )  # fmt: skip
+    assert new[basis].file.name == old[k].file.name
+    assert result.index["weight_map"][basis] == old[k].file.name
+    names = [tensor.name for shard in result.shards for tensor in shard.tensors if tensor.file.name == old[k].file.name]
+    assert names.index(basis) == names.index(k) + 1
+    assert written.parameters == sum(tensor.elements for tensor in new.values())
+    assert digest(new[q]) == digest(old[q])
+    with pytest.raises(ValueError, match="does not have: nowhere"):
+        write_shards(base, {basis: TensorEdit(replacement=made["k"], after="nowhere")}, tmp_path / "x", lambda _: None)
+
+
+def test_of_two_edits_what_both_keep_stays():
+    one = {"a": TensorEdit(rows=((0, 8), (16, 24))), "b": DROP, "c": TensorEdit(name="d")}
+    other = {"a": TensorEdit(rows=((4, 20),)), "b": TensorEdit(rows=((0, 1),)), "e": DROP}
+    assert combined(one, other, "toy") == {
+        "a": TensorEdit(rows=((4, 8), (16, 20))), "b": DROP, "c": TensorEdit(name="d"), "e": DROP
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="toy and c: two treatments edit the tensor"):
+        combined(one, {"c": TensorEdit(rows=((0, 1),))}, "toy")
 
 
 def test_a_shard_that_loses_all_tensors_is_still_a_valid_file(tmp_path):

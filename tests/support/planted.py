@@ -41,5 +41,10 @@ def save_planted(folder: Path, groups: dict[int, int], seed: int = 0) -> Path:
 
 
 def found_map(folder: Path) -> dict[str, list]:
-    """The map that a conversion wrote into config.json."""
-    return json.loads((folder / "config.json").read_text())["shared_attention"]["layers"]
+    """The sources of all heads of each layer that a conversion wrote into config.json."""
+    layers = json.loads((folder / "config.json").read_text())["shared_attention"]["layers"]
+    own, groups = {"share": [None] * GROUP}, range(SIZES["num_key_value_heads"])
+    return {
+        label: [source for group in groups for source in planned.get(str(group), own)["share"]]
+        for label, planned in layers.items()
+    }
