@@ -161,6 +161,10 @@ class PlainAttention:
         output, weights = self.attend_call(query, key, value, mask, call)
         return self.finish(output, call.states, gate), weights
 
+    def view(self, cache):
+        """Of a cache that also keeps cross-attention, which decoders made of encoders get: its part for this one."""
+        return super().view(getattr(cache, "self_attention_cache", cache))
+
     def extra(self, call):
         """What a cache's update takes besides: in transformers 4 the positions, for static caches; later it counts."""
         return () if call.cache_position is None else ({"cache_position": call.cache_position},)

@@ -5,11 +5,11 @@ import inspect
 import pytest
 import torch
 from peft import PrefixTuningConfig, TaskType, get_peft_model
-from transformers import DynamicCache, StaticCache, cache_utils
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache, cache_utils
 from transformers.cache_utils import Cache, QuantizedLayer
 from transformers.integrations import executorch
 
-from support.memory_models import inputs, made
+from support.memory_models import MIXED, in_memory, inputs, made
 
 LENGTH = 14
 # Rotary with groups, windows in every second layer, sinks, a module of our own, layers without softmax attention.
@@ -185,6 +185,16 @@ def test_prefix_tuning_is_refused(model_type):
     labels = given.get("decoder_input_ids", given["input_ids"])
     with pytest.raises(ValueError, match=r"^shared_attention: layer"):
         tuned(**given, labels=labels)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "electra"])
+@torch.no_grad()
+def test_an_encoder_as_a_decoder_with_the_cache_of_encoder_decoders(model_type):
+    names = {"bert": "BertLMHeadModel", "roberta": "RobertaForCausalLM", "electra": "ElectraForCausalLM"}
+    model = in_memory(model_type, MIXED, names[model_type], is_decoder=True)
+    ids = text_ids(model)
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    torch.testing.assert_close(steps(model, ids, cache), whole(model, ids), atol=1e-4, rtol=1e-4)
 
 
 class Unknown(Cache):
