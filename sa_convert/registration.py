@@ -16,7 +16,7 @@ from types import ModuleType, new_class
 from typing import Any
 
 from sa_convert.families.family import CLASS_PREFIX, PREFIX, Family
-from sa_convert.families.model_classes import model_classes_of
+from sa_convert.families.model_classes import auto_class_of, model_classes_of
 from sa_convert.families.table import FAMILIES
 from sa_convert.models.attention_class import attention_class_of
 from sa_convert.plan.converted import upgraded
@@ -73,6 +73,17 @@ def model_class_of(family: Family, architecture: str) -> type:
         "__module__": __name__,
     }
     return type(CLASS_PREFIX + architecture, (modeling.TreatedModel, modeling.base_class(architecture)), members)
+
+
+def __getattr__(name: str) -> Any:
+    """These classes by name, as pickle looks for them in another process."""
+    base = name.removeprefix(CLASS_PREFIX)
+    for family in FAMILIES.values() if base != name else ():
+        if base == family.config_class:
+            return config_class_of(family)
+        if auto_class_of(family, base):
+            return model_class_of(family, base)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class _StandIn(type):

@@ -1,9 +1,11 @@
 """The class that runs the attention of a family in this process; a checkpoint's own code names it literally."""
 
-import sys
 from functools import cache
 
 from sa_convert.families.family import Modules
+
+_HERE = "Here"
+"""Before the name of a class in shared_attention_special.py in that of ours."""
 
 
 def attention_class_of(modules: Modules) -> type:
@@ -18,6 +20,11 @@ def _class(name: str | None) -> type:
 
     if name is None:
         return modeling.TreatedAttention
-    made = type(f"Here{name}", (getattr(special, name), modeling.TreatedAttention), {"__module__": __name__})
-    setattr(sys.modules[__name__], made.__name__, made)  # where pickle finds it
-    return made
+    return type(_HERE + name, (getattr(special, name), modeling.TreatedAttention), {"__module__": __name__})
+
+
+def __getattr__(name: str) -> type:
+    """These classes by name, as pickle looks for them in another process."""
+    if not name.startswith(_HERE):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _class(name.removeprefix(_HERE))
