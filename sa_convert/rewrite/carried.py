@@ -19,6 +19,11 @@ TOKENIZERS = HOME / "tokenizer" / "tokenization_mistral.py"
 """Carried only by a model whose tokenizer_config.json names it."""
 
 
+def class_name(treatment: str) -> str:
+    """The class in a treatment's runtime file: "LowRank" of low_rank."""
+    return "".join(word.capitalize() for word in treatment.split("_"))
+
+
 def is_carried(name: str) -> bool:
     """Whether a file of this name may be one that a converted model carries."""
     return name in (CONFIGURATION, MODELING, TOKENIZERS.name) or name.startswith("shared_attention_")
@@ -60,7 +65,7 @@ class {CLASS_PREFIX}{family.config_class}(TreatedConfig, transformers.{family.co
 
 def _modeling(family: Family, special: str | None, treatments: list[str], classes: list[str]) -> str:
     config = f"{CLASS_PREFIX}{family.config_class}"
-    named = {name: "".join(word.capitalize() for word in name.split("_")) for name in treatments}
+    named = {name: class_name(name) for name in treatments}
     imports = [f"from .configuration_shared_attention import {config}  # noqa: E402"]
     imports += [f"from .shared_attention_{name} import {title}  # noqa: E402" for name, title in named.items()]
     imports += [f"from .shared_attention_special import {special}  # noqa: E402"] if special else []

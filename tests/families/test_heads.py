@@ -181,7 +181,7 @@ def test_where_sa_convert_is_imported_no_remote_code_is_needed(converted):
         "    config = transformers.AutoConfig.from_pretrained(folder)\n"
         "    model, info = getattr(transformers, auto).from_pretrained(folder, output_loading_info=True)\n"
         "    assert not any(info.values()), (head, info)\n"
-        "    assert type(model).__module__.startswith('sa_convert.registration'), type(model)\n"
+        "    assert type(model).__module__.startswith('sa_convert.treated_classes'), type(model)\n"
         "    assert isinstance(model, getattr(transformers, head)), type(model)\n"
         "    print(type(model).__name__)\n"
     )

@@ -181,7 +181,7 @@ def test_where_sa_convert_is_imported_no_remote_code_is_needed(case):
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr
     name = f"SharedAttention{type(base).__name__}"
-    assert result.stdout.splitlines() == [f"sa_convert.registration {name}"] * 2
+    assert result.stdout.splitlines() == [f"sa_convert.treated_classes {name}"] * 2
 
 
 def test_only_the_language_model_is_described(case):

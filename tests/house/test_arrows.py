@@ -18,7 +18,7 @@ ROOMS = (
 )  # fmt: skip
 """From the top to the bottom: each may import those after it, and never one before it."""
 
-BESIDE = {"registration": "commands", "errors": "runtime"}
+BESIDE = {"registration": "commands", "treated_classes": "commands", "errors": "runtime"}
 """Files outside of the rooms, and the room beside which they stand."""
 
 FILES = {

@@ -110,7 +110,7 @@ def test_a_folder_of_version_1_loads_by_its_code_and_by_the_package(converted, f
     program = (
         "import sys, torch, sa_convert, transformers\n"
         "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()\n"
-        "assert type(model).__module__ == 'sa_convert.registration', type(model)\n"
+        "assert type(model).__module__ == 'sa_convert.treated_classes', type(model)\n"
         "ids = torch.tensor(eval(sys.argv[2]))\n"
         "torch.save(model(ids).logits.detach(), sys.argv[3])\n"
         "model.save_pretrained(sys.argv[4])\n"

@@ -270,7 +270,7 @@ def test_importing_sa_convert_registers_the_types(cases, first, tmp_path):
 import sa_convert
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(cases("llama", "heads").folder)!r})
-assert type(model).__module__ == "sa_convert.registration", type(model)
+assert type(model).__module__ == "sa_convert.treated_classes", type(model)
 model.save_pretrained({str(tmp_path / "again")!r})
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

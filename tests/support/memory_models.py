@@ -4,7 +4,7 @@ import torch
 import transformers
 
 from sa_convert.families.table import FAMILIES
-from sa_convert.registration import config_class_of, model_class_of
+from sa_convert.treated_classes import config_class_of, model_class_of
 from support.tiny_models import tiny_config
 
 

@@ -12,8 +12,8 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
 from sa_convert.families.table import FAMILIES
-from sa_convert.registration import config_class_of, model_class_of
 from sa_convert.texts.text import load_text
+from sa_convert.treated_classes import config_class_of, model_class_of
 
 VOCABULARY = 300
 
