@@ -323,7 +323,7 @@ class Gone:
     module, so that tools which look for layers to adapt, quantise or divide find none."""
 
     def __init__(self, size):
-        self.size, self.weight, self.bias = size, torch.empty(0), None
+        self.size, self.weight, self.bias = size, torch.empty(0), torch.empty(0)
 
     def __call__(self, states):
         return nn.functional.pad(states[..., : self.size], (0, max(self.size - states.shape[-1], 0)))

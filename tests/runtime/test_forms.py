@@ -73,3 +73,19 @@ def test_heads_that_another_process_holds_are_refused():
     for runs in ((Run(0, 2, 4), Run(0, 0, 2)), (Run(0, 2, 4),), (Run(None, 0, 1), Run(0, 1, 4))):
         with pytest.raises(RuntimeError, match="a head reuses one that is not in this process"):
             _gather(runs, share, {0: share}.__getitem__)
+
+
+@pytest.mark.parametrize(
+    ("rows", "divisible"),
+    [
+        ({3: {0: [[0, 0]], 1: [[0, 1]]}}, True),
+        ({3: {0: [[0, 1]], 1: [[0, 0]]}}, False),  # another number
+        (
+            {3: {1: [[0, 1]]}},
+            False,
+        ),  # a layer that owns some heads: its queries and keys are fewer than a process takes
+    ],
+)
+def test_what_tensor_parallelism_may_divide(rows, divisible):
+    stack = SimpleNamespace(name="", shapes=dict.fromkeys(range(4), (2, 1, 8)), layers=rows, options={})
+    assert Share(stack).divisible == divisible

@@ -118,9 +118,9 @@ class Share:
         self.gain = borrowed / max(sum(len(own[layer]) for layer in last_use), 1)
         self.at_once = max((sum(at <= layer < last for at, last in last_use.items()) for layer in full), default=0)
         self.lenders = tuple(last_use)
-        self.divisible = all(
-            source is None or source[1] == head for row in full.values() for head, source in enumerate(row)
-        )
+        # Tensor parallelism gives each process the same heads of every layer, and of a projection what it divides.
+        changed = [row for row in full.values() if any(row)]
+        self.divisible = all(source and source[1] == head for row in changed for head, source in enumerate(row))
         groups = {layer: group for layer, (_, group, _) in stack.shapes.items()}
         self.layers = {
             layer: self._borrowing(layer, full, own, groups, last_use)
