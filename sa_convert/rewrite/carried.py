@@ -3,6 +3,7 @@
 Files are copied whole from the package. Two of them end with the few lines that name their classes.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -36,14 +37,17 @@ def carried_files(family: Family, treatments: Mapping[str, Path], classes: Itera
     """
     special = family.modules.special_class
     files = {
-        CONFIGURATION: (HOME / CONFIGURATION).read_text(encoding="utf-8") + _configuration(family),
         MODELING: (HOME / MODELING).read_text(encoding="utf-8")
         + _modeling(family, special, sorted(treatments), sorted(set(classes))),
     }
     files |= {f"shared_attention_{name}.py": path.read_text(encoding="utf-8") for name, path in treatments.items()}
     if special:
         files[SPECIAL] = (HOME / SPECIAL).read_text(encoding="utf-8")
-    return {name: text.encode() for name, text in files.items()}
+    # transformers keeps the model class of a configuration class, which it knows by the bytes of its file: of two
+    # models with other code and one name, the second would run the code of the first.
+    digest = hashlib.sha256("".join(files[name] for name in sorted(files)).encode()).hexdigest()[:16]
+    configuration = (HOME / CONFIGURATION).read_text(encoding="utf-8") + _configuration(family, digest)
+    return {name: text.encode() for name, text in {CONFIGURATION: configuration, **files}.items()}
 
 
 def auto_map(family: Family, classes: Mapping[str, str]) -> dict[str, str]:
@@ -54,12 +58,13 @@ def auto_map(family: Family, classes: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _configuration(family: Family) -> str:
+def _configuration(family: Family, digest: str) -> str:
     needs = "\n    needs_5 = True" if family.transformers_5 else ""
     return f'''
 
 class {CLASS_PREFIX}{family.config_class}(TreatedConfig, transformers.{family.config_class}):
     model_type = "{PREFIX}{family.model_type}"{needs}
+    carried_code = "{digest}"
 '''
 
 
