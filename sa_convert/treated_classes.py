@@ -12,9 +12,10 @@ from sa_convert.families.family import CLASS_PREFIX, PREFIX, Family
 from sa_convert.families.model_classes import auto_class_of, model_classes_of
 from sa_convert.families.table import FAMILIES
 from sa_convert.models.attention_class import attention_class_of
+from sa_convert.plan.audited import expected_code
 from sa_convert.plan.converted import upgraded
-from sa_convert.rewrite.carried import auto_map, carried_files, class_name
-from sa_convert.treatments.registry import runtime_files, treatments
+from sa_convert.rewrite.carried import auto_map, class_name
+from sa_convert.treatments.registry import treatments
 
 
 @cache
@@ -32,7 +33,7 @@ def config_class_of(family: Family) -> type:
         if hasattr(self, "shared_attention"):
             self.shared_attention = upgraded(self.to_dict(), family)["shared_attention"]
         super(made, self).save_pretrained(save_directory, *args, **kwargs)
-        for name, content in carried_files(family, runtime_files(), classes.values()).items():
+        for name, content in expected_code(self.to_dict()).items():
             (Path(save_directory) / name).write_bytes(content)
 
     base: Any = getattr(transformers, family.config_class)

@@ -70,3 +70,12 @@ def test_what_carried_code_does_without():
             }, name
             assert not any(part.startswith("_") for module in modules for part in str(module).split("."))
     assert b"class SharedAttentionT5EncoderModel(_Treated" in files["modeling_shared_attention.py"]
+
+
+def test_a_configuration_tells_code_apart():
+    """transformers keeps the model class of a configuration class, which it knows by the bytes of its file."""
+    from sa_convert.treatments.registry import runtime_files
+
+    made = [carried_files(FAMILIES["llama"], treatments, ["LlamaModel"]) for treatments in ({}, runtime_files())]
+    assert made[0]["modeling_shared_attention.py"] != made[1]["modeling_shared_attention.py"]
+    assert made[0]["configuration_shared_attention.py"] != made[1]["configuration_shared_attention.py"]
