@@ -150,7 +150,7 @@ class Probe:
             self._loans[layer] = probabilities if self._keep_probabilities else call.lasting()
         lent = cache(self._lent)
         for trial in self._trials:
-            used = trial.probabilities(layer, used, lent)
+            used = trial.probabilities(layer, used, lent, value.shape[1])
         batch, total, tokens, length = used.shape
         grouped = used.reshape(batch, value.shape[1], -1, length)
         output = torch.matmul(grouped, value).view(batch, total, tokens, -1).transpose(1, 2)

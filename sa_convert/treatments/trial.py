@@ -23,8 +23,9 @@ class Trial:
         """Keys (B, G, S, D), rotated already."""
         return key
 
-    def probabilities(self, layer: int, own: "torch.Tensor", lent: Lent) -> "torch.Tensor":
-        """Probabilities (B, H, T, S) that weigh the values. own: those that the layer's heads have computed."""
+    def probabilities(self, layer: int, own: "torch.Tensor", lent: Lent, groups: int) -> "torch.Tensor":
+        """Probabilities (B, H, T, S) that weigh the values. own: those that the layer's heads have computed.
+        groups: KV groups of the layer."""
         return own
 
     def value(self, layer: int, value: "torch.Tensor") -> "torch.Tensor":

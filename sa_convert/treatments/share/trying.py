@@ -27,7 +27,7 @@ class ShareTrial(Trial):
             }
         self.lenders = frozenset(layer for heads in self.borrowed.values() for layer, _ in heads.values())
 
-    def probabilities(self, layer: int, own: "torch.Tensor", lent: Lent) -> "torch.Tensor":
+    def probabilities(self, layer: int, own: "torch.Tensor", lent: Lent, groups: int) -> "torch.Tensor":
         import torch
 
         if layer not in self.borrowed:

@@ -1,0 +1,69 @@
+"""Windows: a KV group sees the first tokens of its sequence (sinks) and the most recent ones, at their true positions.
+
+After SqueezeAttention (arXiv 2404.04793) and DuoAttention (arXiv 2410.10819), as a property of the checkpoint. Its
+arguments are {"sinks": S, "tokens": W}. The query at place i sees the key at place j <= i if j is a real token (not
+padding), and either i - j < W, or j is among the first S real tokens of its sequence.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from sa_convert.domain.answers import Answers
+from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
+from sa_convert.domain.plan import Arguments, Plan, frozen
+from sa_convert.domain.recipe_map import RecipeValueError
+from sa_convert.errors import PlanError
+from sa_convert.treatments.base import Treatment
+
+if TYPE_CHECKING:
+    from sa_convert.treatments.trial import Trial
+
+KEYS = ("sinks", "tokens")
+
+
+class WindowTreatment(Treatment):
+    """A KV group caches sinks and a window, however long the text is."""
+
+    name = "window"
+    file = __file__
+    keeps_shapes = True
+    impossible = "No layer of this model caches what a decoder attends to, so no window would save anything."
+
+    def parse(self, arguments: Any) -> Arguments:
+        if not isinstance(arguments, Mapping) or set(arguments) != set(KEYS):
+            raise RecipeValueError(
+                f"window takes sinks and tokens, such as {{sinks: 4, tokens: 256}}, not {arguments!r}"
+            )
+        for key, least in (("sinks", 0), ("tokens", 1)):
+            if not isinstance(arguments[key], int) or isinstance(arguments[key], bool) or arguments[key] < least:
+                raise RecipeValueError(f"{key} is a whole number from {least}, not {arguments[key]!r}", key)
+        return frozen({key: arguments[key] for key in KEYS})
+
+    def check(self, plan: Plan, geometry: ModelGeometry) -> None:
+        for index, groups in plan.groups_of(self.name).items():
+            reason = refusal(geometry.layers[index])
+            if reason:
+                raise PlanError(
+                    f"Layer {plan.label(index)} KV group {next(iter(groups))} cannot have a window: {reason}."
+                )
+
+    def answers(self, before: Answers, layer: LayerGeometry, arguments: Arguments) -> Answers:
+        reach = arguments["sinks"] + arguments["tokens"]
+        return replace(before, reach=reach if before.reach is None else min(before.reach, reach))
+
+    def trial(self, plan: Plan) -> "Trial":
+        from sa_convert.treatments.window.trying import WindowTrial
+
+        return WindowTrial(plan)
+
+
+def refusal(layer: LayerGeometry) -> str | None:
+    """Why a layer's KV groups cannot have a window, or None if they can."""
+    if not layer.heads:
+        return "it has no softmax attention"
+    if not layer.cached:
+        return "it caches nothing"
+    if layer.stack.endswith("cross"):
+        return "it attends to what an encoder has read, which has no most recent token"
+    return None
