@@ -10,7 +10,7 @@ from sa_convert.treatments.ledger import Offer
 from sa_convert.treatments.plan_answers import layer_answers
 
 
-class Account(Protocol):
+class Accounting(Protocol):
     """In what a search counts."""
 
     units: Units

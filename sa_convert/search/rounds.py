@@ -11,14 +11,16 @@ from math import isfinite
 
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.units import Unit
-from sa_convert.search.accounting import Account, Keys
+from sa_convert.search.accounting import Accounting, Keys
 from sa_convert.treatments.ledger import Ledger, Move, Offer, Taken, plan_of_offers, units_of, users_of
 
 
 class State:
     """Units that are treated so far, under costs that were measured at some plan."""
 
-    def __init__(self, ledgers: Mapping[str, Ledger], plan: Plan | None = None, account: Account | None = None) -> None:
+    def __init__(
+        self, ledgers: Mapping[str, Ledger], plan: Plan | None = None, account: Accounting | None = None
+    ) -> None:
         """ledgers: by treatment; filled at `plan`, so that it costs nothing more, or without any plan. account: in what
         savings are counted; None: keys."""
         self.ledgers = ledgers
