@@ -12,11 +12,11 @@ from sa_convert.console.progress import tell
 from sa_convert.domain.evaluation import CopyingLoss, Evaluation, ModelQuality
 from sa_convert.domain.model import RunOptions
 from sa_convert.errors import CheckpointError, DataError, SaConvertError
-from sa_convert.measure.quality import copying, long_context
+from sa_convert.measure.quality import copying, long_questions
 from sa_convert.measure.quality.decode import decode_check, rounding_without_cache
 from sa_convert.measure.quality.divergence import Comparison, KeptLogits
 from sa_convert.measure.quality.gate import DECODED, KINDS, LENGTH, SEQUENCES
-from sa_convert.measure.quality.long_context import LongQuestions
+from sa_convert.measure.quality.long_questions import LongQuestions
 from sa_convert.measure.quality.perplexity import perplexity
 from sa_convert.models.load import embedded_tokens, refuse_foreign_tokens, release_memory
 from sa_convert.models.placement import most_positions, placed, positions, usable_positions
@@ -40,7 +40,7 @@ class EvaluateOptions(RunOptions):
     """Tokens of a sequence; None: LENGTH, or as many as both models have positions for."""
 
     long: int | None = None
-    """Tokens of a long text; 0: none is measured; None: long_context.LENGTH, or as many as both models have positions
+    """Tokens of a long text; 0: none is measured; None: long_questions.LENGTH, or as many as both models have positions
     for, and none if that is not more than LENGTH."""
 
     seed: int = 0
@@ -140,14 +140,14 @@ def _long_questions(
     be: more than a model has positions, or than the text has tokens."""
     length = options.long
     if length is None:
-        length = min([long_context.LENGTH, *_limits(subjects)])
+        length = min([long_questions.LENGTH, *_limits(subjects)])
         if length <= LENGTH:
             return None
     elif length == 0:
         return None
     for subject in subjects:
         _check_length(length, most_positions(subject.config), "--long")
-    texts = long_sequences(tokenizer, text, long_context.SEQUENCES, length)
+    texts = long_sequences(tokenizer, text, long_questions.SEQUENCES, length)
     if texts is not None:
         return LongQuestions(tokenizer, texts, options.seed)
     too_short = f"Text {text.name}: it has fewer than {length} tokens"
