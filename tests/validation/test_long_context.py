@@ -224,7 +224,7 @@ def test_the_length_of_long_text(base, tmp_path):
     with pytest.raises(SaConvertError, match="--long 257 is more than the 256 positions"):
         evaluate(str(base), None, load_text("builtin"), EvaluateOptions(**options, long=257))
     short = tmp_path / "short.txt"
-    short.write_text("Some words of a short text. " * 40)
+    short.write_text("Some words of a short text. " * 25)
     with pytest.raises(DataError, match=r"fewer than 520 tokens, which --long 520 needs: give a longer"):
         evaluate(str(far), None, load_text(str(short)), EvaluateOptions(**options, long=520))
     result = run_cli("evaluate", far, "--text", short, "--sequences", 2, "--length", 64, "--device", "cpu")
