@@ -157,13 +157,15 @@ class PlainAttention:
             query, key = self.turn(query, key, positions)
         if call.cache is not None:
             rest = (call.rest,) if self.is_paged(call.cache) else self.extra(call)
-            key, value = self.view(call.cache).update(key, value, self.plan.layer, *rest)
+            key, value = self.view(call.cache, call.exchange or current_exchange()).update(
+                key, value, self.plan.layer, *rest
+            )
         output, weights = self.attend_call(query, key, value, mask, call)
         return self.finish(output, call.states, gate), weights
 
-    def view(self, cache):
+    def view(self, cache, exchange):
         """Of a cache that also keeps cross-attention, which decoders made of encoders get: its part for this one."""
-        return super().view(getattr(cache, "self_attention_cache", cache))
+        return super().view(getattr(cache, "self_attention_cache", cache), exchange)
 
     def extra(self, call):
         """What a cache's update takes besides: in transformers 4 the positions, for static caches; later it counts."""
@@ -359,7 +361,7 @@ class ThreadedAttention(PlainAttention):
     def end(stack, args, kwargs, output):
         exchange = current_exchange()
         if exchange is not None:
-            exchange.over = True
+            exchange.close()
         _leave()
 
 
@@ -443,14 +445,17 @@ class EncoderDecoderAttention(ThreadedAttention):
         filled = getattr(call.cache, "is_updated", {}) if cross else {}
         if cache is not None and filled.get(plan.layer):
             query = self.split(getattr(self, self.names.query)(call.states)) if plan.own else None
-            key, value = self.view(cache).read(plan.layer, plan.heads // plan.group)
+            key, value = self.view(cache, None).read(plan.layer, plan.heads // plan.group)
         else:
             query, key, value, _ = self.project(call.states, call.source)
             if cache is not None:
-                key, value = self.view(cache).update(key, value, plan.layer, *(() if cross else self.extra(call)))
+                view = self.view(cache, call.exchange or current_exchange())
+                key, value = view.update(key, value, plan.layer, *(() if cross else self.extra(call)))
                 filled[plan.layer] = True
         if callable(mask):
-            mask = mask(query if query is not None else value, value.shape[-2])
+            exchange = call.exchange or current_exchange()
+            parts = None if exchange is None else exchange.cached.get(plan.place)
+            mask = mask(query if query is not None else value, value.shape[-2] if parts is None else parts.columns)
         return self.attend_call(query, key, value, mask, call)
 
 
