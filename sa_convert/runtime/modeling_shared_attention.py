@@ -301,6 +301,56 @@ def _grown(layer, slot, new):
     return whole
 
 
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one layer has, and which treatments it runs, the first outermost. own, own_groups: query heads, and KV
+    groups, that compute their attention, all of them or fewer."""
+
+    stack: str
+    layer: int
+    heads: int
+    group: int  # query heads in a KV group
+    own: tuple
+    treatments: tuple
+
+    @property
+    def own_groups(self):
+        return tuple(sorted({head // self.group for head in self.own}))
+
+    @property
+    def packs(self):
+        """A layer that owns every key caches as its family does."""
+        return len(self.own_groups) < self.heads // self.group
+
+    @property
+    def whole(self):
+        """The treatment that puts something else in the place of the layer's attention as a whole, or None."""
+        return next((treatment for treatment in self.treatments if getattr(treatment, "whole", False)), None)
+
+
+class Gone:
+    """In place of a projection whose heads are all gone: gives the one head that a family's forward asks for. It is no
+    module, so that tools which look for layers to adapt, quantise or divide find none."""
+
+    def __init__(self, size):
+        self.size, self.weight, self.bias = size, torch.empty(0), torch.empty(0)
+
+    def __call__(self, states):
+        return nn.functional.pad(states[..., : self.size], (0, max(self.size - states.shape[-1], 0)))
+
+
+class KernelModule:
+    """An attention module as a kernel should see it: the real config, this grouping of heads, and other sinks."""
+
+    def __init__(self, module, group, sinks=None):
+        self._module, self.num_key_value_groups, self.config = module, group, module.model_config
+        if sinks is not None:
+            setattr(self, module.names.sinks, sinks)
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["_module"], name)
+
+
 class Counted:
     """In front of the class of a cache layer: it keeps nothing of the tokens that it is given, and counts them. Masks
     and positions follow from the length of one layer's cache, whichever that may be."""
@@ -380,56 +430,6 @@ def count_tokens(cache, number, states, *extra):
             )
     one = states.new_ones(*states.shape[:2], 1)[:, None]
     cache.update(one, one, number, *extra)
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What one layer has, and which treatments it runs, the first outermost. own, own_groups: query heads, and KV
-    groups, that compute their attention, all of them or fewer."""
-
-    stack: str
-    layer: int
-    heads: int
-    group: int  # query heads in a KV group
-    own: tuple
-    treatments: tuple
-
-    @property
-    def own_groups(self):
-        return tuple(sorted({head // self.group for head in self.own}))
-
-    @property
-    def packs(self):
-        """A layer that owns every key caches as its family does."""
-        return len(self.own_groups) < self.heads // self.group
-
-    @property
-    def whole(self):
-        """The treatment that puts something else in the place of the layer's attention as a whole, or None."""
-        return next((treatment for treatment in self.treatments if getattr(treatment, "whole", False)), None)
-
-
-class Gone:
-    """In place of a projection whose heads are all gone: gives the one head that a family's forward asks for. It is no
-    module, so that tools which look for layers to adapt, quantise or divide find none."""
-
-    def __init__(self, size):
-        self.size, self.weight, self.bias = size, torch.empty(0), torch.empty(0)
-
-    def __call__(self, states):
-        return nn.functional.pad(states[..., : self.size], (0, max(self.size - states.shape[-1], 0)))
-
-
-class KernelModule:
-    """An attention module as a kernel should see it: the real config, this grouping of heads, and other sinks."""
-
-    def __init__(self, module, group, sinks=None):
-        self._module, self.num_key_value_groups, self.config = module, group, module.model_config
-        if sinks is not None:
-            setattr(self, module.names.sinks, sinks)
-
-    def __getattr__(self, name):
-        return getattr(self.__dict__["_module"], name)
 
 
 class ConfigView:
@@ -518,23 +518,9 @@ class TreatedAttention(nn.Module):
         return outputs
 
     def _seen(self, value):
-        """An argument as the family's forward gets it."""
-        return self.view(value) if _is_cache(value) or is_paged(value) else value
-
-    def stand_in(self, states, held, *extra):
-        """What comes in the place of the layer's attention, (B, T, hidden). held: the cache, or None."""
-        if held is not None and not is_paged(held):
-            count_tokens(held, self.plan.layer, states, *extra)
-        return self.plan.whole.output(self, states)
-
-    kept = ()
-    """What stays of a module whose attention is gone as a whole."""
-
-    def hollow(self):
-        """Remove all parameters and parts, for something else comes in their place."""
-        for name in [*dict(self.named_children()), *dict(self.named_parameters(recurse=False))]:
-            if name not in self.kept:
-                delattr(self, name)
+        """An argument as the family's forward gets it. A cache is known by what it does: releases rename arguments."""
+        is_cache = hasattr(value, "update") and hasattr(value, "get_seq_length")
+        return self.view(value) if is_cache or is_paged(value) else value
 
     def view(self, cache):
         return CacheView(cache, len(self.plan.own_groups))
@@ -597,6 +583,21 @@ class TreatedAttention(nn.Module):
         if names.sinks:
             sinks = getattr(self, names.sinks).detach()[list(plan.own)]
             self.replace(names.sinks, nn.Parameter(sinks) if plan.own else sinks)
+
+    def stand_in(self, states, held, *extra):
+        """What comes in the place of the layer's attention, (B, T, hidden). held: the cache, or None."""
+        if held is not None and not is_paged(held):
+            count_tokens(held, self.plan.layer, states, *extra)
+        return self.plan.whole.output(self, states)
+
+    kept = ()
+    """What stays of a module whose attention is gone as a whole."""
+
+    def hollow(self):
+        """Remove all parameters and parts, for something else comes in their place."""
+        for name in [*dict(self.named_children()), *dict(self.named_parameters(recurse=False))]:
+            if name not in self.kept:
+                delattr(self, name)
 
     def replace(self, name, new):
         delattr(self, name)

@@ -502,7 +502,7 @@ class T5Attention(EncoderDecoderAttention):
 
     @property
     def holds_mask(self):
-        """Until 5.14 the first layer adds the mask to the bias that it hands on, and probabilities come if asked for."""
+        """Until 5.14 the first layer adds the mask to the bias that it hands on. Probabilities come if asked for."""
         return "output_attentions" in self.arguments.roles
 
     def tokens_before(self, call):

@@ -27,7 +27,7 @@ class WholeLayerTreatment(Treatment):
     """Something that takes the place of a layer's attention."""
 
     whole_layers = True
-    impossible = "No layer of this model caches what it attends to, so none would save anything by losing its attention."
+    impossible = "No layer of this model caches anything, so none would save any cache by losing its attention."
 
     look: Look
     """Of the layer's KV groups in the figure."""
@@ -59,9 +59,7 @@ class WholeLayerTreatment(Treatment):
                 f"output projection lies outside of the attention, so {self.name} cannot take the place of both."
             )
         return {
-            name: TensorEdit(rows=())
-            for index in plan.layers_of(self.name)
-            for name in attention_tensors(model, index)
+            name: TensorEdit(rows=()) for index in plan.layers_of(self.name) for name in attention_tensors(model, index)
         }
 
     def candidates(self, units: Units) -> list[Unit]:
