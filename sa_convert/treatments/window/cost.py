@@ -1,0 +1,133 @@
+"""What it costs a KV group to see only the first tokens and the most recent ones, from one pass over each long sequence.
+
+Let g[h, t] be the gradient of a loss at the output of head h (before the output projection) at token t, p its
+probabilities there and v the values. With a window, the head puts out the mean of the v that are in reach, weighted by
+p: so the loss changes to first order by
+
+    e[h, t] = sum_in_reach p (v . g) / sum_in_reach p  -  sum_all p (v . g)
+
+and the cost of a unit is 1/2 sum_t (sum_h e[h, t])^2, as for sharing (`sa_convert.treatments.share.cost`). All windows
+come of the same two running sums over keys. What probabilities lack to 1 has gone to a learned sink, which stays.
+
+Letters in shape comments: T tokens, H query heads, G KV groups, D head size; B queries of a block, S keys.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from sa_convert.domain.calibrated import Measure
+from sa_convert.domain.plan import Plan
+from sa_convert.domain.units import Unit, Units
+from sa_convert.treatments.ledger import Attended, Ledger, Offer, Taken
+from sa_convert.treatments.window.rules import refusal
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "window"
+
+SINKS = 4
+"""First tokens that are always seen."""
+
+WINDOWS = (64, 128, 256, 512, 1024)
+"""Lengths that may be on offer, of which a search takes those that its calibration tests."""
+
+
+class WindowCosts(Ledger):
+    """costs: for each unit and window, on text and on repetition (False, True), as parts of what they add up to.
+
+    windows: on offer, ascending. Costs are those without a plan: what a window costs hardly depends on other treatments,
+    but for lost retrieval, which a search measures anyway.
+    """
+
+    long = True
+
+    def __init__(self, units: Units, measure: Measure, plan: Plan | None = None, windows: Sequence[int] = ()) -> None:
+        super().__init__(units, NAME, measure, without_plan=not plan)
+        self.windows = tuple(sorted(windows))
+        self.costs: dict[tuple[Unit, int], dict[bool, float]] = {}
+        self._units: dict[int, list[Unit]] = {}
+        for unit in units.all:
+            if refusal(units.geometry.layers[unit.layer]) is None:
+                self._units.setdefault(unit.layer, []).append(unit)
+
+    def on_offer(self, windows: Sequence[int]) -> None:
+        """Which windows there are, before anything is added."""
+        self.windows = tuple(sorted(windows))
+
+    def attend(self, attended: Attended) -> None:
+        if attended.layer not in self._units or attended.slope or not self.windows:
+            return
+        # Windows as wide as the layer's own save nothing there.
+        own = self.units.geometry.layers[attended.layer].window
+        windows = [window for window in self.windows if own is None or window + SINKS < own]
+        for start, probabilities in attended.blocks():
+            changes = changes_of(attended, start, probabilities, windows, SINKS)  # (windows, H, B)
+            for unit in self._units[attended.layer]:
+                costs = changes[:, list(unit.heads)].sum(1).double().square().sum(-1) * (0.5 * attended.weight)
+                for window, cost in zip(windows, costs.tolist(), strict=True):
+                    known = self.costs.setdefault((unit, window), {False: 0.0, True: 0.0})
+                    known[attended.repetition] += cost
+
+    def offers(self, unit: Unit, taken: Taken) -> Iterator[Offer]:
+        for window in self.windows:
+            if (unit, window) in self.costs:
+                yield self.offer(unit, window)
+
+    def best(self, unit: Unit, taken: Taken) -> Offer | None:
+        """That of the narrowest window, which saves the most."""
+        return next(self.offers(unit, taken), None)
+
+    def offer(self, unit: Unit, window: int) -> Offer:
+        """A window of all KV groups of a unit."""
+        cost = sum(self.costs.get((unit, window), {}).values())
+        plan = {group: {NAME: {"sinks": SINKS, "tokens": window}} for group in unit.groups}
+        return Offer(NAME, cost, 0, plan)
+
+    def given(self, plan: Plan) -> dict[Unit, Offer]:
+        return {
+            unit: replace(offer, saved=0, plan=offer.plan)
+            for unit, offer in super().given(plan).items()
+        }
+
+    def value(self, unit: Unit, offer: Offer) -> float:
+        told = next(iter(offer.plan.values()))[NAME]
+        return sum(self.costs.get((unit, told["tokens"]), {}).values())
+
+    def scale(self, unit: Unit, factors: Mapping[bool, float]) -> None:
+        """Multiply what is lost of a unit on text and on repetition, after it was measured."""
+        for (other, _), costs in self.costs.items():
+            if other == unit:
+                for kind, factor in factors.items():
+                    costs[kind] *= factor
+
+
+def changes_of(
+    attended: Attended, start: int, probabilities: "torch.Tensor", windows: Sequence[int], sinks: int
+) -> "torch.Tensor":
+    """e (windows, H, B) of a block of queries. probabilities: (H, B, S), of all keys up to the last query."""
+    import torch
+
+    heads, count, length = probabilities.shape
+    gradient = attended.gradient[start : start + count].float().transpose(0, 1)  # (H, B, D)
+    value = attended.value[:, :length].float()
+    value = value.repeat_interleave(heads // value.shape[0], dim=0).to(gradient.device)  # (H, S, D)
+    probabilities = probabilities.to(gradient.device)
+    weighed = torch.matmul(gradient, value.transpose(1, 2)).mul_(probabilities)  # (H, B, S)
+    # Up to and without each key, so that differences are sums over a range.
+    mass, moved = (torch.nn.functional.pad(part.cumsum(-1), (1, 0)) for part in (probabilities, weighed))
+    rest = (1 - mass[..., -1:]).clamp(min=0)
+    place = torch.arange(length - count, length)[:, None]  # of each query
+    found = []
+    for window in windows:
+        first = (place - window + 1).clamp(min=0)  # the first key of the window
+        begun = first.clamp(max=sinks)  # sinks that are not in it
+        at = torch.cat([begun, first, place + 1], dim=1).to(gradient.device).expand(heads, count, 3)
+        sunk, before, all_of = mass.gather(-1, at).unbind(-1)
+        inside = sunk + all_of - before
+        sunk, before, whole = moved.gather(-1, at).unbind(-1)
+        kept = (sunk + whole - before) / (inside + rest[..., 0]).clamp(min=1e-30)
+        out_of_reach = (first > begun)[:, 0].to(gradient.device)
+        found.append(torch.where(out_of_reach, kept - whole, 0.0))
+    return torch.stack(found) if found else torch.zeros(0, heads, count)
