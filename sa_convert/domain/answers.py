@@ -19,7 +19,7 @@ class Answers:
     values: int
     """Elements of a cached value."""
     reach: int | None = None
-    """The most tokens that a query sees, and that are cached; None: all."""
+    """The most tokens that a query sees, and that are cached; None: all. In the base: the layer's own window."""
     fixed: int = 0
     """Elements that are cached however short the text is."""
 

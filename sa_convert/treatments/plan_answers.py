@@ -18,7 +18,7 @@ def layer_answers(
     found = []
     for group in range(layer.groups):
         heads = tuple(layer.heads_of(group))
-        answers = Answers(heads=heads, scores=heads, keys=layer.head_dim, values=values)
+        answers = Answers(heads=heads, scores=heads, keys=layer.head_dim, values=values, reach=layer.window)
         for treatment in treatments():
             if planned == treatment.name:
                 answers = treatment.answers(answers, layer, None)
