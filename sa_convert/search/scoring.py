@@ -66,8 +66,11 @@ def collect(
                 for ledger in short:
                     ledger.add(observed)
             bar.update()
-        for sample in long:
-            for attended in attend(probe, sample, plan, measure=measure, generator=generator, total=_in_all(long)):
+        for ledger in far:
+            ledger.tested_by([sample.period for sample in long if sample.repetition])
+        for at, sample in enumerate(long):
+            weight = sample.weight / _in_all(long) / sample.tokens_scored
+            for attended in attend(probe, sample, plan, at, measure=measure, generator=generator, weight=weight):
                 for ledger in far:
                     ledger.attend(attended)
             bar.update()
@@ -91,12 +94,13 @@ def attend(
     probe: Probe,
     sample: Sample,
     plan: Plan,
+    number: int = 0,
     *,
     measure: Measure,
     generator: torch.Generator,
-    total: float = 1.0,
+    weight: float,
 ) -> Iterator[Attended]:
-    """As `observe`, of a long sequence."""
+    """As `observe`, of a long sequence. number: of the sequence. weight: of each of its scored tokens."""
     seen: dict[int, Any] = {}
 
     def note(layer: Any) -> None:
@@ -119,7 +123,8 @@ def attend(
                     slope=order == "first",
                     scored=sample.scored,
                     repetition=sample.repetition,
-                    weight=sample.weight / total / sample.tokens_scored,
+                    weight=weight,
+                    sample=number,
                 )
 
 

@@ -12,8 +12,7 @@ come of the same two running sums over keys. What probabilities lack to 1 has go
 Letters in shape comments: T tokens, H query heads, G KV groups, D head size; B queries of a block, S keys.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from sa_convert.domain.calibrated import Measure
@@ -34,8 +33,13 @@ WINDOWS = (64, 128, 256, 512, 1024)
 """Lengths that may be on offer, of which a search takes those that its calibration tests."""
 
 
+SEVERAL = 2
+"""Sequences that have to repeat after longer than a window before it is on offer."""
+
+
 class WindowCosts(Ledger):
-    """costs: for each unit and window, on text and on repetition (False, True), as parts of what they add up to.
+    """costs: for each unit and window, by the number of the sequence, in nats a token there. weights: of each sequence.
+    repetitions: which of them repeat random tokens.
 
     windows: on offer, ascending. Costs are those without a plan: what a window costs hardly depends on other treatments,
     but for lost retrieval, which a search measures anyway.
@@ -43,18 +47,19 @@ class WindowCosts(Ledger):
 
     long = True
 
-    def __init__(self, units: Units, measure: Measure, plan: Plan | None = None, windows: Sequence[int] = ()) -> None:
+    def __init__(self, units: Units, measure: Measure, plan: Plan | None = None) -> None:
         super().__init__(units, NAME, measure, without_plan=not plan)
-        self.windows = tuple(sorted(windows))
-        self.costs: dict[tuple[Unit, int], dict[bool, float]] = {}
+        self.windows: tuple[int, ...] = ()
+        self.costs: dict[tuple[Unit, int], dict[int, float]] = {}
+        self.weights: dict[int, float] = {}
+        self.repetitions: set[int] = set()
         self._units: dict[int, list[Unit]] = {}
         for unit in units.all:
             if refusal(units.geometry.layers[unit.layer]) is None:
                 self._units.setdefault(unit.layer, []).append(unit)
 
-    def on_offer(self, windows: Sequence[int]) -> None:
-        """Which windows there are, before anything is added."""
-        self.windows = tuple(sorted(windows))
+    def tested_by(self, periods: Sequence[int]) -> None:
+        self.windows = tuple(window for window in WINDOWS if sum(period > window for period in periods) >= SEVERAL)
 
     def attend(self, attended: Attended) -> None:
         if attended.layer not in self._units or attended.slope or not self.windows:
@@ -62,13 +67,17 @@ class WindowCosts(Ledger):
         # Windows as wide as the layer's own save nothing there.
         own = self.units.geometry.layers[attended.layer].window
         windows = [window for window in self.windows if own is None or window + SINKS < own]
+        scored = max(1, int(attended.scored[1:].sum()))
+        self.weights[attended.sample] = attended.weight * scored
+        if attended.repetition:
+            self.repetitions.add(attended.sample)
         for start, probabilities in attended.blocks():
             changes = changes_of(attended, start, probabilities, windows, SINKS)  # (windows, H, B)
             for unit in self._units[attended.layer]:
-                costs = changes[:, list(unit.heads)].sum(1).double().square().sum(-1) * (0.5 * attended.weight)
+                costs = changes[:, list(unit.heads)].sum(1).double().square().sum(-1) * (0.5 / scored)
                 for window, cost in zip(windows, costs.tolist(), strict=True):
-                    known = self.costs.setdefault((unit, window), {False: 0.0, True: 0.0})
-                    known[attended.repetition] += cost
+                    known = self.costs.setdefault((unit, window), {})
+                    known[attended.sample] = known.get(attended.sample, 0.0) + cost
 
     def offers(self, unit: Unit, taken: Taken) -> Iterator[Offer]:
         for window in self.windows:
@@ -81,26 +90,24 @@ class WindowCosts(Ledger):
 
     def offer(self, unit: Unit, window: int) -> Offer:
         """A window of all KV groups of a unit."""
-        cost = sum(self.costs.get((unit, window), {}).values())
         plan = {group: {NAME: {"sinks": SINKS, "tokens": window}} for group in unit.groups}
-        return Offer(NAME, cost, 0, plan)
+        return Offer(NAME, self.cost(unit, window), 0, plan)
 
-    def given(self, plan: Plan) -> dict[Unit, Offer]:
-        return {
-            unit: replace(offer, saved=0, plan=offer.plan)
-            for unit, offer in super().given(plan).items()
-        }
+    def cost(self, unit: Unit, window: int, repetition: bool | None = None) -> float:
+        """Of a window. repetition: of text or of repetition alone."""
+        found = self.costs.get((unit, window), {})
+        kept = (at for at in found if repetition is None or (at in self.repetitions) == repetition)
+        return sum(self.weights[at] * found[at] for at in kept)
 
     def value(self, unit: Unit, offer: Offer) -> float:
         told = next(iter(offer.plan.values()))[NAME]
-        return sum(self.costs.get((unit, told["tokens"]), {}).values())
+        return self.cost(unit, told["tokens"])
 
-    def scale(self, unit: Unit, factors: Mapping[bool, float]) -> None:
-        """Multiply what is lost of a unit on text and on repetition, after it was measured."""
+    def scale(self, unit: Unit, factor: float) -> None:
+        """Multiply what a unit costs on repetition, after it was measured."""
         for (other, _), costs in self.costs.items():
-            if other == unit:
-                for kind, factor in factors.items():
-                    costs[kind] *= factor
+            for at in costs.keys() & self.repetitions if other == unit else ():
+                costs[at] *= factor
 
 
 def changes_of(
