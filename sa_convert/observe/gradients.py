@@ -84,9 +84,7 @@ def output_directions(
             (direction,) = torch.autograd.grad(output, seen[index].output, z)
             gradients[index] = direction[0].float().cpu() / max(sizes[index], 1e-12)
             # The output projection is the last to need the graph.
-            seen[index] = replace(
-                seen[index], **{name: _detached(value) for name, value in vars(seen[index]).items()}
-            )
+            seen[index] = replace(seen[index], **{name: _detached(value) for name, value in vars(seen[index]).items()})
 
         return hook
 

@@ -18,8 +18,11 @@ BLOCK = 256
 
 
 class Attending:
-    """One call, as trials change it. lent: what layers before have left, by their numbers. causal: no query sees a later
-    token, so keys behind the last query of a block are left out. groups: KV groups of the layer."""
+    """One call, as trials change it.
+
+    lent: what layers before have left, by their numbers. causal: no query sees a later token, so keys behind the last
+    query of a block are left out. groups: KV groups of the layer.
+    """
 
     def __init__(
         self,

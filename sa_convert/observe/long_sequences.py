@@ -100,8 +100,7 @@ def _rows(tokenizer: Any, text: Text, count: int, length: int) -> Sequence[torch
         return token_sequences(tokenizer, text, count, length).unbind()
     except DataError as error:
         raise DataError(
-            f"{error} Windows are searched for on sequences of {length} tokens: a smaller `at`, or `treatments` without "
-            "window, needs less text."
+            f"{error} Windows are searched for on sequences of {length} tokens; a smaller `at` needs less text."
         ) from None
 
 

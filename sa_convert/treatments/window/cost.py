@@ -1,4 +1,4 @@
-"""What it costs a KV group to see only the first tokens and the most recent ones, from one pass over each long sequence.
+"""What windows cost a KV group, from one pass over each long sequence.
 
 Let g[h, t] be the gradient of a loss at the output of head h (before the output projection) at token t, p its
 probabilities there and v the values. With a window, the head puts out the mean of the v that are in reach, weighted by
@@ -41,8 +41,8 @@ class WindowCosts(Ledger):
     """costs: for each unit and window, by the number of the sequence, in nats a token there. weights: of each sequence.
     repetitions: which of them repeat random tokens.
 
-    windows: on offer, ascending. Costs are those without a plan: what a window costs hardly depends on other treatments,
-    but for lost retrieval, which a search measures anyway.
+    windows: on offer, ascending. Costs are those without a plan: what a window costs hardly depends on other
+    treatments, but for lost retrieval, which a search measures anyway.
     """
 
     long = True
@@ -100,8 +100,13 @@ class WindowCosts(Ledger):
         return sum(self.weights[at] * found[at] for at in kept)
 
     def value(self, unit: Unit, offer: Offer) -> float:
-        told = next(iter(offer.plan.values()))[NAME]
-        return self.cost(unit, told["tokens"])
+        return self.cost(unit, self.window_of(offer))
+
+    @staticmethod
+    def window_of(offer: Offer) -> int:
+        """The tokens of an offer's window."""
+        told: int = next(iter(offer.plan.values()))[NAME]["tokens"]
+        return told
 
     def scale(self, unit: Unit, factor: float) -> None:
         """Multiply what a unit costs on repetition, after it was measured."""
