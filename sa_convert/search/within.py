@@ -59,7 +59,7 @@ def _steps(state: State, before: Step) -> Iterator[Step]:
 def longest(
     steps: list[Step], limit: float, reference: Reference, also: Callable[[Distance], bool] | None = None
 ) -> Step | None:
-    """The last step within the limit, by bisection, as measured; None if the first is not. also: what else must hold."""
+    """The last step within the limit, by bisection, as measured; None if the first is not. also: what must hold too."""
     low, high, found = 0, len(steps), None  # steps before `low` are within, those from `high` on are not
     while low < high:
         middle = (low + high) // 2
