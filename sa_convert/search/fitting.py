@@ -1,4 +1,4 @@
-"""What treatments fit on calibration text: first what trials and costs are made with, at last the tensors themselves."""
+"""What treatments fit on calibration text: first what trials and costs are made with, at last the tensors."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
