@@ -22,7 +22,7 @@ LENGTH = 2048
 SHORTEST = 64
 """Tokens below which nothing is a long sequence."""
 
-SCORED = 1024
+SCORED = 768
 """Predictions of a sequence that count at the most, spread evenly: their logits are what takes memory."""
 
 TEXTS = {"calibration": ("prose", "code", "prose", "prose"), "held out": ("prose", "code")}
