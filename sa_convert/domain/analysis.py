@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sa_convert.domain.frontier import Frontier
 from sa_convert.domain.geometry import Head
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.report import BaseModel
@@ -112,7 +113,7 @@ class Analysis:
     heads: query heads of each layer. plan: that of recipe.yaml, which removes `key_cache_removed` (0 to 1); layers: as
     recipe.yaml has them. used_sources: (layer, source layer), and how many heads of the plan have their source there.
     peak_memory: bytes that the process had in use at most. caches: whether the model caches keys; if it does not,
-    the key cache means the keys that are computed.
+    the key cache means the keys that are computed. frontier: of searches for bytes of the whole cache, or None.
     """
 
     base_model: BaseModel
@@ -131,6 +132,7 @@ class Analysis:
     peak_memory: int
     versions: Mapping[str, str] = field(default_factory=dict)
     caches: bool = True
+    frontier: Frontier | None = None
 
     @property
     def stacks(self) -> Stacks:
@@ -176,6 +178,7 @@ class Analysis:
             "costs": [_rounded(row) for row in self.cost_matrix],
             "units": [cost.to_json(self.stacks) for cost in self.costs],
             "curve": [point.to_json() for point in self.curve],
+            "frontier": self.frontier and self.frontier.to_json(),
             "recipe": {
                 "key_cache_removed": round(self.key_cache_removed, 6),
                 "layers": self.layers,

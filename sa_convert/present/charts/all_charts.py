@@ -5,6 +5,7 @@ from pathlib import Path
 from sa_convert.domain.analysis import Analysis
 from sa_convert.present.charts.chart_attention import isotropy_chart, similarity_chart
 from sa_convert.present.charts.chart_costs import cost_chart, loss_chart
+from sa_convert.present.charts.chart_frontier import frontier_chart
 from sa_convert.present.charts.chart_parts import save
 from sa_convert.present.charts.chart_sources import source_chart
 
@@ -20,4 +21,8 @@ CHARTS = {
 
 def write_charts(analysis: Analysis, folder: Path) -> list[Path]:
     """Draw every chart into the folder, which is made if need be. Takes a second for each."""
-    return [save(lambda draw=draw: draw(analysis), folder / name) for name, draw in CHARTS.items()]  # type: ignore[misc]
+    drawn = [save(lambda draw=draw: draw(analysis), folder / name) for name, draw in CHARTS.items()]  # type: ignore[misc]
+    frontier = analysis.frontier
+    if frontier is not None:
+        drawn.append(save(lambda: frontier_chart(frontier, analysis.base_model.id), folder / "frontier.png"))
+    return drawn
