@@ -6,20 +6,26 @@ search takes the move that saves the most for its cost.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import starmap
 from math import isfinite
 
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.units import Unit
+from sa_convert.search.accounting import Accounting, Keys
 from sa_convert.treatments.ledger import Ledger, Move, Offer, Taken, plan_of_offers, units_of, users_of
 
 
 class State:
     """Units that are treated so far, under costs that were measured at some plan."""
 
-    def __init__(self, ledgers: Mapping[str, Ledger], plan: Plan | None = None) -> None:
-        """ledgers: by treatment; filled at `plan`, so that it costs nothing more, or without any plan."""
+    def __init__(
+        self, ledgers: Mapping[str, Ledger], plan: Plan | None = None, account: Accounting | None = None
+    ) -> None:
+        """ledgers: by treatment; filled at `plan`, so that it costs nothing more, or without any plan. account: in what
+        savings are counted; None: keys."""
         self.ledgers = ledgers
         self.units = next(iter(ledgers.values())).units
+        self.account = account or Keys(self.units)
         self.chosen: dict[Unit, Offer] = {}
         for ledger in ledgers.values():
             for unit, offer in ledger.given(plan or Plan()).items():
@@ -44,8 +50,8 @@ class State:
 
     @property
     def removed(self) -> float:
-        """The part of the key cache that is saved."""
-        return sum(offer.saved for offer in self.chosen.values()) / self.units.all_keys
+        """The part that is saved of what the account counts."""
+        return sum(self.account.saved(unit, offer) for unit, offer in self.chosen.items()) / self.account.total
 
     @property
     def estimate(self) -> float:
@@ -63,9 +69,9 @@ class State:
 
     def move(self, offers: Mapping[Unit, Offer]) -> Move:
         """The move to these offers, from what their units have at present."""
-        before = [self.chosen[unit] for unit in offers if unit in self.chosen]
-        cost = sum(offer.cost for offer in offers.values()) - sum(offer.cost for offer in before)
-        saved = sum(offer.saved for offer in offers.values()) - sum(offer.saved for offer in before)
+        count, before = self.account.saved, {unit: self.chosen[unit] for unit in offers if unit in self.chosen}
+        cost = sum(offer.cost for offer in offers.values()) - sum(offer.cost for offer in before.values())
+        saved = sum(starmap(count, offers.items())) - sum(starmap(count, before.items()))
         return Move(offers, cost, saved)
 
     def best(self, treatment: str, unit: Unit, taken: Taken) -> Offer | None:
@@ -89,7 +95,7 @@ class State:
         return True
 
     def extend(self, part: float) -> bool:
-        """Take moves until `part` of the key cache is saved. False: there are no more."""
+        """Take moves until `part` is saved. False: there are no more."""
         while self.removed < part - 1e-9:
             if not self.advance():
                 return False

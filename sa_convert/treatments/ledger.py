@@ -1,6 +1,6 @@
 """What a treatment would cost each unit of a model, and what a search makes of it."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -39,11 +39,32 @@ class Observed:
     weight: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Attended:
+    """One layer in one pass over a long sequence, whose probabilities are computed block by block when they are needed.
+
+    Letters: T tokens, H query heads of the layer, G KV groups, D head size. blocks: gives, for every block of queries,
+    the number of the first of them and their probabilities (H, queries, keys up to the last of them). value: (G, T, D).
+    output, gradient, scored, repetition, weight, slope: as in `Observed`.
+    """
+
+    layer: int
+    blocks: "Callable[[], Iterator[tuple[int, torch.Tensor]]]"
+    value: "torch.Tensor"
+    output: "torch.Tensor"
+    gradient: "torch.Tensor"
+    slope: bool
+    scored: "torch.Tensor"
+    repetition: bool
+    weight: float
+
+
 @dataclass(frozen=True)
 class Offer:
     """What a treatment would do to a unit.
 
-    treatment: its name. cost: nats a token (or relative error). saved: elements of one token's cached keys. plan:
+    treatment: its name. cost: nats a token (or relative error). saved: elements of one token's cached keys; a search by
+    the whole cache asks the answers of the treated KV groups instead. plan:
     treatments and arguments of each of the unit's KV groups. sources: heads whose scores it uses, which then have to
     keep them. lends: whether others may use the scores of the unit nevertheless.
     """
@@ -104,6 +125,9 @@ class Ledger:
     screens = False
     """Whether some sequences are shown beforehand, for choices that all others then are measured by."""
 
+    long = False
+    """Whether it is filled from long sequences (`attend`) in place of the others."""
+
     def __init__(self, units: Units, treatment: str, measure: Measure, without_plan: bool = True) -> None:
         self.units, self.treatment, self.measure, self.without_plan = units, treatment, measure, without_plan
 
@@ -116,12 +140,21 @@ class Ledger:
     def add(self, observed: Observed) -> None:
         """A layer of a sequence."""
 
+    def attend(self, attended: Attended) -> None:
+        """A layer of a long sequence, of a ledger that asks for these."""
+
     def close(self) -> None:
         """After the last sequence."""
 
     def best(self, unit: Unit, taken: Taken) -> Offer | None:
         """The cheapest offer for a unit while these are taken, or None if it has none."""
         return None
+
+    def offers(self, unit: Unit, taken: Taken) -> Iterator[Offer]:
+        """All offers for a unit while these are taken that may compete: the cheapest of each saving."""
+        best = self.best(unit, taken)
+        if best is not None:
+            yield best
 
     def value(self, unit: Unit, offer: Offer) -> float:
         """What a unit costs that is treated as an offer has it, under the plan of which costs were measured."""
@@ -148,11 +181,12 @@ class Ledger:
         return self.units.keys_of(unit)
 
     def moves(self, state: Chosen) -> Iterator[Move]:
-        """All that the treatment can do next: to each unit to which nothing is done, and whose scores nobody uses."""
+        """All that the treatment can do next: to each unit whose scores nobody uses. A unit may give up what it has for
+        an offer that saves more; the search passes over all others."""
         for unit in self.units.all:
-            offer = None if unit in state.chosen else self.best(unit, state.taken | {unit})
-            if offer is not None and (offer.lends or unit not in state.lent):
-                yield state.move({unit: offer})
+            for offer in self.offers(unit, state.taken | {unit}):
+                if offer.lends or unit not in state.lent:
+                    yield state.move({unit: offer})
 
 
 def plan_of_offers(units: Units, offers: Mapping[Unit, Offer]) -> Plan:
