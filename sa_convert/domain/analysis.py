@@ -7,7 +7,7 @@ from typing import Any
 
 from sa_convert.domain.frontier import Frontier
 from sa_convert.domain.geometry import Head
-from sa_convert.domain.plan import Plan
+from sa_convert.domain.plan import Plan, plain
 from sa_convert.domain.report import BaseModel
 from sa_convert.domain.rounding import digits
 from sa_convert.domain.stacks import Stacks, in_stack
@@ -46,12 +46,14 @@ class AttentionStatistics:
 class UnitCost:
     """What it costs that a unit alone is treated: in nats per token, or relative output error.
 
-    sources: the heads that it then uses, one for each of its own. Both are None if it cannot be treated.
+    sources: the heads that it then uses, one for each of its own. Both are None if it cannot be treated. offers: all that
+    may be done to it: the treatment, the arguments of its first KV group, and the cost.
     """
 
     unit: Unit
     cost: float | None
     sources: tuple[Head, ...] | None
+    offers: tuple[tuple[str, Any, float], ...] = ()
 
     def to_json(self, stacks: Stacks = ()) -> dict[str, Any]:
         """stacks: those of the model; layers are then numbered in each."""
@@ -64,6 +66,7 @@ class UnitCost:
             "heads": list(self.unit.heads),
             "cost": digits(self.cost),
             "sources": sources,
+            **({"offers": [_offer_json(*offer) for offer in self.offers]} if self.offers else {}),
         }
 
 
@@ -140,6 +143,11 @@ class Analysis:
         return self.plan.stacks
 
     @property
+    def treatments(self) -> tuple[str, ...]:
+        """Those that any unit has an offer of."""
+        return tuple(dict.fromkeys(name for cost in self.costs for name, _, _ in cost.offers))
+
+    @property
     def keys_name(self) -> str:
         """What key_cache_removed is a part of."""
         return "key cache" if self.caches else "keys"
@@ -186,6 +194,10 @@ class Analysis:
             "peak_memory_bytes": self.peak_memory,
             "versions": dict(sorted(self.versions.items())),
         }
+
+
+def _offer_json(treatment: str, arguments: Any, cost: float) -> dict[str, Any]:
+    return {"treatment": treatment, "arguments": plain(arguments), "cost": digits(cost)}
 
 
 def _rounded(row: tuple[float | None, ...]) -> list[float | None]:

@@ -29,12 +29,11 @@ def plan_savings(model: Model, plan: Plan, edits: Mapping[str, TensorEdit]) -> S
             kept = prod(edit.shape(before))
             removed -= kept
             removed_size -= kept * DTYPE_BITS[before.dtype] // 8
-    keys = [_keys(model, Plan()), _keys(model, plan)]
     return Savings(
         parameters=Change(parameters, parameters - removed),
         checkpoint_bytes=Change(size, size - removed_size),
         cache_bytes_per_token=Change(bytes_per_token(model, Plan()), bytes_per_token(model, plan)),
-        key_cache_removed=1 - keys[1] / keys[0],
+        key_cache_removed=key_cache_removed(model, plan),
     )
 
 
@@ -69,6 +68,11 @@ def value_size(model: Model, index: int) -> int:
 def _value_name(model: Model, index: int) -> str:
     prefix = attention_prefix(model, index)
     return f"{prefix}{projection(model.family, 'value')}.weight"
+
+
+def key_cache_removed(model: Model, plan: Plan) -> float:
+    """The part of all keys that is gone, 0 to 1."""
+    return 1 - _keys(model, plan) / _keys(model, Plan())
 
 
 def _keys(model: Model, plan: Plan) -> int:
