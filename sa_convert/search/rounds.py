@@ -76,14 +76,14 @@ class State:
         return offer.cost * self.factors.get(offer.treatment, 1.0)
 
     def bar(self, unit: Unit) -> None:
-        """From now on the unit gets nothing that saves as much as what it has."""
-        self._barred[unit] = self.account.saved(unit, self.chosen[unit])
+        """From now on the unit gets nothing that saves more than what it has."""
+        self._barred[unit] = self.account.saved(unit, self.chosen[unit]) if unit in self.chosen else 0
 
     def _may(self, move: Move) -> bool:
         """Whether it saves anything, and nothing in it is barred."""
         saved = self.account.saved
         return move.saved > 0 and not any(
-            unit in self._barred and saved(unit, offer) >= self._barred[unit] for unit, offer in move.offers.items()
+            unit in self._barred and saved(unit, offer) > self._barred[unit] for unit, offer in move.offers.items()
         )
 
     def move(self, offers: Mapping[Unit, Offer]) -> Move:
