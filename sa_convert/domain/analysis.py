@@ -46,8 +46,8 @@ class AttentionStatistics:
 class UnitCost:
     """What it costs that a unit alone is treated: in nats per token, or relative output error.
 
-    sources: the heads that it then uses, one for each of its own. Both are None if it cannot be treated. offers: all that
-    may be done to it: the treatment, the arguments of its first KV group, and the cost.
+    sources: the heads that it then uses, one for each of its own. Both are None if it cannot be treated. offers: all
+    that may be done to it: the treatment, the arguments of its first KV group, and the cost.
     """
 
     unit: Unit

@@ -10,6 +10,7 @@ from sa_convert.domain.model import Model, RunOptions
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.report import BaseModel
 from sa_convert.domain.units import Unit
+from sa_convert.observe.sequences import Sample
 from sa_convert.observe.session import Session, open_session
 from sa_convert.observe.similarity import attention_statistics
 from sa_convert.plan.conversion import layers_in_recipe
@@ -76,7 +77,7 @@ def analysis_from(
     )
 
 
-def _samples(session: Session) -> tuple:  # type: ignore[type-arg]
+def _samples(session: Session) -> tuple[Sample, ...]:
     return (*session.samples.fit, *session.samples.held_out)
 
 
