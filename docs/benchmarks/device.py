@@ -3,10 +3,10 @@
     python docs/benchmarks/device.py DIR --device cuda
     python docs/benchmarks/device.py DIR --device cpu --small       # tries the script itself, in two minutes
 
-1. Correctness. A small model is converted by a plan for each treatment, and by one with all of them. Each result runs in
-   bfloat16 with every attention kernel, and in float32 with eager attention. The difference of their logits is compared
-   with that of the base model, which rounds as well: no more than twice as much is right. Then 64 tokens are read one
-   by one with a cache, and compared with one pass.
+1. Correctness. A small model is converted by a plan for each treatment, and by one with all of them. Each result runs
+   in bfloat16 with every attention kernel, and in float32 with eager attention. The difference of their logits is
+   compared with that of the base model, which rounds as well: no more than twice as much is right. Then 64 tokens are
+   read one by one with a cache, and compared with one pass.
 2. Speed. A model of 1.1 billion parameters (as Llama 3.2 1B, but 32,000 tokens) is converted so that half of its KV
    groups have windows of 256 tokens, and `sa-convert bench` times it against its base. Beside the ratios stand those
    of the bytes that a step reads and of the arithmetic of a prefill.

@@ -1,4 +1,4 @@
-"""Measures models in long context, on text of domains that no calibration has seen: base, conversions, quantised caches.
+"""Measures a base, its conversions and quantised caches in long context, on text that no calibration has seen.
 
     python docs/benchmarks/long.py BASE NAME=FOLDER ... [--lengths 512,2048,4096,8192] [--bits 8,4] [--results FILE]
     python docs/benchmarks/long.py --table [--results FILE]
@@ -20,6 +20,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -119,9 +120,8 @@ def measure(reader: Reader, tokenizer: Any, length: int, options: argparse.Names
 
 def cache_bytes(model: Any, length: int) -> int:
     """Of a real cache of one sequence, filled by the model in chunks."""
-    from transformers import DynamicCache
-
     from sa_convert.models.cache_size import cache_size
+    from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     tokens = torch.ones(1, length, dtype=torch.long, device=model.get_input_embeddings().weight.device)
@@ -187,7 +187,7 @@ def tables(results: Row) -> Iterator[str]:
             size = found.get("cache_bytes")
             cells.append(f"{1 - size / base[length]['cache_bytes']:.1%}" if size else "")
             for kind in ("text", "late"):
-                before, after = (sum(one[length][kind].values(), []) for one in (base, row))
+                before, after = (list(chain(*one[length][kind].values())) for one in (base, row))
                 mean, error = rise(before, after)
                 cells.append(f"{math.expm1(mean):+.2%} ± {error:.2%}")
             for period in periods:

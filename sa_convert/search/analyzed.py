@@ -17,7 +17,7 @@ from sa_convert.plan.conversion import layers_in_recipe
 from sa_convert.plan.savings import key_cache_removed
 from sa_convert.present.files.report_file import installed_versions
 from sa_convert.search.budget import check_search, more_than_the_cache, treatments_of
-from sa_convert.search.frontier import PARTS, frontier_of
+from sa_convert.search.budgets import PARTS, frontier_of
 from sa_convert.search.scoring import Ledgers
 from sa_convert.search.whole_cache import priced
 from sa_convert.treatments.registry import lenders
