@@ -77,8 +77,9 @@ class Priced:
 
     def state(self, plan: Plan = NOTHING, ledgers: Ledgers | None = None, emphasis: float = 1.0) -> State:
         """The state at a plan. ledgers: costs that were measured again. emphasis: of repetition."""
-        ledgers = {name: ledger.emphasized(emphasis) for name, ledger in (ledgers or self.ledgers).items()}
-        return State(ledgers, plan, self.account, self.factors)
+        measured = self.ledgers if ledgers is None else ledgers
+        emphasized = {name: measured[name].emphasized(emphasis) for name in self.ledgers}
+        return State(emphasized, plan, self.account, self.factors)
 
 
 def priced(session: "Session", tokens: int) -> Priced:
@@ -146,6 +147,9 @@ def cache_path(priced: Priced, parts: list[float], most_copying: float | None) -
     state, taken = priced.state(), Step(NOTHING, 0.0, 0.0)
     allowed = inf if most_copying is None else SHARE * most_copying
     for part in parts:
+        if taken.plan and taken.removed >= part - 1e-9:  # the plan before saves as much already
+            yield taken
+            continue
         attempts = list(_attempts(priced, state, part, allowed))
         over, state, measured = min(attempts, key=lambda attempt: attempt[0])
         if over > 0:
