@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from sa_convert.console.amounts import format_percent
+from sa_convert.console.amounts import format_percent, with_error
 from sa_convert.domain.losses import Mean
 from sa_convert.domain.report import GateResult, Validation
 from sa_convert.errors import GateRefused
@@ -54,13 +54,14 @@ def _beyond(validation: Validation, gate: GateResult) -> Iterator[str]:
     if validation.long is not None and not validation.long.texts.increase <= limit:
         texts = validation.long.texts
         yield (
-            f"perplexity of texts of {validation.long.before.length:,} tokens rises by {texts.increase:.2%}"
-            f"{_error(texts.increase_error, '.2%')} (limit {format_percent(limit)}), from "
+            f"perplexity of texts of {validation.long.before.length:,} tokens rises by "
+            f"{with_error(f'{texts.increase:.2%}', texts.increase_error, '.2%')} (limit {format_percent(limit)}), from "
             f"{texts.before.perplexity:.2f} to {texts.after.perplexity:.2f}"
         )
     if copying := _copying_beyond(validation, gate):
         told = [
-            f"{rise.value:+.3f}{_error(rise.error, '.3f')} nats at distance {distance:,}" for distance, rise in copying
+            f"{with_error(f'{rise.value:+.3f}', rise.error, '.3f')} nats at distance {distance:,}"
+            for distance, rise in copying
         ]
         yield f"copying from the context gets worse by {', '.join(told)} (limit {gate.max_copying_increase:g})"
 
@@ -89,7 +90,3 @@ def _remedy(validation: Validation, gate: GateResult) -> str:
         if math.isfinite(worst):
             remedies.append(f"max_copying_increase: {math.ceil(worst * 100) / 100:g} under gate in the recipe")
     return ", or ".join(remedies)
-
-
-def _error(error: float | None, form: str) -> str:
-    return "" if error is None else f" ± {error:{form}}"
