@@ -22,7 +22,7 @@ def walk(length: int, window: int | None = None) -> tuple[int, ...]:
         return (half, *[1] * (length - half))
     begin = max(1, window - CROSSING)
     first = -(-begin // 2)
-    wanted = [first, begin - first, *[1] * (2 * CROSSING), PIECE]
+    wanted = [first, begin - first, *[1] * (window - begin + CROSSING), PIECE]
     pieces, used = [], 0
     for size in wanted:
         size = min(size, length - used)
