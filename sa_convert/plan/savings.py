@@ -40,7 +40,6 @@ def plan_savings(model: Model, plan: Plan, edits: Mapping[str, TensorEdit], at: 
             kept = prod(edit.shape(before))
             removed -= kept
             removed_size -= kept * DTYPE_BITS[before.dtype] // 8
-    keys = [_keys(model, Plan()), _keys(model, plan)]
     per_token, over = Change(bytes_per_token(model, Plan()), bytes_per_token(model, plan)), None
     if depends_on_length(model, plan):
         over = at
@@ -49,7 +48,7 @@ def plan_savings(model: Model, plan: Plan, edits: Mapping[str, TensorEdit], at: 
         parameters=Change(parameters, parameters - removed),
         checkpoint_bytes=Change(size, size - removed_size),
         cache_bytes_per_token=per_token,
-        key_cache_removed=1 - keys[1] / keys[0],
+        key_cache_removed=key_cache_removed(model, plan),
         cache_over=over,
         caches=tuple(cache_change(model, plan, tokens) for tokens in contexts(model)) if per_token.before else (),
     )
@@ -127,6 +126,11 @@ def _value_name(model: Model, index: int) -> str:
     alike = [at for at, layer in enumerate(layers) if layer.heads and layer.stack == layers[index].stack]
     names = [f"{attention_prefix(model, at)}{module}.weight" for at in (index, *alike)]
     return next(name for name in names if name in model.checkpoint.tensors)
+
+
+def key_cache_removed(model: Model, plan: Plan) -> float:
+    """The part of all keys that is gone, 0 to 1."""
+    return 1 - _keys(model, plan) / _keys(model, Plan())
 
 
 def _keys(model: Model, plan: Plan) -> int:
