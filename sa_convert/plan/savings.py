@@ -29,12 +29,11 @@ def plan_savings(model: Model, plan: Plan, edits: Mapping[str, TensorEdit]) -> S
             kept = prod(edit.shape(before))
             removed -= kept
             removed_size -= kept * DTYPE_BITS[before.dtype] // 8
-    keys = [_keys(model, Plan()), _keys(model, plan)]
     return Savings(
         parameters=Change(parameters, parameters - removed),
         checkpoint_bytes=Change(size, size - removed_size),
         cache_bytes_per_token=Change(bytes_per_token(model, Plan()), bytes_per_token(model, plan)),
-        key_cache_removed=1 - keys[1] / keys[0],
+        key_cache_removed=key_cache_removed(model, plan),
     )
 
 
@@ -72,6 +71,11 @@ def _value_name(model: Model, index: int) -> str:
     alike = [at for at, layer in enumerate(layers) if layer.heads and layer.stack == layers[index].stack]
     names = [f"{attention_prefix(model, at)}{module}.weight" for at in (index, *alike)]
     return next(name for name in names if name in model.checkpoint.tensors)
+
+
+def key_cache_removed(model: Model, plan: Plan) -> float:
+    """The part of all keys that is gone, 0 to 1."""
+    return 1 - _keys(model, plan) / _keys(model, Plan())
 
 
 def _keys(model: Model, plan: Plan) -> int:

@@ -149,6 +149,9 @@ def cache_path(priced: Priced, parts: list[float], most_copying: float | None) -
     state, taken = priced.state(), Step(NOTHING, 0.0, 0.0)
     allowed = inf if most_copying is None else SHARE * most_copying
     for part in parts:
+        if taken.plan and taken.removed >= part - 1e-9:  # the plan before saves as much already
+            yield taken
+            continue
         attempts = list(_attempts(priced, state, taken, part, allowed))
         over, state, measured = min(attempts, key=lambda attempt: attempt[0])
         if over > 0:
