@@ -209,11 +209,8 @@ def give_back(state: State, accepted: Mapping[Unit, Offer], count: int = GIVEN_B
     moved = [unit for unit, offer in state.chosen.items() if accepted.get(unit) != offer]
     worst = sorted(moved, key=lambda unit: (-blame(unit), unit))[:count]
     for unit in worst:
-        if unit in accepted:
-            state.chosen[unit] = accepted[unit]
-        else:
-            del state.chosen[unit]
-        state.bar(unit)
+        if unit in state.chosen and state.chosen[unit] != accepted.get(unit):  # with another one of its layer, maybe
+            state.undo(unit, accepted)
     return bool(worst)
 
 
