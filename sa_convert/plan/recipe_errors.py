@@ -14,6 +14,8 @@ _EXPECTED = {
     "dict_type": "a mapping of keys and values",
     "tuple_type": "a list",
     "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
     "string_type": "text",
     "literal_error": "{expected}",
     "greater_than_equal": "{ge} or more",
@@ -25,10 +27,11 @@ def explain(error: "ValidationError", origin: "Origin") -> str:
     """One line about the first problem in the file; an unknown key comes first, since it may explain a missing one."""
     from pydantic import BaseModel
 
-    from sa_convert.domain.recipe import Calibration, Gate, Recipe, Search, Sharing, Span
+    from sa_convert.domain.recipe import CacheSearch, Calibration, Gate, Recipe, Search, Sharing, Span
 
     models: dict[tuple[str, ...], type[BaseModel]] = {
         (): Recipe,
+        ("search",): CacheSearch,
         ("sharing",): Sharing,
         ("sharing", "spans"): Span,
         ("sharing", "search"): Search,

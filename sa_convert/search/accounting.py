@@ -51,9 +51,9 @@ class WholeCache:
         return sum(self._elements(unit, {}) for unit in self.units.all)
 
     def saved(self, unit: Unit, offer: Offer) -> int:
-        key = unit, repr({group: sorted(told.items()) for group, told in offer.plan.items()})
+        key = unit, offer.whole or repr({group: sorted(told.items()) for group, told in offer.plan.items()})
         if key not in self._known:
-            self._known[key] = self._elements(unit, {}) - self._elements(unit, offer.plan)
+            self._known[key] = self._elements(unit, {}) - self._elements(unit, offer.whole or offer.plan)
         return self._known[key]
 
     def removed(self, plan: Plan) -> float:
@@ -71,10 +71,8 @@ class WholeCache:
         return self._of_layer(plan, unit.layer, unit.groups)
 
     def _of_layer(self, plan: Plan, index: int, groups: Iterable[int]) -> int:
-        """What these KV groups of a layer cache. A layer's own window bounds it, whatever is done to them."""
-        layer = self.units.geometry.layers[index]
-        if not layer.cached:
+        """What these KV groups of a layer cache."""
+        if not self.units.geometry.layers[index].cached:
             return 0
-        tokens = self.tokens if layer.window is None else min(self.tokens, layer.window)
         answers = layer_answers(plan, self.units.geometry, index, self.value_size(index))
-        return sum(answers[group].cached(tokens) for group in groups)
+        return sum(answers[group].cached(self.tokens) for group in groups)

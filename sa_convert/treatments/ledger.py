@@ -1,6 +1,6 @@
 """What a treatment would cost each unit of a model, and what a search makes of it."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -25,7 +25,7 @@ class Observed:
     gradient: (T, H, D) of a loss at these outputs; slope: whether the loss is the divergence from the base, which
     comes first, or that of labels which the model has drawn. scored: (T,) bool, the tokens whose loss counts.
     repetition: whether the sequence repeats random tokens. weight: of the sequence, over the tokens scored, so that
-    sums are per token.
+    sums are per token. states: (T, hidden), what goes into the layer's attention; None if no ledger asks for them.
     """
 
     layer: int
@@ -37,6 +37,7 @@ class Observed:
     scored: "torch.Tensor"
     repetition: bool
     weight: float
+    states: "torch.Tensor | None" = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class Attended:
 
     Letters: T tokens, H query heads of the layer, G KV groups, D head size. blocks: gives, for every block of queries,
     the number of the first of them and their probabilities (H, queries, keys up to the last of them). value: (G, T, D).
-    output, gradient, scored, repetition, weight, slope: as in `Observed`.
+    output, gradient, scored, repetition, weight, slope: as in `Observed`. sample: which of the sequences it is.
     """
 
     layer: int
@@ -57,6 +58,7 @@ class Attended:
     scored: "torch.Tensor"
     repetition: bool
     weight: float
+    sample: int
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class Offer:
     treatment: its name. cost: nats a token (or relative error). saved: elements of one token's cached keys; a search by
     the whole cache asks the answers of the treated KV groups instead. plan:
     treatments and arguments of each of the unit's KV groups. sources: heads whose scores it uses, which then have to
-    keep them. lends: whether others may use the scores of the unit nevertheless.
+    keep them. lends: whether others may use the scores of the unit nevertheless. whole: the treatment of its whole
+    layer, of which this is the unit's part; all units of the layer have such offers, or none.
     """
 
     treatment: str
@@ -75,6 +78,7 @@ class Offer:
     plan: Mapping[int, GroupPlan] = field(default_factory=dict, compare=False)
     sources: tuple[Head, ...] = ()
     lends: bool = False
+    whole: str | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,9 @@ class Ledger:
     screens = False
     """Whether some sequences are shown beforehand, for choices that all others then are measured by."""
 
+    reads_states = False
+    """Whether it asks for what goes into each layer's attention."""
+
     long = False
     """Whether it is filled from long sequences (`attend`) in place of the others."""
 
@@ -140,11 +147,18 @@ class Ledger:
     def add(self, observed: Observed) -> None:
         """A layer of a sequence."""
 
+    def tested_by(self, periods: Sequence[int]) -> None:
+        """Before the first long sequence: after how many tokens each of those repeats that repeat random tokens."""
+
     def attend(self, attended: Attended) -> None:
         """A layer of a long sequence, of a ledger that asks for these."""
 
     def close(self) -> None:
         """After the last sequence."""
+
+    def emphasized(self, emphasis: float) -> "Ledger":
+        """The same costs, of which those on repetition count more, if they are known apart."""
+        return self
 
     def best(self, unit: Unit, taken: Taken) -> Offer | None:
         """The cheapest offer for a unit while these are taken, or None if it has none."""
@@ -194,7 +208,8 @@ def plan_of_offers(units: Units, offers: Mapping[Unit, Offer]) -> Plan:
     layers: dict[int, dict[int, GroupPlan]] = {}
     for unit, offer in offers.items():
         layers.setdefault(unit.layer, {}).update(offer.plan)
-    return Plan(layers, units.geometry.stacks)
+    whole = {unit.layer: offer.whole for unit, offer in offers.items() if offer.whole}
+    return Plan({**layers, **whole}, units.geometry.stacks)
 
 
 def users_of(units: Units, unit: Unit, offers: Mapping[Unit, Offer]) -> list[Unit]:

@@ -5,7 +5,7 @@ import transformers
 
 from sa_convert.families.table import FAMILIES
 from sa_convert.treated_classes import config_class_of, model_class_of
-from support.forced_windows import forced_windows
+from support.forced_rows import forced_rows
 from support.tiny_models import attentions_of, tiny_config
 
 # By layer and KV group, sinks and tokens: the first layer; all groups of a layer; windows that differ in one layer.
@@ -55,7 +55,7 @@ class Pair:
 
     def forced(self, real=None):
         """While open, the base attends by the plan."""
-        return forced_windows(self.attentions, self.plan, self.groups, real)
+        return forced_rows(self.attentions, self.plan, self.groups, real)
 
     @torch.no_grad()
     def expected(self, ids, mask=None, **inputs):

@@ -1,0 +1,263 @@
+"""The search for a part of the whole cache: treatments of all kinds compete for what each KV group saves at a length.
+
+Costs are estimated once for all offers, and measured where the estimate is known to fail: the units that retrieve most
+are treated one by one, each kind of treatment as a whole. Then every round's plan is measured on held-out long text and
+on held-out repetition. One that raises the loss of copying beyond the limit is refused: the units that are to blame
+get back what they had, and others go on.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import inf
+from typing import TYPE_CHECKING
+
+from sa_convert.console.progress import announce
+from sa_convert.domain.calibrated import Distance
+from sa_convert.domain.plan import Plan
+from sa_convert.domain.units import Unit
+from sa_convert.errors import RecipeError
+from sa_convert.observe.sequences import REPETITION_WEIGHT
+from sa_convert.observe.tried import Reference
+from sa_convert.plan.savings import value_size
+from sa_convert.search.accounting import WholeCache
+from sa_convert.search.budget import more_than_the_cache
+from sa_convert.search.choose import NOTHING, Step, some
+from sa_convert.search.retrieving import measure_retrieval
+from sa_convert.search.rounds import State
+from sa_convert.search.scoring import Ledgers, collect
+from sa_convert.search.within import longest
+from sa_convert.treatments.ledger import Offer
+from sa_convert.treatments.window.cost import WindowCosts
+
+if TYPE_CHECKING:
+    from sa_convert.domain.recipe import Origin, Recipe
+    from sa_convert.observe.session import Session
+
+SAMPLES = 8
+"""Short sequences whose costs are measured, for treatments that do not ask for long ones."""
+
+ROUND = 0.25
+"""Part of the cache, about, after which a plan is measured."""
+
+TRIED = 0.08
+"""Part of the cache that a kind of treatment saves when its factor is measured, at the most."""
+
+FACTORS = (0.5, 8.0)
+"""What a kind's measured and estimated cost may be to each other."""
+
+SHARE = 0.7
+"""Part of the limit on copying that a plan of the search may take, since validation copies at other distances."""
+
+EMPHASES = (1.0, 16.0)
+"""What repetition counts in costs of long sequences beside what it counts in those of short ones: at first, and once a
+plan was refused. The more it counts, the more text costs: at a quarter of the cache ten times as much."""
+
+ATTEMPTS = 5
+"""Plans that are measured in a round at the most."""
+
+FINEST = 0.01
+"""Part of the cache by which plans differ that are measured for a limit on perplexity."""
+
+GIVEN_BACK = 3
+"""Units that get back what they had after a plan that was refused."""
+
+
+@dataclass(frozen=True)
+class Priced:
+    """What a search goes by. ledgers: costs by treatment, without a plan. factors: of each, as measured. account: of
+    savings at a length. reference: of the held-out samples. again: measures costs under a plan, in a round by its
+    number; None: they are what they are."""
+
+    ledgers: Ledgers
+    factors: Mapping[str, float]
+    account: WholeCache
+    reference: Reference
+    again: Callable[[Plan, int], Ledgers] | None = None
+
+    def state(self, plan: Plan = NOTHING, ledgers: Ledgers | None = None, emphasis: float = 1.0) -> State:
+        """The state at a plan. ledgers: costs that were measured again. emphasis: of repetition."""
+        measured = self.ledgers if ledgers is None else ledgers
+        emphasized = {name: measured[name].emphasized(emphasis) for name in self.ledgers}
+        return State(emphasized, plan, self.account, self.factors)
+
+
+def priced(session: "Session", tokens: int) -> Priced:
+    """Everything that is measured before the first choice. tokens: the length at which the cache counts."""
+    ledgers = _costs(session)
+    account = WholeCache(session.units, tokens, lambda layer: value_size(session.model, layer))
+    windows = ledgers.get("window")
+    if isinstance(windows, WindowCosts):
+        measure_retrieval(session, windows)
+    held_out = session.long.held_out if session.long else session.samples.held_out
+    reference = Reference(session.probe, held_out)
+    factors = _factors(ledgers, account, reference)
+    return Priced(ledgers, factors, account, reference, partial(_costs, session, known=ledgers))
+
+
+def _costs(session: "Session", plan: Plan = NOTHING, number: int = 0, known: Ledgers | None = None) -> Ledgers:
+    """Under a plan, in a round of the search by its number. known: those without a plan."""
+    return collect(
+        session.probe,
+        session.units,
+        some(session.samples.fit, SAMPLES, number),
+        plan,
+        session.treatments,
+        measure=session.measure,
+        seed=session.seed + number,
+        description="costs under the plan so far" if plan else "costs",
+        known=known,
+        long=session.long.fit if session.long else (),
+    )
+
+
+def _factors(ledgers: Ledgers, account: WholeCache, reference: Reference) -> dict[str, float]:
+    """For each kind of treatment, what a plan of it alone costs, to what was estimated. None is needed if there is only
+    one kind."""
+    found: dict[str, float] = {}
+    for name, ledger in ledgers.items() if len(ledgers) > 1 else ():
+        state = State({name: ledger}, account=account)
+        state.extend(TRIED)
+        if state.chosen and state.estimate > 0:
+            cost = cost_of(reference.measure(state.plan, f"what {name} costs"))
+            found[name] = min(max(cost / state.estimate, FACTORS[0]), FACTORS[1])
+    if found:
+        announce(
+            "cost as measured to estimated: " + ", ".join(f"{name} {factor:.2g}" for name, factor in found.items())
+        )
+    return found
+
+
+def cost_of(distance: Distance) -> float:
+    """What costs estimate: the divergence on text, and on repetition by its weight."""
+    repeated = REPETITION_WEIGHT * (distance.repetition_divergence or 0.0)
+    return (distance.divergence + repeated) / (1 + REPETITION_WEIGHT)
+
+
+def steps_to(part: float) -> list[float]:
+    """Equal steps of about ROUND up to `part`."""
+    count = max(1, round(part / ROUND))
+    return [part * (number + 1) / count for number in range(count)]
+
+
+def cache_path(priced: Priced, parts: list[float], most_copying: float | None) -> Iterator[Step]:
+    """Plans that save `parts` of the cache, ascending; each starts from the one before. Ends early if no more can be
+    saved. most_copying: nats by which the loss of copying may rise; None: whatever the text costs.
+    """
+    state, taken = priced.state(), Step(NOTHING, 0.0, 0.0)
+    allowed = inf if most_copying is None else SHARE * most_copying
+    for part in parts:
+        if taken.plan and taken.removed >= part - 1e-9:  # the plan before saves as much already
+            yield taken
+            continue
+        attempts = list(_attempts(priced, state, part, allowed))
+        over, state, measured = min(attempts, key=lambda attempt: attempt[0])
+        if over > 0:
+            announce(
+                f"at {state.removed:.1%} of the cache copying costs {over + allowed:.2f} nats, more than it should"
+            )
+        if state.plan == taken.plan:
+            return
+        taken = Step(state.plan, state.removed, priced.state(state.plan).estimate, measured)
+        yield taken
+        if state.removed < part - 1e-9:
+            return
+
+
+def _attempts(priced: Priced, before: State, part: float, allowed: float) -> Iterator[tuple[float, State, Distance]]:
+    """States that save `part` of the cache, until one copies well enough: by how much it does not, and what was
+    measured of it. before: the plan that was taken in the round before.
+
+    First repetition counts in costs as usual. If copying is lost, it counts for more. If it is lost still, costs are
+    measured again under the plan before. At last the units that are to blame get back what they had.
+    """
+    known, emphasis, barred = None, EMPHASES[0], before
+    for attempt in range(ATTEMPTS):
+        start = priced.state(before.plan, known, emphasis)
+        start.bar_as(barred)
+        found = start.copy()
+        if not found.extend(part) and attempt:
+            return
+        measured = priced.reference.measure(found.plan, f"plan for {part:.0%}, attempt {attempt + 1}")
+        over = max(0.0, copying_rise(measured, priced.reference.base) - allowed)
+        yield over, found, measured
+        if over <= 0:
+            return
+        if attempt == 0:
+            emphasis = EMPHASES[1]
+        elif attempt == 1 and priced.again is not None and before.plan:
+            known = priced.again(before.plan, 1)
+        elif give_back(found, start.chosen):
+            barred = found
+        else:
+            return
+
+
+def give_back(state: State, accepted: Mapping[Unit, Offer], count: int = GIVEN_BACK) -> bool:
+    """Take from the units that cost most on repetition what they have been given since a plan that was accepted, for
+    good. False: there are none."""
+    windows = state.ledgers.get("window")
+
+    def blame(unit: Unit) -> float:
+        offer = state.chosen[unit]
+        if isinstance(windows, WindowCosts) and offer.treatment == windows.treatment:
+            return windows.cost(unit, windows.window_of(offer), repetition=True) * state.factors.get(
+                offer.treatment, 1.0
+            )
+        return state.cost(offer)
+
+    moved = [unit for unit, offer in state.chosen.items() if accepted.get(unit) != offer]
+    worst = sorted(moved, key=lambda unit: (-blame(unit), unit))[:count]
+    for unit in worst:
+        if unit in state.chosen and state.chosen[unit] != accepted.get(unit):  # with another one of its layer, maybe
+            state.undo(unit, accepted)
+    return bool(worst)
+
+
+def copying_rise(measured: Distance, base: Distance) -> float:
+    """The most by which the loss rises on any held-out sequence of repetition, 0 if there is none."""
+    return max((after - before for after, before in zip(measured.copying, base.copying, strict=True)), default=0.0)
+
+
+def search_cache(session: "Session", recipe: "Recipe") -> Step:
+    """The plan for a recipe's search. Raises RecipeError if it cannot reach its aim."""
+    search = recipe.search
+    assert search is not None
+    found, copying = priced(session, search.at), most_copying(recipe)
+    if search.cache is not None:
+        last = None
+        for step in cache_path(found, steps_to(search.cache), copying):
+            last = step
+        if last is None or last.removed < search.cache - 1e-9:
+            raise more_than_the_cache(search.cache, last.removed if last else 0.0, recipe.origin)
+        return last
+    assert search.max_perplexity_increase is not None
+    return cache_within(found, search.max_perplexity_increase, copying, recipe.origin)
+
+
+def most_copying(recipe: "Recipe") -> float | None:
+    """Nats by which the loss of copying may rise at any distance; None: there is no limit."""
+    limit: float | None = getattr(recipe.gate, "max_copying_increase", None)
+    return limit
+
+
+def cache_within(priced: Priced, limit: float, most_copying: float | None, origin: "Origin") -> Step:
+    """The plan that saves the most of those whose perplexity rises by no more than `limit` on held-out long text, with
+    a standard error to spare, and that copy well enough. Raises RecipeError if there is none."""
+    state = priced.state()
+    steps: list[Step] = []
+    while state.advance():
+        if not steps or state.removed >= steps[-1].removed + FINEST:
+            steps.append(Step(state.plan, state.removed, state.estimate))
+
+    def copies(measured: Distance) -> bool:
+        allowed = None if most_copying is None else SHARE * most_copying
+        return allowed is None or copying_rise(measured, priced.reference.base) <= allowed
+
+    found = longest(steps, limit, priced.reference, copies)
+    if found is None:
+        raise RecipeError(
+            f"{origin.at('search', 'max_perplexity_increase')}: nothing can be saved of the cache within "
+            f"{limit * 100:.4g}% of perplexity, with a standard error to spare: write a higher limit."
+        )
+    return found
