@@ -40,7 +40,8 @@ def collect(
     """Costs of every unit under a plan, for each treatment.
 
     Sequences count by their `weight`. known: the ledgers that were filled without a plan. long: the sequences of
-    ledgers that ask for long ones. screened: see SCREENED. Raises CheckpointError if a loss or an activation is not finite.
+    ledgers that ask for long ones. screened: see SCREENED. Raises CheckpointError if a loss or an activation is not
+    finite.
     """
     known = known or {}
     ledgers = {found.name: found.ledger(units, plan, measure, known.get(found.name)) for found in treatments}
