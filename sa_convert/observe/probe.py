@@ -84,6 +84,9 @@ class Probe:
         self._loans: Loans = {}
         self._keep_probabilities = True
         self._in_blocks = False
+        self._touched: frozenset[int] = frozenset()
+        # What transformers itself runs by scaled dot product attention, if it is asked to.
+        self._like_sdpa = family.modules.interface and not family.modules.sinks and _supports_sdpa(model)
         self._causal: list[bool] = []
         model.requires_grad_(False)
         paths = dict.fromkeys(stack.layers for stack in family.all_stacks if _has_stack(model, family, stack))
@@ -133,7 +136,8 @@ class Probe:
     @contextmanager
     def trying(self, plan: Plan) -> Iterator[None]:
         """While open, attention is changed as this plan has it."""
-        before = self._trials, self._lenders
+        before = self._trials, self._lenders, self._touched
+        self._touched = frozenset(plan.layers)
         self._trials = tuple(treatment.trial(plan) for treatment in used_in(plan))
         self._lenders = frozenset(layer for trial in self._trials for layer in trial.lenders)
         whole = [(trial, layer) for trial in self._trials for layer in trial.whole_layers]
@@ -144,7 +148,7 @@ class Probe:
         try:
             yield
         finally:
-            self._trials, self._lenders = before
+            self._trials, self._lenders, self._touched = before
             for handle in handles:
                 handle.remove()
 
@@ -220,7 +224,8 @@ class Probe:
             self._loans[layer] = call.lasting()
         lent = {lender: loan for lender, loan in self._loans.items() if isinstance(loan, Call)}
         causal, groups = self._causal[layer], value.shape[1]
-        attending = Attending(call, layer, self._trials, lent, causal=causal, groups=groups)
+        plain = self._like_sdpa and layer not in self._touched
+        attending = Attending(call, layer, self._trials, lent, causal=causal, groups=groups, plain=plain)
         output = attending.output(value)
         if self._observer is not None:
             blocks = attending.all_probabilities
@@ -258,6 +263,13 @@ def _submodule(model: Any, path: str) -> Any:
     from sa_convert.runtime.modeling_shared_attention import path_in
 
     return model.get_submodule(path_in(model, path) or path)
+
+
+def _supports_sdpa(model: Any) -> bool:
+    """Of the model and of all models in it."""
+    from transformers import PreTrainedModel
+
+    return all(module._supports_sdpa for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
 def _has_stack(model: Any, family: Family, stack: Stack) -> bool:
