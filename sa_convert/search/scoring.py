@@ -12,7 +12,7 @@ from sa_convert.domain.plan import Plan
 from sa_convert.domain.units import Units
 from sa_convert.observe.gradients import fisher_gradients, output_directions
 from sa_convert.observe.probe import Probe, Seen, SeenInBlocks
-from sa_convert.observe.sequences import REPETITION_WEIGHT, Sample
+from sa_convert.observe.sequences import Sample
 from sa_convert.treatments.base import Treatment
 from sa_convert.treatments.ledger import Attended, Ledger, Observed
 
@@ -87,9 +87,8 @@ def _screen(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def _in_all(long: Sequence[Sample]) -> float:
-    """What costs of long sequences are divided by: as much as with the repetition of short ones, so that costs of both
-    mean the same on text."""
-    return (1 + REPETITION_WEIGHT) * sum(sample.weight for sample in long if not sample.repetition)
+    """What costs of long sequences are divided by."""
+    return sum(sample.weight for sample in long)
 
 
 def attend(

@@ -156,6 +156,10 @@ class Ledger:
     def close(self) -> None:
         """After the last sequence."""
 
+    def emphasized(self, emphasis: float) -> "Ledger":
+        """The same costs, of which those on repetition count more, if they are known apart."""
+        return self
+
     def best(self, unit: Unit, taken: Taken) -> Offer | None:
         """The cheapest offer for a unit while these are taken, or None if it has none."""
         return None
