@@ -239,8 +239,7 @@ def search_cache(session: "Session", recipe: "Recipe") -> Step:
 
 def most_copying(recipe: "Recipe") -> float | None:
     """Nats by which the loss of copying may rise at any distance; None: there is no limit."""
-    limit: float | None = getattr(recipe.gate, "max_copying_increase", None)
-    return limit
+    return recipe.gate.max_copying_increase
 
 
 def cache_within(priced: Priced, limit: float, most_copying: float | None, origin: "Origin") -> Step:
