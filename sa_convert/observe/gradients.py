@@ -1,6 +1,7 @@
 """What a change of a head's output does to the loss, or to the layer's output if gradients do not fit."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def output_directions(
             (direction,) = torch.autograd.grad(output, seen[index].output, z)
             gradients[index] = direction[0].float().cpu() / max(sizes[index], 1e-12)
             # The output projection is the last to need the graph.
-            seen[index] = Seen(**{name: _detached(value) for name, value in vars(seen[index]).items()})
+            seen[index] = replace(seen[index], **{name: _detached(value) for name, value in vars(seen[index]).items()})
 
         return hook
 

@@ -25,10 +25,11 @@ def explain(error: "ValidationError", origin: "Origin") -> str:
     """One line about the first problem in the file; an unknown key comes first, since it may explain a missing one."""
     from pydantic import BaseModel
 
-    from sa_convert.domain.recipe import Calibration, Gate, Recipe, Search, Sharing, Span
+    from sa_convert.domain.recipe import CacheSearch, Calibration, Gate, Recipe, Search, Sharing, Span
 
     models: dict[tuple[str, ...], type[BaseModel]] = {
         (): Recipe,
+        ("search",): CacheSearch,
         ("sharing",): Sharing,
         ("sharing", "spans"): Span,
         ("sharing", "search"): Search,
