@@ -18,10 +18,11 @@ from sa_convert.plan.conversion import ConversionPlan, plan_conversion, resolved
 from sa_convert.present.files.report_file import installed_versions, write_report
 from sa_convert.read.remote_code import left_out
 from sa_convert.read.work_on import bytes_to_read, describe, source_of, with_weights
+from sa_convert.rewrite.fitted import fitted_edits
 from sa_convert.rewrite.refitted import check_refittable, refit_edits
 from sa_convert.rewrite.rewrite import needed_bytes, rewrite_checkpoint
 from sa_convert.rewrite.shards import Written
-from sa_convert.treatments.registry import runtime_files
+from sa_convert.treatments.registry import runtime_files, used_in
 
 if TYPE_CHECKING:
     from sa_convert.domain.recipe import Recipe
@@ -90,13 +91,16 @@ def convert(
 
         # 5. What the recipe leaves to be found on text: its plan, its refitted matrices.
         calibrated = None
-        if recipe.needs:
+        if recipe.needs or (conversion and any(treatment.fits for treatment in used_in(conversion.plan))):
             calibrated = _calibrate(model, recipe, conversion.plan if conversion else None, options)
         conversion = plan_conversion(model, recipe, calibrated.plan if calibrated else None)
         if calibrated and calibrated.refit:
             file = stage.workspace / "refitted.safetensors"
             refitted = refit_edits(model, calibrated.refit.changes, file)
             conversion = replace(conversion, edits={**conversion.edits, **refitted})
+        if calibrated:
+            fitted = fitted_edits(calibrated.fitted, stage.workspace / "fitted.safetensors")
+            conversion = replace(conversion, edits={**conversion.edits, **fitted})
 
         # 6. The weights, the configuration, and the code that travels.
         announce("rewriting weights")

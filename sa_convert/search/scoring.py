@@ -177,4 +177,7 @@ def observe(
                 scored=sample.scored,
                 repetition=sample.repetition,
                 weight=sample.weight / total / sample.tokens_scored,
+                query=layer.query.detach()[0],
+                key=layer.key.detach()[0],
+                turned=probe.turner(index),
             )

@@ -8,11 +8,13 @@ from pathlib import Path
 from sa_convert.domain.geometry import Head, ModelGeometry
 from sa_convert.domain.plan import Plan
 from sa_convert.treatments.base import Treatment
+from sa_convert.treatments.low_rank.treatment import LowRankTreatment
 from sa_convert.treatments.share.treatment import ShareTreatment
 from sa_convert.treatments.window.treatment import WindowTreatment
 
 _TREATMENTS: tuple[Treatment, ...] = (
     WindowTreatment(),
+    LowRankTreatment(),
     ShareTreatment(),
 )  # fmt: skip
 

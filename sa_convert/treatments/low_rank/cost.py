@@ -45,14 +45,15 @@ class LowRankCosts(Ledger):
         if observed.slope or observed.layer not in self._units:
             return
         assert observed.key is not None
+        assert observed.turned is not None
         keys, scores, found = observed.key.float(), gradient_of_scores(observed), learned()
-        back = observed.turned(keys, back=True)
+        back = observed.turned(keys, True)
         for unit in self._units[observed.layer]:
             for rank in self.ranks(unit):
                 changes = 0.0
                 for group in unit.groups:
                     reduced = found.basis(unit.layer, group, rank).reduced(back[group])
-                    change = observed.turned(reduced[None], back=False)[0] - keys[group]
+                    change = observed.turned(reduced[None], False)[0] - keys[group]
                     changes = changes + change_of_loss(observed, group, scores, change)
                 cost = 0.5 * float(changes.double().square().sum()) * observed.weight  # type: ignore[attr-defined]
                 self.costs[unit, rank] = self.costs.get((unit, rank), 0.0) + cost
@@ -78,8 +79,10 @@ class LowRankCosts(Ledger):
 
     def _saved(self, unit: Unit, offer: Offer) -> int:
         size = self.units.geometry.layers[unit.layer].head_dim
-        return sum(size - told[NAME]["keys"] for told in offer.plan.values()) * self.units.keys_of(unit) // (
-            size * len(unit.groups)
+        return (
+            sum(size - told[NAME]["keys"] for told in offer.plan.values())
+            * self.units.keys_of(unit)
+            // (size * len(unit.groups))
         )
 
     def value(self, unit: Unit, offer: Offer) -> float:

@@ -30,8 +30,9 @@ class Learned:
         if observed.slope or refusal(self.geometry, index) is not None:
             return
         assert observed.key is not None
-        keys = observed.turned(observed.key, back=True)
-        gradients = observed.turned(gradient_of_keys(observed), back=True)
+        assert observed.turned is not None
+        keys = observed.turned(observed.key.float(), True)
+        gradients = observed.turned(gradient_of_keys(observed), True)
         for group in range(layer.groups):
             moments = self.moments.setdefault((index, group), Moments(layer.head_dim))
             moments.add(keys[group], gradients[group], observed.weight)

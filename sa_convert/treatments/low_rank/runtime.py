@@ -170,7 +170,7 @@ class Turner:
 
     def turn(self, keys, turns, back=False):
         """Keys (B, G, S, D) turned by cosines and sines (B or 1, S, width), or turned back; as they are without any."""
-        if turns is None:
+        if turns is None or self.rotate is None:
             return keys
         cos, sin = (part.to(keys.device) for part in turns)
         width = cos.shape[-1] if self.slices else keys.shape[-1]

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from sa_convert.domain.plan import Plan
 from sa_convert.treatments.low_rank.learned import learned
-from sa_convert.treatments.trial import Trial
+from sa_convert.treatments.trial import Trial, Turned
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,7 @@ class LowRankTrial(Trial):
     def __init__(self, plan: Plan) -> None:
         self.groups, self.learned = plan.groups_of(NAME), learned()
 
-    def key(self, layer: int, key: "torch.Tensor") -> "torch.Tensor":
+    def key(self, layer: int, key: "torch.Tensor", turned: Turned) -> "torch.Tensor":
         import torch
 
         if layer not in self.groups:
@@ -26,6 +26,6 @@ class LowRankTrial(Trial):
         keys = list(key.unbind(1))
         for group, told in self.groups[layer].items():
             basis = self.learned.basis(layer, group, told["keys"])
-            back = self.turned(layer, key[:, group : group + 1].float(), back=True)
-            keys[group] = self.turned(layer, basis.reduced(back), back=False)[:, 0].to(key.dtype)
+            back = turned(key[:, group : group + 1].float(), True)
+            keys[group] = turned(basis.reduced(back), False)[:, 0].to(key.dtype)
         return torch.stack(keys, dim=1)
