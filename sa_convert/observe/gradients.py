@@ -46,7 +46,9 @@ def fisher_gradients(
             losses.insert(0, ("first", divergence[scored].sum()))
         for at, (order, loss) in enumerate(losses):
             outputs = list(seen.values())
-            gradients = torch.autograd.grad(loss, outputs, retain_graph=at + 1 < len(losses))
+            gradients = torch.autograd.grad(
+                loss, outputs, retain_graph=at + 1 < len(losses), materialize_grads=True
+            )  # what a plan puts something else in the place of has none
             yield order, {layer: gradient[0].cpu() for layer, gradient in zip(seen, gradients, strict=True)}
 
 

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from inspect import signature
 from typing import Any
 
 import torch
 
 from sa_convert.domain.plan import Plan
 from sa_convert.families.family import Family, Stack
+from sa_convert.models.arguments import first_argument
 from sa_convert.observe import own_attention
 from sa_convert.observe.attention_call import Call, eager_of
 from sa_convert.observe.in_blocks import Attending
@@ -139,10 +141,17 @@ class Probe:
         before = self._trials, self._lenders
         self._trials = tuple(treatment.trial(plan) for treatment in used_in(plan))
         self._lenders = frozenset(layer for trial in self._trials for layer in trial.lenders)
+        whole = [(trial, layer) for trial in self._trials for layer in trial.whole_layers]
+        handles = [
+            self.attentions[layer].register_forward_hook(_changing(trial, layer), with_kwargs=True)
+            for trial, layer in whole
+        ]
         try:
             yield
         finally:
             self._trials, self._lenders = before
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
     def in_blocks(self) -> Iterator[None]:
@@ -224,6 +233,18 @@ def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, 
         return eager_of(module)(module, query, key, value, attention_mask, **arguments)
     call = Call(module=module, query=query, key=key, mask=attention_mask, arguments=arguments)
     return module.sa_convert_probe.attend(call, value)
+
+
+def _changing(trial: Trial, layer: int) -> Callable[..., Any]:
+    """Changes what an attention module puts out. In some families that holds the residual, too."""
+
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        states, _ = first_argument(module, args, kwargs)
+        given = dict(zip(list(signature(module.forward).parameters), args, strict=False)) | kwargs
+        residual = given.get("residual", 0)
+        return (trial.output(layer, states, output[0] - residual) + residual, *output[1:])
+
+    return hook
 
 
 def _submodule(model: Any, path: str) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from sa_convert.domain.geometry import Head, ModelGeometry
 from sa_convert.domain.plan import Plan
 from sa_convert.treatments.base import Treatment
+from sa_convert.treatments.drop.treatment import DropTreatment
 from sa_convert.treatments.low_rank.treatment import LowRankTreatment
 from sa_convert.treatments.share.treatment import ShareTreatment
 from sa_convert.treatments.window.treatment import WindowTreatment
@@ -16,6 +17,7 @@ _TREATMENTS: tuple[Treatment, ...] = (
     WindowTreatment(),
     LowRankTreatment(),
     ShareTreatment(),
+    DropTreatment(),
 )  # fmt: skip
 
 SEARCHED = ("share",)
