@@ -18,7 +18,7 @@ from sa_convert.plan.conversion import ConversionPlan, plan_conversion, resolved
 from sa_convert.present.files.report_file import installed_versions, write_report
 from sa_convert.read.remote_code import left_out
 from sa_convert.read.work_on import bytes_to_read, describe, source_of, with_weights
-from sa_convert.rewrite.fitted import fitted_edits
+from sa_convert.rewrite.fitted_edits import fitted_edits
 from sa_convert.rewrite.refitted import check_refittable, refit_edits
 from sa_convert.rewrite.rewrite import needed_bytes, rewrite_checkpoint
 from sa_convert.rewrite.shards import Written

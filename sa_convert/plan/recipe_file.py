@@ -158,11 +158,19 @@ def dump_recipe(recipe: "Recipe") -> str:
     content["gate"] = Inline(content["gate"])
     if not recipe.description:
         del content["description"]
-    if recipe.needs:
+    if recipe.needs or _fits(recipe):
         content["calibration"] = Inline(content["calibration"])
     else:
         del content["calibration"]
     return yaml.dump(content, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1_000_000)
+
+
+def _fits(recipe: "Recipe") -> bool:
+    """Whether a treatment of the recipe's plan fits something on calibration text."""
+    plans = list((recipe.plan or {}).values())
+    names = {plan for plan in plans if isinstance(plan, str)}
+    names |= {name for plan in plans if not isinstance(plan, str) for told in plan.values() for name in told}
+    return any(treatment.fits for treatment in map(named, names) if treatment is not None)
 
 
 def _read(path: Path, name: str) -> str:

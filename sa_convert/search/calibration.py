@@ -1,6 +1,6 @@
 """Calibration as a whole: what a recipe leaves to be found on text, its plan and its refitted matrices."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sa_convert.console.progress import announce
@@ -29,7 +29,7 @@ class Calibrated:
     plan: Plan
     step: Step | None
     refit: Refit | None
-    fitted: Fitted = Fitted()
+    fitted: Fitted = field(default_factory=Fitted)
 
 
 def calibrate(model: Model, recipe: "Recipe", plan: Plan | None, run: RunOptions, *, refits: bool = True) -> Calibrated:

@@ -1,4 +1,4 @@
-"""What treatments fit on calibration text: first what trials and costs are made with, at last the tensors themselves."""
+"""What treatments fit on calibration text: first what trials and costs are made with, at last the tensors."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -24,6 +24,8 @@ that a plan that is spelled out gives the same tensors as the search that has fo
 def learn(session: "Session", plan: Plan | None) -> None:
     """Let the treatments of a plan, or those of a search (None), see the base model run, if they fit anything."""
     among: Sequence[Treatment] = session.treatments if plan is None else used_in(plan)
+    for treatment in among:
+        treatment.prepare(session, plan)
     lessons = [lesson for treatment in among if (lesson := treatment.learner(session.units)) is not None]
     if not lessons:
         return
@@ -32,8 +34,16 @@ def learn(session: "Session", plan: Plan | None) -> None:
     generator = torch.Generator().manual_seed(session.seed)
     with progress(len(samples), "bases", unit="seq") as bar:
         for sample in samples:
-            told = {"measure": session.measure, "generator": generator, "total": total}
-            for observed in observe(session.probe, session.units, sample, Plan(), **told):
+            seen = observe(
+                session.probe,
+                session.units,
+                sample,
+                Plan(),
+                measure=session.measure,
+                generator=generator,
+                total=total,
+            )
+            for observed in seen:
                 for lesson in lessons:
                     lesson(observed)
             bar.update()

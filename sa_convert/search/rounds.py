@@ -5,6 +5,7 @@ search takes the move that saves the most for its cost.
 """
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import replace
 from itertools import starmap
 from math import isfinite
@@ -78,6 +79,16 @@ class State:
     def bar(self, unit: Unit) -> None:
         """From now on the unit gets nothing that saves more than what it has."""
         self._barred[unit] = self.account.saved(unit, self.chosen[unit]) if unit in self.chosen else 0
+
+    def bar_as(self, other: "State") -> None:
+        """Bar what another state has barred."""
+        self._barred.update(other._barred)
+
+    def copy(self) -> "State":
+        """The same, to go on from."""
+        other = copy(self)
+        other.chosen, other._best, other._barred = dict(self.chosen), dict(self._best), dict(self._barred)
+        return other
 
     def _may(self, move: Move) -> bool:
         """Whether it saves anything, and nothing in it is barred."""

@@ -6,8 +6,10 @@ on held-out repetition. One that raises the loss of copying beyond the limit is 
 get back what they had, and others go on.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import inf
 from typing import TYPE_CHECKING
 
 from sa_convert.console.progress import announce
@@ -60,38 +62,53 @@ GIVEN_BACK = 3
 
 @dataclass(frozen=True)
 class Priced:
-    """What a search goes by. ledgers: costs by treatment. factors: of each, as measured. account: of savings at a
-    length. reference: of the held-out samples."""
+    """What a search goes by. ledgers: costs by treatment, without a plan. factors: of each, as measured. account: of
+    savings at a length. reference: of the held-out samples. again: measures costs under a plan, in a round by its
+    number; None: they are what they are."""
 
     ledgers: Ledgers
     factors: Mapping[str, float]
     account: WholeCache
     reference: Reference
+    again: Callable[[Plan, int], Ledgers] | None = None
 
-    def state(self, plan: Plan = NOTHING) -> State:
-        return State(self.ledgers, plan, self.account, self.factors)
+    def state(self) -> State:
+        return State(self.ledgers, NOTHING, self.account, self.factors)
+
+    def state_at(self, plan: Plan, number: int) -> State | None:
+        """The state at a plan, by costs that are measured again under it; None if there is nothing to measure."""
+        if self.again is None or not plan:
+            return None
+        return State(self.again(plan, number), plan, self.account, self.factors)
 
 
 def priced(session: "Session", tokens: int) -> Priced:
     """Everything that is measured before the first choice. tokens: the length at which the cache counts."""
-    samples = session.samples
-    long = session.long.fit if session.long else ()
-    ledgers = collect(
-        session.probe,
-        session.units,
-        some(samples.fit, SAMPLES),
-        NOTHING,
-        session.treatments,
-        measure=session.measure,
-        seed=session.seed,
-        long=long,
-    )
+    ledgers = _costs(session)
     account = WholeCache(session.units, tokens, lambda layer: value_size(session.model, layer))
     windows = ledgers.get("window")
     if isinstance(windows, WindowCosts):
         measure_retrieval(session, windows)
-    reference = Reference(session.probe, session.long.held_out if session.long else samples.held_out)
-    return replace(Priced(ledgers, {}, account, reference), factors=_factors(ledgers, account, reference))
+    held_out = session.long.held_out if session.long else session.samples.held_out
+    reference = Reference(session.probe, held_out)
+    factors = _factors(ledgers, account, reference)
+    return Priced(ledgers, factors, account, reference, partial(_costs, session, known=ledgers))
+
+
+def _costs(session: "Session", plan: Plan = NOTHING, number: int = 0, known: Ledgers | None = None) -> Ledgers:
+    """Under a plan, in a round of the search by its number. known: those without a plan."""
+    return collect(
+        session.probe,
+        session.units,
+        some(session.samples.fit, SAMPLES, number),
+        plan,
+        session.treatments,
+        measure=session.measure,
+        seed=session.seed + number,
+        description="costs under the plan so far" if plan else "costs",
+        known=known,
+        long=session.long.fit if session.long else (),
+    )
 
 
 def _factors(ledgers: Ledgers, account: WholeCache, reference: Reference) -> dict[str, float]:
@@ -125,30 +142,55 @@ def steps_to(part: float) -> list[float]:
 
 def cache_path(priced: Priced, parts: list[float], most_copying: float | None) -> Iterator[Step]:
     """Plans that save `parts` of the cache, ascending; each starts from the one before. Ends early if no more can be
-    saved. most_copying: nats by which the loss of copying may rise; None: whatever the text costs."""
-    state = priced.state()
-    allowed = None if most_copying is None else SHARE * most_copying
+    saved. most_copying: nats by which the loss of copying may rise; None: whatever the text costs.
+
+    If the first plan of a round is refused, costs are measured again under the plan before, and others are tried.
+    """
+    state, taken = priced.state(), Step(NOTHING, 0.0, 0.0)
+    allowed = inf if most_copying is None else SHARE * most_copying
     for part in parts:
-        accepted = dict(state.chosen)
-        attempts: list[tuple[float, dict[Unit, Offer], Distance]] = []
-        for attempt in range(ATTEMPTS):
-            if not state.extend(part) and attempts:
-                break
-            measured = priced.reference.measure(state.plan, f"plan for {part:.0%}, attempt {attempt + 1}")
-            over = copying_rise(measured, priced.reference.base) - (allowed or 0.0)
-            attempts.append((over, dict(state.chosen), measured))
-            if allowed is None or over <= 0 or not give_back(state, accepted):
-                break
-        over, state.chosen, measured = min(attempts, key=lambda attempt: attempt[0]) if allowed else attempts[-1]
-        if allowed and over > 0:
+        attempts = list(_attempts(priced, state, taken, part, allowed))
+        over, state, measured = min(attempts, key=lambda attempt: attempt[0])
+        if over > 0:
             announce(
                 f"at {state.removed:.1%} of the cache copying costs {over + allowed:.2f} nats, more than it should"
             )
-        if not state.chosen or state.chosen == accepted:
+        if state.plan == taken.plan:
             return
-        yield Step(state.plan, state.removed, state.estimate, measured)
+        estimate = State(priced.ledgers, state.plan, priced.account, priced.factors).estimate
+        taken = Step(state.plan, state.removed, estimate, measured)
+        yield taken
         if state.removed < part - 1e-9:
             return
+
+
+def _attempts(
+    priced: Priced, state: State, taken: Step, part: float, allowed: float
+) -> Iterator[tuple[float, State, Distance]]:
+    """States that save `part` of the cache, until one copies well enough: by how much it does not, and what was
+    measured of it. state: at the plan that was taken before; it is left as it is."""
+    accepted, tried = dict(state.chosen), 0
+    again: State | None = None
+    while tried < ATTEMPTS:
+        found = (again or state).copy()
+        reached = found.extend(part)
+        if not reached and tried:
+            return
+        measured = priced.reference.measure(found.plan, f"plan for {part:.0%}, attempt {tried + 1}")
+        tried += 1
+        over = max(0.0, copying_rise(measured, priced.reference.base) - allowed)
+        yield over, found, measured
+        if over <= 0:
+            return
+        if again is None:
+            again = priced.state_at(taken.plan, tried)
+            if again is not None:
+                accepted = dict(again.chosen)
+                continue
+            again = state.copy()
+        if not give_back(found, accepted):
+            return
+        again.bar_as(found)
 
 
 def give_back(state: State, accepted: Mapping[Unit, Offer], count: int = GIVEN_BACK) -> bool:

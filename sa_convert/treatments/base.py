@@ -104,6 +104,10 @@ class Treatment:
         then use what was learned; None: nothing has to be."""
         return None
 
+    def prepare(self, session: Any, plan: Plan | None) -> None:
+        """Likewise, with passes over the calibration sequences of its own. session: a
+        `sa_convert.observe.session.Session`. plan: the one that is known to be wanted; None: a search will find it."""
+
     def fit(self, session: Any, plan: Plan) -> Fitted:
         """The tensors that are fitted, of a treatment that `fits`. session: a `sa_convert.observe.session.Session`."""
         return Fitted()

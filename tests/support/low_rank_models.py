@@ -18,7 +18,7 @@ from sa_convert.plan.conversion import plan_conversion
 from sa_convert.plan.recipe_file import parse_recipe
 from sa_convert.read.model_of import model_of
 from sa_convert.read.open_model import open_model
-from sa_convert.rewrite.fitted import fitted_edits
+from sa_convert.rewrite.fitted_edits import fitted_edits
 from sa_convert.rewrite.rewrite import rewrite_checkpoint
 from sa_convert.treatments.low_rank.bases import Basis
 from sa_convert.treatments.low_rank.edits import fitted
@@ -50,7 +50,9 @@ def convert(root: Path, family: str, ranks: dict, more: dict | None = None, dtyp
     {layer: {KV group: rank}}. more: other treatments of layers. Returns the base, its geometry, and the bases."""
     base = save_tiny(family, root / "base", **changes)
     model = model_of(open_model(str(root / "base")))
-    layers = {layer: {group: {"low_rank": {"keys": rank}} for group, rank in told.items()} for layer, told in ranks.items()}
+    layers = {
+        layer: {group: {"low_rank": {"keys": rank}} for group, rank in told.items()} for layer, told in ranks.items()
+    }
     for layer, groups in (more or {}).items():
         layers[layer] = {**layers.get(layer, {}), **groups}
     plan = Plan(layers, model.geometry.stacks)

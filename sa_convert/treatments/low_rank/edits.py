@@ -18,8 +18,6 @@ from sa_convert.treatments.low_rank.trying import NAME
 from sa_convert.treatments.plan_answers import own_groups, own_heads
 
 if TYPE_CHECKING:
-    import torch
-
     from sa_convert.treatments.low_rank.learned import Learned
 
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
