@@ -32,7 +32,7 @@ class Basis:
         return keys @ encoder.T @ basis + offset
 
 
-class Moments:
+class KeyMoments:
     """Of one KV group, sums over tokens: of keys, of their squares, and of squares of gradients. D is the head size."""
 
     def __init__(self, size: int) -> None:

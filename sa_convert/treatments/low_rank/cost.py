@@ -1,8 +1,8 @@
 """What low-rank keys cost a KV group, from one pass over each sequence.
 
 Let dS[h, t, j] be the gradient of a loss at the score of head h for token t and key j. Keys that change by d[j] change
-the loss to first order by e[t] = sum_h q[h, t] . sum_j dS[h, t, j] d[j], and the cost of a KV group is 1/2 sum_t e[t]^2,
-as for sharing (`sa_convert.treatments.share.cost`).
+the loss to first order by e[t] = sum_h q[h, t] . sum_j dS[h, t, j] d[j], and the cost of a KV group is 1/2 sum_t
+e[t]^2, as for sharing (`sa_convert.treatments.share.cost`).
 """
 
 from collections.abc import Iterator
@@ -44,18 +44,20 @@ class LowRankCosts(Ledger):
     def add(self, observed: "Observed") -> None:
         if observed.slope or observed.layer not in self._units:
             return
+        import torch
+
         assert observed.key is not None
         assert observed.turned is not None
         keys, scores, found = observed.key.float(), gradient_of_scores(observed), learned()
         back = observed.turned(keys, True)
         for unit in self._units[observed.layer]:
             for rank in self.ranks(unit):
-                changes = 0.0
+                changes = torch.zeros(len(observed.gradient))
                 for group in unit.groups:
                     reduced = found.basis(unit.layer, group, rank).reduced(back[group])
                     change = observed.turned(reduced[None], False)[0] - keys[group]
                     changes = changes + change_of_loss(observed, group, scores, change)
-                cost = 0.5 * float(changes.double().square().sum()) * observed.weight  # type: ignore[attr-defined]
+                cost = 0.5 * float(changes.double().square().sum()) * observed.weight
                 self.costs[unit, rank] = self.costs.get((unit, rank), 0.0) + cost
 
     def offers(self, unit: Unit, taken: Taken) -> Iterator[Offer]:

@@ -15,7 +15,7 @@ from sa_convert.errors import CheckpointError
 from sa_convert.families.family import Modules
 from sa_convert.read.names import attention_prefix
 from sa_convert.treatments.low_rank.trying import NAME
-from sa_convert.treatments.plan_answers import own_groups, own_heads
+from sa_convert.treatments.share.plans import map_of
 
 if TYPE_CHECKING:
     from sa_convert.treatments.low_rank.learned import Learned
@@ -70,6 +70,7 @@ class Layer:
 def treated_layers(model: Model, plan: Plan) -> Iterator[tuple[int, Layer]]:
     """Every layer with low-rank keys. Raises CheckpointError if its keys are quantised."""
     modules, tensors = model.family.modules, model.checkpoint.tensors
+    shared = map_of(plan, model.geometry)  # a KV group that borrows has no keys
     for index, groups in plan.groups_of(NAME).items():
         prefix, layer = attention_prefix(model, index), model.geometry.layers[index]
         key = tensors[f"{prefix}{modules.fused or modules.key}.weight"]
@@ -78,8 +79,7 @@ def treated_layers(model: Model, plan: Plan) -> Iterator[tuple[int, Layer]]:
                 f"'{key.name}' is {key.dtype}, of which no low-rank keys can be made: convert the unquantised model."
             )
         ranks = {group: told["keys"] for group, told in sorted(groups.items())}
-        owned = own_groups(layer, own_heads(plan, model.geometry, index))
-        full = tuple(group for group in owned if group not in ranks)
+        full = tuple(group for group in shared.own_groups(index, layer) if group not in ranks)
         bias = None if modules.fused else tensors.get(f"{prefix}{modules.key}.bias")
         yield index, Layer(prefix, key, bias, is_short(modules), layer.head_dim, ranks, full)
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from sa_convert.domain.geometry import ModelGeometry
 from sa_convert.domain.units import Units
-from sa_convert.treatments.low_rank.bases import Basis, Moments
+from sa_convert.treatments.low_rank.bases import Basis, KeyMoments
 from sa_convert.treatments.low_rank.rules import refusal
 from sa_convert.treatments.low_rank.scores import gradient_of_keys
 
@@ -17,11 +17,11 @@ Place = tuple[int, int]
 
 
 class Learned:
-    """Moments of the keys of every KV group that may be treated, and the bases that were made of them."""
+    """KeyMoments of the keys of every KV group that may be treated, and the bases that were made of them."""
 
     def __init__(self, geometry: ModelGeometry) -> None:
         self.geometry = geometry
-        self.moments: dict[Place, Moments] = {}
+        self.moments: dict[Place, KeyMoments] = {}
         self._bases: dict[tuple[Place, int], Basis] = {}
 
     def see(self, observed: "Observed") -> None:
@@ -34,7 +34,7 @@ class Learned:
         keys = observed.turned(observed.key.float(), True)
         gradients = observed.turned(gradient_of_keys(observed), True)
         for group in range(layer.groups):
-            moments = self.moments.setdefault((index, group), Moments(layer.head_dim))
+            moments = self.moments.setdefault((index, group), KeyMoments(layer.head_dim))
             moments.add(keys[group], gradients[group], observed.weight)
 
     def basis(self, layer: int, group: int, rank: int) -> Basis:

@@ -1,7 +1,7 @@
 """Low-rank keys: some KV groups cache their keys in fewer numbers, before these are turned by position.
 
-After Eigen Attention (Saxena et al., arXiv 2408.05646). The key of a treated group at position p is turned(c + U z, p): U
-(D, r) has orthonormal columns, z has r numbers, and z is what is cached. Whatever the family's forward makes of keys
+After Eigen Attention (Saxena et al., arXiv 2408.05646). The key of a treated group at position p is turned(c + U z, p):
+U (D, r) has orthonormal columns, z has r numbers, and z is what is cached. Whatever the family's forward makes of keys
 (normalised, turned), this code turns back, reduces to z, and expands and turns again at use:
 
     family: project ... turn -> encode: turn back, z = U'(key - c) -> cache -> decode: turned(c + U z) -> attention
@@ -277,8 +277,11 @@ def slot_positions(exchange, new, slots):
     if real is not None and exchange.given.get("position_ids") is not None:
         # Positions may leave padding out: then it is real tokens that tell how far back one is.
         rank = real.to(device).long().cumsum(-1) - 1
-        newest = rank[:, total - 1 : total] if isinstance(total, int) else rank[:, -1:]
-        positions = torch.where(newest == last, rank[:, index.clamp(max=rank.shape[-1] - 1)], positions)
+        columns = rank.shape[-1]
+        newest = rank[:, -1:] if isinstance(total, torch.Tensor) else rank[:, min(total, columns) - 1, None]
+        # A mask may have columns for the last tokens alone.
+        counts = (newest == last) & (total <= columns)
+        positions = torch.where(counts, rank[:, index.clamp(max=columns - 1)], positions)
     place = index - exchange.past
     told = new[:, place.clamp(0, tokens - 1)]
     return torch.where((place >= 0) & (place < tokens), told, positions).clamp(min=0)

@@ -56,7 +56,7 @@ class LowRankTreatment(Treatment):
                         f"Layer {name} KV group {group}: keys of rank {told['keys']} are no less than the "
                         f"{layer.head_dim} numbers that a key has; write fewer."
                     )
-                others = set(plan.layers[index][group]) & {"window", "share"}  # type: ignore[index, arg-type]
+                others = set(plan.layers[index][group]) & {"window", "share"}
                 if others:
                     raise PlanError(
                         f"Layer {name} KV group {group} cannot have low-rank keys and {others.pop()} together; choose "
