@@ -14,7 +14,9 @@ from sa_convert.domain.report import BaseModel, Report, Validation
 from sa_convert.models.auto_class import auto_class_name, prediction_task
 from sa_convert.models.trust import trusting
 from sa_convert.output.staging import Stage, staging
+from sa_convert.plan.cache_used import cache_used
 from sa_convert.plan.conversion import ConversionPlan, plan_conversion, resolved_recipe
+from sa_convert.plan.savings import depends_on_length, longest_window
 from sa_convert.present.files.report_file import installed_versions, write_report
 from sa_convert.read.remote_code import left_out
 from sa_convert.read.work_on import bytes_to_read, describe, source_of, with_weights
@@ -146,13 +148,26 @@ def _calibrate(
 
 
 def _validate(conversion: ConversionPlan, recipe: "Recipe", options: ConvertOptions, stage: Stage) -> Validation:
-    from sa_convert.measure.quality.gate import refuse_if_failed, validate
+    from sa_convert.measure.quality.gate import validate
+    from sa_convert.measure.quality.questions import Use
+    from sa_convert.measure.quality.verdict import refuse_if_failed
     from sa_convert.texts.text import load_text
 
     announce("validating")
-    base, text = conversion.model.checkpoint, load_text(recipe.calibration.text)
+    base, text, gate = conversion.model.checkpoint, load_text(recipe.calibration.text), recipe.gate
+    use = None
+    if recipe.at is not None or depends_on_length(conversion.model, conversion.plan):
+        use = Use(at=conversion.used_at, window=longest_window(conversion.model, conversion.plan))
     with trusting(base.folder, base.trusted):
-        validation = validate(base.folder, stage.folder, text, recipe.gate.max_perplexity_increase, options)
+        validation = validate(
+            base.folder,
+            stage.folder,
+            text,
+            gate.max_perplexity_increase,
+            options,
+            max_copying_increase=gate.max_copying_increase,
+            use=use,
+        )
     refuse_if_failed(validation)
     return validation
 
@@ -164,8 +179,11 @@ def _report(
     checkpoint = conversion.model.checkpoint
     code = checkpoint.code if checkpoint.trusted else ()
     savings = replace(conversion.savings, checkpoint_bytes=Change(checkpoint.weight_bytes, written.total_bytes))
+    cache = cache_used(conversion.model, conversion.plan, conversion.used_at, validation)
     if validation is not None:
         savings = replace(savings, cache_bytes_per_token=validation.cache_bytes_per_token)
+    if cache is not None and savings.cache_over is not None:
+        savings = replace(savings, cache_bytes_per_token=Change(cache.before // cache.at, cache.after // cache.at))
     return Report(
         base_model=BaseModel.of(checkpoint.identity, checkpoint.revision).with_code(code),
         family=conversion.model.family.model_type,
@@ -177,6 +195,8 @@ def _report(
         gate=validation.gate if validation else None,
         copying=validation.copying if validation else None,
         agreement=validation.agreement if validation else None,
+        cache=cache,
+        long=validation.long if validation else None,
         recipe=recipe_name,
         versions=installed_versions(),
         auto_class=auto_class_name(checkpoint.config),

@@ -155,7 +155,7 @@ def dump_recipe(recipe: "Recipe") -> str:
         del content["treatments"]
     else:
         content["treatments"] = OneLine(recipe.treatments)
-    content["gate"] = Inline(content["gate"])
+    content["gate"] = Inline(recipe.gate.model_dump(exclude_none=True))
     if not recipe.description:
         del content["description"]
     if recipe.needs or _fits(recipe):

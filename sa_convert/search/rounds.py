@@ -84,6 +84,15 @@ class State:
         """Bar what another state has barred."""
         self._barred.update(other._barred)
 
+    def undo(self, unit: Unit, accepted: Mapping[Unit, Offer]) -> None:
+        """Give a unit what it had before, for good; with all of its layer, if the layer is treated as a whole."""
+        whole = self.chosen[unit].whole
+        for other in [other for other in self.chosen if other == unit or (whole and other.layer == unit.layer)]:
+            del self.chosen[other]
+            if other in accepted:
+                self.chosen[other] = accepted[other]
+            self.bar(other)
+
     def copy(self) -> "State":
         """The same, to go on from."""
         other = copy(self)
@@ -159,7 +168,10 @@ class State:
         ]
         if not offers or not self.chosen:
             return False
-        gain, back = min((self.give_back(unit), unit) for unit in self.chosen)
+        alone = [unit for unit, offer in self.chosen.items() if not offer.whole]
+        if not alone:
+            return False
+        gain, back = min((self.give_back(unit), unit) for unit in alone)
         fitting = [found for found in offers if found[2].saved == self.chosen[back].saved]
         if not fitting:
             return False

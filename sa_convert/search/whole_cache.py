@@ -17,7 +17,6 @@ from sa_convert.domain.calibrated import Distance
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.units import Unit
 from sa_convert.errors import RecipeError
-from sa_convert.observe import long_sequences
 from sa_convert.observe.sequences import REPETITION_WEIGHT
 from sa_convert.observe.tried import Reference
 from sa_convert.plan.savings import value_size
@@ -50,7 +49,11 @@ FACTORS = (0.5, 8.0)
 SHARE = 0.7
 """Part of the limit on copying that a plan of the search may take, since validation copies at other distances."""
 
-ATTEMPTS = 4
+EMPHASES = (1.0, 16.0)
+"""What repetition counts in costs of long sequences beside what it counts in those of short ones: at first, and once a
+plan was refused. The more it counts, the more text costs: at a quarter of the cache ten times as much."""
+
+ATTEMPTS = 5
 """Plans that are measured in a round at the most."""
 
 FINEST = 0.01
@@ -72,14 +75,11 @@ class Priced:
     reference: Reference
     again: Callable[[Plan, int], Ledgers] | None = None
 
-    def state(self) -> State:
-        return State(self.ledgers, NOTHING, self.account, self.factors)
-
-    def state_at(self, plan: Plan, number: int) -> State | None:
-        """The state at a plan, by costs that are measured again under it; None if there is nothing to measure."""
-        if self.again is None or not plan:
-            return None
-        return State(self.again(plan, number), plan, self.account, self.factors)
+    def state(self, plan: Plan = NOTHING, ledgers: Ledgers | None = None, emphasis: float = 1.0) -> State:
+        """The state at a plan. ledgers: costs that were measured again. emphasis: of repetition."""
+        measured = self.ledgers if ledgers is None else ledgers
+        emphasized = {name: measured[name].emphasized(emphasis) for name in self.ledgers}
+        return State(emphasized, plan, self.account, self.factors)
 
 
 def priced(session: "Session", tokens: int) -> Priced:
@@ -129,8 +129,8 @@ def _factors(ledgers: Ledgers, account: WholeCache, reference: Reference) -> dic
 
 
 def cost_of(distance: Distance) -> float:
-    """What costs estimate: the divergence on text, and on repetition by its weight in long sequences."""
-    repeated = long_sequences.REPETITION_WEIGHT * (distance.repetition_divergence or 0.0)
+    """What costs estimate: the divergence on text, and on repetition by its weight."""
+    repeated = REPETITION_WEIGHT * (distance.repetition_divergence or 0.0)
     return (distance.divergence + repeated) / (1 + REPETITION_WEIGHT)
 
 
@@ -143,13 +143,14 @@ def steps_to(part: float) -> list[float]:
 def cache_path(priced: Priced, parts: list[float], most_copying: float | None) -> Iterator[Step]:
     """Plans that save `parts` of the cache, ascending; each starts from the one before. Ends early if no more can be
     saved. most_copying: nats by which the loss of copying may rise; None: whatever the text costs.
-
-    If the first plan of a round is refused, costs are measured again under the plan before, and others are tried.
     """
     state, taken = priced.state(), Step(NOTHING, 0.0, 0.0)
     allowed = inf if most_copying is None else SHARE * most_copying
     for part in parts:
-        attempts = list(_attempts(priced, state, taken, part, allowed))
+        if taken.plan and taken.removed >= part - 1e-9:  # the plan before saves as much already
+            yield taken
+            continue
+        attempts = list(_attempts(priced, state, part, allowed))
         over, state, measured = min(attempts, key=lambda attempt: attempt[0])
         if over > 0:
             announce(
@@ -157,40 +158,39 @@ def cache_path(priced: Priced, parts: list[float], most_copying: float | None) -
             )
         if state.plan == taken.plan:
             return
-        estimate = State(priced.ledgers, state.plan, priced.account, priced.factors).estimate
-        taken = Step(state.plan, state.removed, estimate, measured)
+        taken = Step(state.plan, state.removed, priced.state(state.plan).estimate, measured)
         yield taken
         if state.removed < part - 1e-9:
             return
 
 
-def _attempts(
-    priced: Priced, state: State, taken: Step, part: float, allowed: float
-) -> Iterator[tuple[float, State, Distance]]:
+def _attempts(priced: Priced, before: State, part: float, allowed: float) -> Iterator[tuple[float, State, Distance]]:
     """States that save `part` of the cache, until one copies well enough: by how much it does not, and what was
-    measured of it. state: at the plan that was taken before; it is left as it is."""
-    accepted, tried = dict(state.chosen), 0
-    again: State | None = None
-    while tried < ATTEMPTS:
-        found = (again or state).copy()
-        reached = found.extend(part)
-        if not reached and tried:
+    measured of it. before: the plan that was taken in the round before.
+
+    First repetition counts in costs as usual. If copying is lost, it counts for more. If it is lost still, costs are
+    measured again under the plan before. At last the units that are to blame get back what they had.
+    """
+    known, emphasis, barred = None, EMPHASES[0], before
+    for attempt in range(ATTEMPTS):
+        start = priced.state(before.plan, known, emphasis)
+        start.bar_as(barred)
+        found = start.copy()
+        if not found.extend(part) and attempt:
             return
-        measured = priced.reference.measure(found.plan, f"plan for {part:.0%}, attempt {tried + 1}")
-        tried += 1
+        measured = priced.reference.measure(found.plan, f"plan for {part:.0%}, attempt {attempt + 1}")
         over = max(0.0, copying_rise(measured, priced.reference.base) - allowed)
         yield over, found, measured
         if over <= 0:
             return
-        if again is None:
-            again = priced.state_at(taken.plan, tried)
-            if again is not None:
-                accepted = dict(again.chosen)
-                continue
-            again = state.copy()
-        if not give_back(found, accepted):
+        if attempt == 0:
+            emphasis = EMPHASES[1]
+        elif attempt == 1 and priced.again is not None and before.plan:
+            known = priced.again(before.plan, 1)
+        elif give_back(found, start.chosen):
+            barred = found
+        else:
             return
-        again.bar_as(found)
 
 
 def give_back(state: State, accepted: Mapping[Unit, Offer], count: int = GIVEN_BACK) -> bool:
@@ -209,11 +209,8 @@ def give_back(state: State, accepted: Mapping[Unit, Offer], count: int = GIVEN_B
     moved = [unit for unit, offer in state.chosen.items() if accepted.get(unit) != offer]
     worst = sorted(moved, key=lambda unit: (-blame(unit), unit))[:count]
     for unit in worst:
-        if unit in accepted:
-            state.chosen[unit] = accepted[unit]
-        else:
-            del state.chosen[unit]
-        state.bar(unit)
+        if unit in state.chosen and state.chosen[unit] != accepted.get(unit):  # with another one of its layer, maybe
+            state.undo(unit, accepted)
     return bool(worst)
 
 

@@ -13,12 +13,18 @@ from sa_convert.domain.geometry import ModelGeometry
 from sa_convert.domain.model import Model
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.treated import Look
+from sa_convert.domain.units import Unit, Units
 from sa_convert.errors import CheckpointError, PlanError
 from sa_convert.read.names import attention_prefix, output_name, projection
 from sa_convert.treatments.whole_layers import WholeLayerTreatment
 
 if TYPE_CHECKING:
+    from sa_convert.domain.calibrated import Measure
+    from sa_convert.treatments.ledger import Ledger
     from sa_convert.treatments.trial import Trial
+
+FACTOR = 3.8
+"""What it costs, to what is estimated, on SmolLM2-135M."""
 
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -55,7 +61,8 @@ class LinearTreatment(WholeLayerTreatment):
         from sa_convert.treatments.linear.learned import learn
 
         units = self.candidates(session.units)
-        learn(session, sorted({unit.layer for unit in units}) if plan is None else plan.layers_of(self.name))
+        wanted = sorted({unit.layer for unit in units}) if plan is None else plan.layers_of(self.name)
+        learn(session, wanted, heads=plan is None)
 
     def fit(self, session: Any, plan: Plan) -> Fitted:
         import torch
@@ -66,11 +73,25 @@ class LinearTreatment(WholeLayerTreatment):
         after: dict[str, str] = {}
         for index in plan.layers_of(self.name):
             output, hidden = _tensors(session.model, index)
-            found, dtype = learned()[index], getattr(torch, _DTYPES[output.dtype])
+            found, dtype = learned().maps[index], getattr(torch, _DTYPES[output.dtype])
             parts = (found.weight.to(dtype), found.bias.to(dtype))
             tensors |= dict(zip(_new(session.model, index, hidden), parts, strict=True))
             after |= dict.fromkeys(_new(session.model, index, hidden), output.name)
         return Fitted(tensors, after)
+
+    def candidates(self, units: Units) -> list[Unit]:
+        layers = units.geometry.layers
+        return [unit for unit in super().candidates(units) if not layers[unit.layer].stack.endswith("cross")]
+
+    def ledger(self, units: Units, plan: Plan, measure: "Measure", known: "Ledger | None" = None) -> "Ledger":
+        from sa_convert.treatments.linear.learned import change_of_heads
+        from sa_convert.treatments.whole_layer_costs import WholeLayerCosts
+
+        costs = WholeLayerCosts(
+            units, self.name, measure, plan, self.candidates(units), change=change_of_heads, factor=FACTOR
+        )
+        costs.reads_states = True
+        return costs
 
     def trial(self, plan: Plan) -> "Trial":
         from sa_convert.treatments.linear.trying import LinearTrial

@@ -19,4 +19,4 @@ class LinearTrial(Trial):
         self.whole_layers = frozenset(plan.layers_of(NAME))
 
     def output(self, layer: int, states: "torch.Tensor", output: "torch.Tensor") -> "torch.Tensor":
-        return learned()[layer].of(states)
+        return learned().maps[layer].of(states)

@@ -13,6 +13,7 @@ Letters in shape comments: T tokens, H query heads, G KV groups, D head size; B 
 """
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from math import copysign
 from statistics import stdev
 from typing import TYPE_CHECKING
@@ -43,6 +44,7 @@ class WindowCosts(Ledger):
     """costs: for each unit and window, by the number of the sequence, in nats a token there; slopes: likewise, the part
     of first order, which there is under a plan. weights: of each sequence. repetitions: which of them repeat random
     tokens. windows: on offer, ascending. scales: what costs on repetition are multiplied with, as they were measured.
+    emphasis: what they are multiplied with besides, whatever the unit.
 
     Under a plan, changes are those from what a unit sees already.
     """
@@ -55,6 +57,7 @@ class WindowCosts(Ledger):
         """known: costs without a plan, whose scales hold for these, too."""
         super().__init__(units, NAME, measure, without_plan=not plan)
         self.scales: dict[Unit, float] = dict(known.scales) if known else {}
+        self.emphasis = 1.0
         self.slopes: dict[tuple[Unit, int], dict[int, float]] = {}
         self.windows: tuple[int, ...] = ()
         self.costs: dict[tuple[Unit, int], dict[int, float]] = {}
@@ -105,8 +108,16 @@ class WindowCosts(Ledger):
         """Of a window. repetition: of text or of repetition alone."""
         found, slopes = self.costs.get((unit, window), {}), self.slopes.get((unit, window), {})
         kept = [at for at in found if repetition is None or (at in self.repetitions) == repetition]
-        second = sum(self.weights[at] * found[at] * self._scale(unit, at) for at in kept)
-        return second + certain([self.weights[at] * slopes[at] for at in kept if at in slopes])
+        second = sum(self._weight(at) * found[at] * self._scale(unit, at) for at in kept)
+        return second + certain([self._weight(at) * slopes[at] for at in kept if at in slopes])
+
+    def emphasized(self, emphasis: float) -> "WindowCosts":
+        other = copy(self)
+        other.emphasis = emphasis
+        return other
+
+    def _weight(self, sample: int) -> float:
+        return self.weights[sample] * (self.emphasis if sample in self.repetitions else 1.0)
 
     def _scale(self, unit: Unit, sample: int) -> float:
         return self.scales.get(unit, 1.0) if sample in self.repetitions else 1.0
