@@ -34,7 +34,7 @@ class Seen:
     """One layer's attention in one forward pass.
 
     probabilities: (B, H, T, T) of the layer's own heads; used: the same, as a plan changes them; value: (B, G, T, D);
-    output: (B, T, H, D), used times value. query: (B, H, T, D), scaled, and key: (B, G, T, D): their products are scores.
+    output: (B, T, H, D), used times value. query: (B, H, T, D), scaled; key: (B, G, T, D); their products are scores.
     """
 
     layer: int

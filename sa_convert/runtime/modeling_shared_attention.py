@@ -765,9 +765,7 @@ def _treat_stack(model, names, stack, chosen, described, treatments, ours):
         if any(number in getattr(treatment, "lenders", ()) for treatment in mine):
             layer.register_forward_pre_hook(partial(_see_input, (stack.name, number)), with_kwargs=True)
         attention.prepare()
-        if attention.plan.whole:
-            attention.plan.whole.enter(attention)
-        elif len(own) < heads:
+        if attention.plan.whole is None and len(own) < heads:
             attention.shrink()
             if not own and stack.query_input:
                 _freeze(layer.get_submodule(stack.query_input))

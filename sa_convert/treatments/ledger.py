@@ -29,7 +29,6 @@ class Observed:
     repetition: whether the sequence repeats random tokens. weight: of the sequence, over the tokens scored, so that
     sums are per token. states: (T, hidden), what goes into the layer's attention; None if no ledger asks for them.
 
-
     query: (H, T, D), scaled, and key: (G, S, D), whose products are scores, turned by position. turned: turns keys
     (., S, D) by their positions, or back.
     """

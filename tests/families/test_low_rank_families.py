@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sa_convert.errors import PlanError
-from support.low_rank_models import convert, projected_logits, projected_keys
+from support.low_rank_models import convert, projected_keys, projected_logits
 from support.tiny_models import load_converted
 
 RANKS = {1: {0: 5, 1: 4}, 2: {0: 6, 1: 6, 2: 6, 3: 6}, 4: {3: 6}}

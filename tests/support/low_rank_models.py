@@ -1,5 +1,5 @@
-"""Tiny models with low-rank keys in random bases; and the reference, the unmodified base model, whose keys are projected
-before it turns them.
+"""Tiny models with low-rank keys in random bases; and the reference, the unmodified base model, whose keys are
+projected before it turns them.
 
 The reference shares no code with sa_convert but the random bases themselves.
 """

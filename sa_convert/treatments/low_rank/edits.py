@@ -18,7 +18,7 @@ from sa_convert.treatments.low_rank.trying import NAME
 from sa_convert.treatments.share.plans import map_of
 
 if TYPE_CHECKING:
-    from sa_convert.treatments.low_rank.learned import Learned
+    from sa_convert.treatments.low_rank.learned import LearnedKeys
 
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -96,7 +96,7 @@ def awaited(model: Model, plan: Plan) -> dict[str, TensorEdit]:
     return edits
 
 
-def fitted(model: Model, plan: Plan, learned: "Learned") -> Fitted:
+def fitted(model: Model, plan: Plan, learned: "LearnedKeys") -> Fitted:
     """The new tensors, in the dtype of the projection of keys."""
     import torch
     from safetensors import safe_open

@@ -16,7 +16,7 @@ Place = tuple[int, int]
 """A layer and a KV group."""
 
 
-class Learned:
+class LearnedKeys:
     """KeyMoments of the keys of every KV group that may be treated, and the bases that were made of them."""
 
     def __init__(self, geometry: ModelGeometry) -> None:
@@ -44,17 +44,17 @@ class Learned:
         return self._bases[key]
 
 
-_OPEN: ContextVar[Learned | None] = ContextVar("what was learned of keys", default=None)
+_OPEN: ContextVar[LearnedKeys | None] = ContextVar("what was learned of keys", default=None)
 
 
-def learner(units: Units) -> Learned:
+def learner(units: Units) -> LearnedKeys:
     """What learns of a base model; it is what `learned` gives from then on."""
-    found = Learned(units.geometry)
+    found = LearnedKeys(units.geometry)
     _OPEN.set(found)
     return found
 
 
-def learned() -> Learned:
+def learned() -> LearnedKeys:
     """Of the base model that is open. Raises LookupError if nothing was learned of it."""
     found = _OPEN.get()
     if found is None:
