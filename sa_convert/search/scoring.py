@@ -188,4 +188,7 @@ def observe(
                     repetition=sample.repetition,
                     weight=sample.weight / total / sample.tokens_scored,
                     states=told.get(index),
+                    query=layer.query.detach()[0],
+                    key=layer.key.detach()[0],
+                    turned=probe.turner(index),
                 )
