@@ -1,4 +1,4 @@
-"""A model with layers that have no attention, or a linear map for it, trains, is saved, copied and cast like its base."""
+"""A model with layers without attention, or with a linear map for it, trains, is saved and copied like its base."""
 
 import copy
 import io
@@ -69,7 +69,7 @@ def test_half_precision(folder, ids):
 
 def test_weights_of_the_base_are_refused_by_a_sentence(folder, tmp_path):
     model, base = load_converted(folder), save_tiny("llama", tmp_path / "base")
-    with pytest.raises(RuntimeError, match="q_proj.weight does not fit: layer 0 has no attention, which its base"):
+    with pytest.raises(RuntimeError, match=r"q_proj\.weight does not fit: layer 0 has no attention, which its base"):
         model.load_state_dict(base.state_dict())
 
 
