@@ -212,7 +212,7 @@ def _publish(report: Report, conversion: ConversionPlan, recipe: "Recipe", stage
     resolved = dump_recipe(resolved_recipe(recipe, conversion.plan, geometry))
     (stage.folder / RECIPE_FILE).write_text(resolved, encoding="utf-8")
     write_report(report, stage.folder)
-    figure.plan_figure(conversion.plan, geometry, stage.folder / figure.FILE)
+    figure.plan_figure(conversion.plan, geometry, stage.folder / figure.file_for(conversion.plan.treatments))
     card = conversion.model.checkpoint.folder / "README.md"
     write_card(report, resolved, stage.folder, card if card.exists() else None)
     stage.publish()

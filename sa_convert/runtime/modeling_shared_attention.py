@@ -93,13 +93,13 @@ class Exchange:
     replays one by one on inputs that it caught (as GPTQ does). Then loans are kept, and a replayed lender lends anew.
     """
 
-    def __init__(self):
+    def __init__(self, stack=None, given=None):
+        """stack, given: the module whose pass it is, and the arguments that it was called with, by name."""
         self.over, self.loans, self._inputs, self._mixed, self._again = False, {}, {}, set(), None
+        self.stack, self.given, self.notes = stack, given or {}, {}
         self.cached = {}  # by place: what a cache of parts holds for the layer that is about to attend
-        self.memo = {}  # what treatments find out once for all layers
-
-    def close(self):
-        self.over, self.memo = True, {}
+        cache = next((item for item in self.given.values() if hasattr(item, "get_seq_length")), None)
+        self.past = 0 if cache is None else cache.get_seq_length() + 0  # before the pass; a static cache counts on
 
     def lend(self, place, loan):
         if place not in self.loans or not computing_again():  # the first loan of a checkpointed layer is in the graph
@@ -111,7 +111,8 @@ class Exchange:
         """What layers borrow from if they are computed again and cannot keep their exchange: these loans, apart from
         the graph that the layers' inputs are in, which else would keep itself alive."""
         if self._again is None:
-            self._again = Exchange()
+            self._again = Exchange(self.stack, self.given)
+            self._again.past = self.past
             self._again.over, self._again._again = True, self._again
             self._again.loans = {place: loan.apart() for place, loan in self.loans.items()}
         return self._again
@@ -151,6 +152,11 @@ def states_in(args, kwargs):
     return next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim == 3), None)
 
 
+def named(module, args, kwargs):
+    """All arguments of a call by their names in the module's forward."""
+    return {**dict(zip(signature(module.forward).parameters, args, strict=False)), **kwargs} if args else kwargs
+
+
 def _see_input(place, layer, args, kwargs):
     for value in kwargs.values():
         for item in value if isinstance(value, tuple) else (value,):
@@ -170,11 +176,12 @@ _QUANTIZED = _classes("BaseQuantizedLayer", "QuantizedLayer")
 
 
 class CacheView:
-    """A cache as a layer sees it that keeps `own` heads of keys; see the drawing at the top. parted: the layer's plan
-    and the exchange of the pass, if treatments cache some KV groups themselves; or None."""
+    """A cache as a layer sees it that keeps `own` heads of keys; see the drawing at the top. codec: None, or what makes
+    of keys (B, own, T, D) those that are cached, (B, 1, T, width), and of these the keys again. parted: if treatments
+    cache some KV groups themselves, the layer's plan, the exchange of the pass, and the codec of any KV groups."""
 
-    def __init__(self, cache, own, parted=None):
-        self.cache, self.own, self.parted = cache, own, parted
+    def __init__(self, cache, own, codec=None, parted=None):
+        self.cache, self.own, self.codec, self.parted = cache, own, codec, parted
 
     def __getattr__(self, name):
         return getattr(self.__dict__["cache"], name)
@@ -219,14 +226,15 @@ class CacheView:
         layer = layers[layer_idx] if layer_idx < len(layers) else None
         kind = getattr(cache, "layer_class_to_replicate", None) if layer is None else type(layer)
         way = getattr(kind, "update", None)
-        slots = (key, value) if own else (value, value[..., :0])
+        coded = key if self.codec is None or not own else self.codec.encode(key)
+        slots = (coded, value) if own else (value, value[..., :0])
         if way in _GROW:
             held = (getattr(layer, "keys", None), getattr(layer, "values", None))
             for states, new in zip(held, slots, strict=True):
                 if states is not None and states.ndim == 4 and states[:, :, :0].shape[1:] != new[:, :, :0].shape[1:]:
                     raise self._foreign(layer_idx, held[0].shape[1])
             keys, values = self._append(layer, *slots, layer_idx, *args, **kwargs)
-            return (keys, values) if own else (None, keys)
+            return (self._decoded(keys), values) if own else (None, keys)
         fresh = layer is not None and not getattr(layer, "is_initialized", True)
         known = layer is None or fresh or torch.compiler.is_compiling() or hasattr(layer, "shared_attention")
         if not known and int(layer.get_seq_length()) > 0:  # slots of the base's shape may be empty, or full of its keys
@@ -237,14 +245,14 @@ class CacheView:
             slots = slots if own else value.chunk(2, dim=-1)
             self._fit(layer, slots)
             keys, values = cache.update(*slots, layer_idx, *args, **kwargs)
-            return (keys, values) if own else (None, torch.cat([keys, values], dim=-1))
+            return (self._decoded(keys), values) if own else (None, torch.cat([keys, values], dim=-1))
         if way in _STATIC and fresh:
             self._make(layer, *slots)
         if way in _STATIC and all(
             a[:, :, :0].shape == b[:, :, :0].shape for a, b in zip(slots, (layer.keys, layer.values), strict=True)
         ):
             keys, values = cache.update(*slots, layer_idx, *args, **kwargs)
-            return (keys, values) if own else (None, keys)
+            return (self._decoded(keys), values) if own else (None, keys)
         room = layer.keys.shape[1] if way in _STATIC else groups
         slots = [self._filled(states, max(room, groups)) for states in (key if own else value, value)]
         keys, values = cache.update(*slots, layer_idx, *args, **kwargs)
@@ -252,7 +260,11 @@ class CacheView:
 
     def _part(self, key, value, number, args, kwargs):
         """Cache what treatments do not cache themselves, and leave a `Cached` in the exchange."""
-        plan, exchange = self.parted
+        plan, exchange, codec = self.parted
+        if exchange is None:
+            raise RuntimeError(
+                f"shared_attention: layer {plan.layer} has a cache of parts, so it runs within its model only."
+            )
         layer, tokens = self._parted_layer(number, plan), value.shape[-2]
         # Until 5.3 positions stand for the number of tokens.
         columns, offset = layer.get_mask_sizes(torch.arange(tokens) if layer.by_position else tokens)
@@ -262,7 +274,7 @@ class CacheView:
             taken = layer.let_go(plan, held)
         if held or getattr(self.cache, "offloading", False):
             own = [place for place, group in enumerate(plan.own_groups) if group in held]
-            view = CacheView(self.cache, len(own))
+            view = CacheView(self.cache, len(own), codec(tuple(plan.own_groups[place] for place in own)))
             keys, values = view._put(pick(key, own) if own else None, pick(value, held), number, *args, **kwargs)
         else:
             layer.advance(key, value, tokens)
@@ -297,6 +309,9 @@ class CacheView:
         layer.every = layer.held = tuple(range(plan.heads // plan.group))
         layer.parts, layer.count, layer.shared_attention = {}, None, True
         return layer
+
+    def _decoded(self, keys):
+        return keys if self.codec is None else self.codec.decode(keys)
 
     def _foreign(self, number, found):
         return ValueError(
@@ -564,6 +579,7 @@ class LayerPlan:
     def held_after(self, held, total, limit):
         """Of the KV groups that a layer of a cache holds, those that it still does with so many tokens; None: there is
         no telling. The others are cached by treatments. limit: the tokens that it holds at the most, or None."""
+        total = None if self.coder is not None else total  # what is cached in another form stays together
         for treatment, view in zip(self.treatments, self.views, strict=False):
             if hasattr(treatment, "outgrown"):
                 gone = {
@@ -579,8 +595,14 @@ class LayerPlan:
 
     @property
     def packs(self):
-        """A layer that owns every key caches as its family does, unless treatments cache some."""
-        return self.caching or len(self.own_groups) < self.heads // self.group
+        """A layer that owns every key, all of them as they are, caches as its family does, unless treatments cache some
+        of them."""
+        return self.caching or len(self.own_groups) < self.heads // self.group or self.coder is not None
+
+    @property
+    def coder(self):
+        """The treatment that caches keys in another form, or None."""
+        return next((treatment for treatment in self.treatments if hasattr(treatment, "codec")), None)
 
     @property
     def whole(self):
@@ -761,7 +783,8 @@ class TreatedAttention(nn.Module):
 
     checkpoint_options: dict = {}
     sizes = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")  # attributes with the head size
-    exchange_class, unlike, is_paged = Exchange, staticmethod(unlike), staticmethod(is_paged)
+    exchange_class, named = Exchange, staticmethod(named)
+    unlike, is_paged = staticmethod(unlike), staticmethod(is_paged)
 
     def prepare(self):
         """Called once, when the module has its plan."""
@@ -778,12 +801,12 @@ class TreatedAttention(nn.Module):
 
     @staticmethod
     def begin(stack, args, kwargs):
-        return args, {EXCHANGE: Exchange(), **kwargs}
+        return args, {EXCHANGE: Exchange(stack, named(stack, args, kwargs)), **kwargs}
 
     @staticmethod
     def end(stack, args, kwargs, output):
         if EXCHANGE in kwargs:
-            kwargs[EXCHANGE].close()
+            kwargs[EXCHANGE].over = True
 
     def forward(self, *args, **kwargs):
         if self.plan.whole:
@@ -804,7 +827,14 @@ class TreatedAttention(nn.Module):
         return self.view(value, exchange) if _is_cache(value) or is_paged(value) else value
 
     def view(self, cache, exchange):
-        return CacheView(cache, len(self.plan.own_groups), (self.plan, exchange) if self.plan.caching else None)
+        plan = self.plan
+
+        def codec(groups):
+            return None if plan.coder is None or exchange is None else plan.coder.codec(self, exchange, groups)
+
+        if plan.caching:
+            return CacheView(cache, len(plan.own_groups), parted=(plan, exchange, codec))
+        return CacheView(cache, len(plan.own_groups), codec(plan.own_groups))
 
     def attend(self, query, key, value, mask, arguments, exchange):
         """The attention function. query: (B, O, T, D); key: (B, own groups, S, D), both without meaning if nothing is
@@ -1041,12 +1071,13 @@ def _treat_stack(model, names, stack, chosen, described, treatments, ours):
         if any(number in getattr(treatment, "lenders", ()) for treatment in mine):
             layer.register_forward_pre_hook(partial(_see_input, (stack.name, number)), with_kwargs=True)
         attention.prepare()
-        if attention.plan.whole:
-            attention.plan.whole.enter(attention)
-        elif len(own) < heads:
+        if attention.plan.whole is None and len(own) < heads:
             attention.shrink()
             if not own and stack.query_input:
                 _freeze(layer.get_submodule(stack.query_input))
+        for treatment in mine:
+            if hasattr(treatment, "enter"):
+                treatment.enter(attention)
     return active
 
 

@@ -161,7 +161,7 @@ def real_tokens(call, mask, start, offset, tokens):
     if mask is None:
         return None
     compiling = torch.compiler.is_compiling()
-    known = None if compiling else call.exchange.memo.get(id(mask))
+    known = None if compiling else call.exchange.notes.get(("real", id(mask)))
     if known is not None:
         return known[1]
     if not isinstance(mask, torch.Tensor):  # of flex attention
@@ -177,7 +177,7 @@ def real_tokens(call, mask, start, offset, tokens):
         real = _lets(rows.gather(-1, places.view(1, -1, 1).expand(rows.shape[0], -1, 1))[..., 0])
     if not compiling:
         real = None if bool(real.all()) else real
-        call.exchange.memo[id(mask)] = mask, real
+        call.exchange.notes["real", id(mask)] = mask, real
     return real
 
 
