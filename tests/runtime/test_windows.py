@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 from support.memory_models import some_ids
-from support.tiny_models import with_cache
-from support.windowed_models import EVERY, MIXED, Pair
+from support.windowed_models import EVERY, MIXED, Pair, in_pieces, positions
 
 LENGTH = 30
 # Whole; in two and in many pieces; one by one, at once or after a prompt that is shorter or longer than windows.
@@ -26,25 +24,6 @@ def padded(side):
     ids, mask = some_ids(LENGTH), torch.ones(2, LENGTH, dtype=torch.long)
     mask[0, slice(0, 9) if side == "left" else slice(LENGTH - 9, None)] = 0
     return ids, mask
-
-
-def positions(mask):
-    return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
-@torch.no_grad()
-def in_pieces(model, ids, cuts, mask=None, cache=None):
-    """Logits of all tokens, some at a time, and the cache."""
-    cache, found, start = cache or DynamicCache(config=model.config), [], 0
-    for stop in cuts:
-        given = (
-            {"position_ids": positions(mask)[:, start:stop], "attention_mask": mask[:, :stop]}
-            if mask is not None
-            else {}
-        )
-        found.append(model(ids[:, start:stop], **given, **with_cache(model, cache)).logits)
-        start = stop
-    return torch.cat(found, dim=1), cache
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids="-".join)

@@ -2,11 +2,12 @@
 
 import torch
 import transformers
+from transformers import DynamicCache
 
 from sa_convert.families.table import FAMILIES
 from sa_convert.treated_classes import config_class_of, model_class_of
 from support.forced_rows import forced_rows
-from support.tiny_models import attentions_of, tiny_config
+from support.tiny_models import attentions_of, tiny_config, with_cache
 
 # By layer and KV group, sinks and tokens: the first layer; all groups of a layer; windows that differ in one layer.
 MIXED = {
@@ -46,12 +47,32 @@ class Pair:
         keys = {key: value for key, value in config.to_dict().items() if key != "model_type"}
         ours = config_class_of(family).from_dict({**keys, "shared_attention": described(family, plan, stack, more)})
         self.model = model_class_of(family, architecture)._from_config(ours, attn_implementation=kernel).eval()
-        self.model.load_state_dict(self.base.state_dict())
         self.attentions = attentions_of(self.base, family)
+        self._load(more or {}, groups)
         first = next((n for n, each in enumerate(family.all_stacks) if each.name == stack.rstrip(".")), 0)
         depth = len(self.attentions) // len(family.all_stacks)
         self.plan = {layer + first * depth: groups for layer, groups in plan.items()}
         self.groups = groups
+
+    def _load(self, more, groups):
+        """The base's weights, without the rows of query heads and KV groups that share."""
+        wanted, size = self.model.state_dict(), None
+        for name, tensor in self.base.state_dict().items():
+            if name in wanted and wanted[name].shape == tensor.shape:
+                wanted[name] = tensor
+        for layer, told in more.items():
+            attention = self.attentions[layer]
+            size, group = attention.head_dim, attention.q_proj.weight.shape[0] // attention.head_dim // groups
+            share = {number: arguments["share"] for number, arguments in told.items() if "share" in arguments}
+            heads = [n * group + k for n in range(groups) for k in range(group) if not share.get(n, [None] * group)[k]]
+            kept = sorted({head // group for head in heads})
+            for part, rows in (("q_proj", heads), ("k_proj", kept)):
+                for kind, tensor in getattr(attention, part).state_dict().items():
+                    if rows:
+                        wanted[f"model.layers.{layer}.self_attn.{part}.{kind}"] = tensor.unflatten(0, (-1, size))[
+                            rows
+                        ].flatten(0, 1)
+        self.model.load_state_dict(wanted)
 
     def forced(self, real=None):
         """While open, the base attends by the plan."""
@@ -62,3 +83,22 @@ class Pair:
         """Logits of the base under the plan."""
         with self.forced(mask):
             return self.base(ids, attention_mask=mask, use_cache=False, **inputs).logits
+
+
+def positions(mask):
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def in_pieces(model, ids, cuts, mask=None, cache=None):
+    """Logits of all tokens, some at a time, and the cache."""
+    cache, found, start = DynamicCache(config=model.config) if cache is None else cache, [], 0
+    for stop in cuts:
+        given = (
+            {"position_ids": positions(mask)[:, start:stop], "attention_mask": mask[:, :stop]}
+            if mask is not None
+            else {}
+        )
+        found.append(model(ids[:, start:stop], **given, **with_cache(model, cache)).logits)
+        start = stop
+    return torch.cat(found, dim=1), cache

@@ -315,10 +315,26 @@ class Kept:
         if not self.settled and not torch.compiler.is_compiling():
             self.settled = bool((self.places[:, :first] >= 0).all())
 
+    def fixed(self, old):
+        """The same in a static cache, whose tensors keep their addresses: those of `old`, if there is one."""
+        if old is None:
+            length = torch.as_tensor(self.length, device=self.keys.device)
+            old = replace(self, keys=self.keys.clone(), values=self.values.clone(), length=length.clone())
+            for states in (old.keys, old.values, old.places, old.length):
+                if not torch.compiler.is_compiling():
+                    torch._dynamo.mark_static_address(states)
+            return old
+        for mine, new in ((old.keys, self.keys), (old.values, self.values), (old.places, self.places)):
+            mine.copy_(new)
+        old.length.copy_(torch.as_tensor(self.length))
+        old.settled = self.settled
+        return old
+
     def cropped(self, removed):
         """Without the last tokens. Raises ValueError if the window before them is not kept."""
-        left, first = int(self.length) - removed, self.sinks
-        if max(first, left - self.window) < self.lost:
+        left, first, static = int(self.length) - removed, self.sinks, isinstance(self.length, torch.Tensor)
+        lost = max(first, int(self.length) - self.window) if static else self.lost
+        if max(first, left - self.window) < lost:
             raise ValueError(
                 f"shared_attention: {removed} of {int(self.length)} tokens cannot be taken back: before "
                 f"its window of {self.window} it keeps no more than {self.margin}. Compute the text again."
@@ -333,6 +349,8 @@ class Kept:
         index = torch.cat([index, torch.arange(first + self.window, self.keys.shape[2], device=index.device)])
         one = self.changed(lambda states: states)
         one.keys, one.values, one.length = self.keys[:, :, index], self.values[:, :, index], left
+        if static:
+            one.length = torch.as_tensor(left, device=index.device)
         if self.places is not None:
             kept = self.places[:, index]
             one.places, one.settled = torch.where(kept < left, kept, -1), False
@@ -544,7 +562,8 @@ class WindowPass:
             places = torch.cat([sinks[2], places], dim=1)
             settled = not torch.compiler.is_compiling() and bool((sinks[2] >= 0).all())
         lost = max(first if old is None else old.lost, 0 if self.static else total - self.window - margin)
-        return Kept(self.sinks, self.window, margin, *held, places, total, lost, settled)
+        kept = Kept(self.sinks, self.window, margin, *held, places, total, lost, settled)
+        return kept.fixed(old) if self.static else kept
 
 
 def _rows(places):
