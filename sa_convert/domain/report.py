@@ -9,6 +9,7 @@ from typing import Any, Literal
 from sa_convert.domain.agreement import Agreement
 from sa_convert.domain.calibrated import RefitReport
 from sa_convert.domain.change import Change, Savings
+from sa_convert.domain.healed import HealReport
 from sa_convert.domain.stacks import Stacks
 from sa_convert.domain.treated import Treated
 
@@ -154,10 +155,13 @@ class Report:
     copying: CopyingReport | None = None
     agreement: Agreement | None = None
     refit: RefitReport | None = None
+    heal: HealReport | None = None
     recipe: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     auto_class: str = "AutoModelForCausalLM"
     stacks: Stacks = ()
+    kept: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of report.json as an earlier report of the same conversion has them."""
 
     @property
     def sections(self) -> dict[str, Any]:
@@ -189,7 +193,9 @@ class Report:
             "copying": self.copying and _copying_json(self.copying),
             "agreement": self.agreement and self.agreement.to_json(),
             "refit": self.refit and self.refit.to_json(self.stacks),
+            **({"heal": self.heal.to_json()} if self.heal else {}),
             "versions": dict(sorted(self.versions.items())),
+            **self.kept,
         }
 
 

@@ -47,6 +47,11 @@ def plan_conversion(model: Model, recipe: "Recipe", plan: Plan | None = None) ->
             f"{recipe.origin.at('sharing')}: no head borrows from another, so there is nothing to convert; "
             "name at least one source."
         )
+    return conversion_of(model, plan)
+
+
+def conversion_of(model: Model, plan: Plan) -> ConversionPlan:
+    """What a plan that was checked does to a model."""
     edits = plan_edits(model, plan)
     return ConversionPlan(model, plan, edits, plan_savings(model, plan, edits))
 

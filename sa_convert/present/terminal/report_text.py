@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from sa_convert.console.amounts import format_percent, human_bytes, human_count
 from sa_convert.domain.change import Change
 from sa_convert.domain.report import TASK_NAMES, CopyingReport, DecodeCheck, Report
-from sa_convert.present.files.report_file import refit_summary
+from sa_convert.present.files.report_file import heal_summary, refit_summary
 from sa_convert.present.terminal.aligned import aligned
 
 
@@ -33,6 +33,8 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
         yield "Keys", f"{savings.key_cache_removed:.1%} no longer computed"
     if report.refit:
         yield "Refit", refit_summary(report.refit)
+    if report.heal:
+        yield "Healing", heal_summary(report.heal)
     if report.perplexity is None:
         yield "Quality", "not measured (--no-validate)"
         return

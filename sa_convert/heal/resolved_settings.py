@@ -1,0 +1,22 @@
+"""What a recipe leaves open about healing, as the plan and the model decide it."""
+
+from typing import TYPE_CHECKING
+
+from sa_convert.errors import RecipeError
+from sa_convert.models.placement import positions
+from sa_convert.plan.conversion import ConversionPlan
+
+if TYPE_CHECKING:
+    from sa_convert.domain.heal_settings import HealSettings
+    from sa_convert.domain.recipe import Recipe
+
+
+def resolve(settings: "HealSettings", recipe: "Recipe", conversion: ConversionPlan) -> "HealSettings":
+    """With everything spelled out. Raises RecipeError for what the model cannot do."""
+    windows = "window" in conversion.plan.treatments
+    try:
+        return settings.resolved(recipe.calibration.text, windows, positions(conversion.model.checkpoint.config))
+    except ValueError as error:
+        path = getattr(error, "path", ())
+        key = ".".join(map(str, ("heal", *path)))
+        raise RecipeError(f"{recipe.origin.at('heal', *path)}: {key}: {error}") from None
