@@ -31,7 +31,14 @@ from sa_convert.commands.options import (
     type=click.IntRange(min=2),
     help="Tokens of a sequence. Default: 512, or the positions of the model if it has fewer.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens of the copying probe.")
+@click.option(
+    "--long",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Tokens of long texts: perplexity by position, copying from up to half as far, needles. 0: none. Default: "
+    "2048, or the positions of the model if it has fewer; none if that is 512 or less.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens of probes and needles.")
 @dtype_option("the models are run (auto: as stored), and of weights read from a .gguf file")
 @device_option
 @trust_any_option
@@ -39,7 +46,8 @@ from sa_convert.commands.options import (
 def command(model: str, against: str | None, source: str, as_json: bool, **options: Any) -> None:
     """Measure the quality of MODEL, alone or against another.
 
-    Measured are perplexity, cached decoding, and copying from the context.
+    Measured are perplexity, cached decoding, and copying from the context; in long text perplexity by position, too,
+    copying by distance, and how well planted code words are found (needles). Give --long the length that you will use.
     With --against it also measures the other model, KL divergence and top-1 agreement. The two models are never both in
     memory. A converted model runs by the code in its folder, if that is what sa-convert writes.
 
@@ -49,6 +57,7 @@ def command(model: str, against: str | None, source: str, as_json: bool, **optio
     \b
     Examples:
       sa-convert evaluate ./Llama-3-8B-shared --against ./Llama-3-8B
+      sa-convert evaluate ./Llama-3-8B-shared --against ./Llama-3-8B --long 8192
       sa-convert evaluate ./model --text my.txt --sequences 32 --json
     """
     from sa_convert.jobs.evaluating import EvaluateOptions, evaluate

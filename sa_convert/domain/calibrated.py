@@ -25,13 +25,15 @@ class Distance:
     """How far a model is from the base on some samples. All are means over scored tokens, in nats a token.
 
     loss: negative log-likelihood; divergence: KL(base || model), both of all samples but random repetition, of which
-    repetition_divergence is (None without such samples). losses: the mean loss of each such sample.
+    repetition_divergence is (None without such samples). losses: the mean loss of each such sample, copying: of each
+    sample of random repetition.
     """
 
     loss: float
     divergence: float
     repetition_divergence: float | None
     losses: tuple[float, ...] = ()
+    copying: tuple[float, ...] = ()
 
     def no_worse(self, other: "Distance") -> bool:
         """Less divergence on text, and no more on repetition."""

@@ -50,13 +50,13 @@ class Origin:
 
 def _more_than_none(fraction: float) -> float:
     if fraction == 0:
-        raise ValueError("0% leaves nothing to share; write more than 0%")
+        raise ValueError("0% leaves nothing to do; write more than 0%")
     return fraction
 
 
 def _less_than_all(fraction: float) -> float:
     if fraction == 1:
-        raise ValueError("100% is impossible, since source heads keep their keys; write less than 100%")
+        raise ValueError("100% is impossible, since something has to stay; write less than 100%")
     return fraction
 
 
@@ -88,6 +88,20 @@ class Span(_Frozen):
             raise RecipeValueError(
                 f"source {self.source} is not before layers {self.layers}; name an earlier layer", "source"
             )
+        return self
+
+
+class CacheSearch(_Frozen):
+    """What a search over all treatments aims at: a part of the whole cache of a sequence of `at` tokens, or all that a
+    limit on the perplexity allows. One of the two is None."""
+
+    cache: Annotated[Percent, AfterValidator(_less_than_all), AfterValidator(_more_than_none)] | None = None
+    max_perplexity_increase: Annotated[Percent, AfterValidator(_more_than_none)] | None = None
+    at: Annotated[StrictInt, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _one_aim(self) -> "CacheSearch":
+        _exactly_one(self, "search", ("cache", "max_perplexity_increase"))
         return self
 
 
@@ -151,6 +165,7 @@ class Recipe(_Frozen):
     """A whole recipe. `origin` tells where it was written."""
 
     description: StrictStr = ""
+    search: CacheSearch | None = None
     sharing: Sharing | None = None
     plan: dict[int | str, dict[int, dict[str, Any]] | str] | None = None
     treatments: Annotated[tuple[StrictStr, ...], Field(min_length=1)] | None = None
@@ -167,9 +182,9 @@ class Recipe(_Frozen):
 
     @model_validator(mode="after")
     def _one_substance(self) -> "Recipe":
-        if self.sharing is None and self.plan is None:
-            raise RecipeValueError("the key 'sharing' is missing; or give a 'plan'")
-        _exactly_one(self, "a recipe", ("sharing", "plan"))
+        if self.search is None and self.sharing is None and self.plan is None:
+            raise RecipeValueError("the key 'search' is missing; or give a 'plan', or 'sharing'")
+        _exactly_one(self, "a recipe", ("search", "sharing", "plan"))
         return self
 
     @property
@@ -177,9 +192,9 @@ class Recipe(_Frozen):
         return self._origin
 
     @property
-    def search(self) -> Search | None:
+    def searches(self) -> Search | CacheSearch | None:
         """What it leaves to a search; None: it says everything itself."""
-        return self.sharing.search if self.sharing else None
+        return self.sharing.search if self.sharing else self.search
 
     def written_at(self, origin: Origin) -> "Recipe":
         """The same recipe, with another origin."""
@@ -189,8 +204,8 @@ class Recipe(_Frozen):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What it asks for beyond spans and maps: "search", "ridge refit"."""
-        return frozenset(["search"] if self.search else []) | frozenset(
+        """What it asks for beyond what is spelled out: "search", "ridge refit"."""
+        return frozenset(["search"] if self.searches else []) | frozenset(
             ["ridge refit"] if self.refit == "ridge" else []
         )
 
@@ -210,7 +225,7 @@ class Recipe(_Frozen):
 
     def resolved(self, substance: Mapping[str, Any]) -> "Recipe":
         """The same recipe with what came of it. substance: the one of its keys `sharing` and `plan` that says it."""
-        return self.model_copy(update={"sharing": None, "plan": None, "treatments": None, **substance})
+        return self.model_copy(update={"search": None, "sharing": None, "plan": None, "treatments": None, **substance})
 
 
 def _exactly_one(model: BaseModel, name: str, keys: tuple[str, ...]) -> None:

@@ -59,6 +59,11 @@ def refit(session: "Session", plan: Plan, reference: Reference) -> Refit:
     return Refit({}, RefitReport(0.0, layers, before, before, *about))
 
 
+def with_projection(plan: Plan) -> frozenset[int]:
+    """The layers that a plan changes, without those that lose their attention as a whole."""
+    return frozenset(layer for layer, told in plan.layers.items() if not isinstance(told, str))
+
+
 def fit_layers(
     probe: Probe, plan: Plan, fit: tuple[Sample, ...], held_out: tuple[Sample, ...]
 ) -> tuple[dict[int, torch.Tensor], dict[int, LayerRefit]]:
@@ -78,13 +83,14 @@ def _fit_in_replay(
     chunks = [slice(start, start + replay.batch) for start in range(0, len(samples), replay.batch)]
     loans: list[Loans] = [{} for _ in chunks]
     first, last = min(plan.layers, default=0), max(plan.layers, default=-1)
+    refitted = with_projection(plan)
     fits: dict[int, LayerRefit] = {}
     changes: dict[int, torch.Tensor] = {}
     with progress(last + 1, "refit", unit="layer") as bar, torch.no_grad():
         for layer in range(last + 1):
             if layer == first:
                 base = own.clone()
-            if layer in plan.layers:
+            if layer in refitted:
                 work = _LayerFit(len(fit))
                 for chunk, loan in zip(chunks, loans, strict=True):
                     with captured(probe.output_projections[layer], work.note):
@@ -95,7 +101,7 @@ def _fit_in_replay(
                 change, fits[layer] = work.solve()
                 if change is not None:
                     changes[layer] = change
-            elif layer > first:
+            elif layer >= first:
                 for chunk in chunks:
                     base[chunk] = replay.run(layer, base[chunk])
             here = {layer: changes[layer]} if layer in changes else {}
@@ -115,7 +121,7 @@ def _fit_in_passes(
     samples = (*fit, *held_out)
     fits: dict[int, LayerRefit] = {}
     changes: dict[int, torch.Tensor] = {}
-    order = [layer for layer in probe.order() if layer in plan.layers]
+    order = [layer for layer in probe.order() if layer in with_projection(plan)]
     with progress(len(order), "refit", unit="layer") as bar, torch.no_grad():
         for layer in order:
             work = _LayerFit(len(fit))

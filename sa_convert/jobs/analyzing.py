@@ -95,9 +95,9 @@ def _recipe(analysis: Analysis, options: AnalyzeOptions) -> "Recipe":
     from sa_convert.domain.recipe import Recipe, Search, Sharing
     from sa_convert.plan.recipe_file import load_recipe
 
-    shipped = [load_recipe(name) for name in ("light", "balanced", "aggressive")]
+    shipped = [load_recipe(name) for name in ("shared-light", "shared-balanced", "shared-aggressive")]
     model = next(
-        (r for r in shipped if r.search and (r.search.key_cache or 0) >= options.key_cache - 1e-9),
+        (r for r in shipped if (_key_cache(r) or 0) >= options.key_cache - 1e-9),
         shipped[-1],
     )
     share = f"{analysis.key_cache_removed:.1%} of the {analysis.keys_name}"
@@ -108,3 +108,8 @@ def _recipe(analysis: Analysis, options: AnalyzeOptions) -> "Recipe":
         calibration=_calibration(options),
         gate=model.gate,
     )
+
+
+def _key_cache(recipe: "Recipe") -> float | None:
+    search = recipe.sharing.search if recipe.sharing else None
+    return search.key_cache if search else None

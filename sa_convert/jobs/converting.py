@@ -12,7 +12,6 @@ from sa_convert.domain.change import Change
 from sa_convert.domain.model import Model, RunOptions
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.report import BaseModel, Report, Validation
-from sa_convert.domain.units import Units
 from sa_convert.models.auto_class import auto_class_name, prediction_task
 from sa_convert.models.trust import trusting
 from sa_convert.output.staging import Stage, staging
@@ -26,7 +25,7 @@ from sa_convert.rewrite.overwrite import overwrite_tensors
 from sa_convert.rewrite.refitted import check_refittable, refit_edits
 from sa_convert.rewrite.rewrite import needed_bytes, rewrite_checkpoint
 from sa_convert.rewrite.shards import Written
-from sa_convert.treatments.registry import runtime_files, searched
+from sa_convert.treatments.registry import runtime_files
 
 if TYPE_CHECKING:
     from sa_convert.domain.healed import HealReport
@@ -56,7 +55,7 @@ def plan(reference: str, recipe: "Recipe", options: ConvertOptions) -> Conversio
     recipe = _with_text(recipe, options)
     model = describe(reference, options)
     notes(model.checkpoint.identity, left_out(model.checkpoint))
-    if recipe.search is None:
+    if recipe.searches is None:
         return plan_conversion(model, recipe)
     _check_calibration(model, recipe)
     # 2. The search.
@@ -85,7 +84,7 @@ def convert(
         prediction_task(described.config, reference)
 
     # 2. The plan, unless a search has to find it.
-    conversion = None if recipe.search else plan_conversion(model, recipe)
+    conversion = None if recipe.searches else plan_conversion(model, recipe)
     _check_calibration(model, recipe)
 
     # 3. A folder beside the output, which becomes it at the end.
@@ -131,10 +130,10 @@ def _with_text(recipe: "Recipe", options: ConvertOptions) -> "Recipe":
 
 def _check_calibration(model: Model, recipe: "Recipe") -> None:
     """What can be refused before weights are read. Raises RecipeError, CheckpointError."""
-    if recipe.search is not None:
-        from sa_convert.search.budget import check_budget
+    if recipe.searches is not None:
+        from sa_convert.search.budget import check_search
 
-        check_budget(Units(model.geometry), searched(recipe.treatments), recipe.search, recipe.origin)
+        check_search(model, recipe)
     if recipe.refit == "ridge":
         check_refittable(model)
 

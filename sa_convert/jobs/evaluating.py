@@ -8,20 +8,22 @@ from typing import Any
 
 import torch
 
+from sa_convert.console.progress import tell
 from sa_convert.domain.evaluation import CopyingLoss, Evaluation, ModelQuality
 from sa_convert.domain.model import RunOptions
-from sa_convert.errors import CheckpointError, SaConvertError
-from sa_convert.measure.quality import copying
+from sa_convert.errors import CheckpointError, DataError, SaConvertError
+from sa_convert.measure.quality import copying, long_questions
 from sa_convert.measure.quality.decode import decode_check, rounding_without_cache
 from sa_convert.measure.quality.divergence import Comparison, KeptLogits
 from sa_convert.measure.quality.gate import DECODED, KINDS, LENGTH, SEQUENCES
+from sa_convert.measure.quality.long_questions import LongQuestions
 from sa_convert.measure.quality.perplexity import perplexity
 from sa_convert.models.load import embedded_tokens, refuse_foreign_tokens, release_memory
 from sa_convert.models.placement import most_positions, placed, positions, usable_positions
 from sa_convert.models.quiet import keep_module_cache_clean
 from sa_convert.models.subject import Subject, open_subject
 from sa_convert.models.task import Task, task_of
-from sa_convert.models.tokens import token_sequences
+from sa_convert.models.tokens import long_sequences, token_sequences
 from sa_convert.output.signals import termination_as_exit
 from sa_convert.plan.audited import foreign_code
 from sa_convert.texts.text import Text
@@ -37,16 +39,20 @@ class EvaluateOptions(RunOptions):
     length: int | None = None
     """Tokens of a sequence; None: LENGTH, or as many as both models have positions for."""
 
+    long: int | None = None
+    """Tokens of a long text; 0: none is measured; None: long_questions.LENGTH, or as many as both models have positions
+    for, and none if that is not more than LENGTH."""
+
     seed: int = 0
     """Of the copying probes."""
 
 
 def evaluate(model: str, against: str | None, text: Text, options: EvaluateOptions | None = None) -> Evaluation:
-    """Measure `model`, and `against` if it is given, on the validation part of `text` and on copying probes.
+    """Measure `model`, and `against` if it is given, on the validation part of `text`, copying probes and needles.
 
     model, against: folders, ordinary or converted, .gguf files, or models on the Hub. Converted models run by the code
     in their folders. What they predict is what `sa_convert.models.task.task_of` says: the next token, masked ones, or
-    spans; the copying probe is for the first, the decode check for models with a cache.
+    spans; long context and copying are for the first, the decode check for models with a cache.
 
     Raises DataError (no language-modelling head, no tokenizer, text too short), CheckpointError (a model that cannot be
     loaded, two that cannot be compared), OutputError (no room for temporary files), and SaConvertError if a perplexity
@@ -117,17 +123,50 @@ def _asked(subjects: list[Subject], text: Text, options: EvaluateOptions) -> "_A
                 "models cannot be compared: evaluate them one at a time, without --against."
             )
     probe_length = min([copying.LENGTH, *_limits(subjects)])
-    return _Asked(tokenizer=tokenizer, tokens=tokens, task=task, probe_length=probe_length, options=options)
+    return _Asked(
+        tokenizer=tokenizer,
+        tokens=tokens,
+        task=task,
+        probe_length=probe_length,
+        long=_long_questions(subjects, tokenizer, text, options) if task.copies else None,
+        options=options,
+    )
+
+
+def _long_questions(
+    subjects: list[Subject], tokenizer: Any, text: Text, options: EvaluateOptions
+) -> LongQuestions | None:
+    """None if nothing is to be asked. Raises SaConvertError and DataError for a length that was asked for and cannot
+    be: more than a model has positions, or than the text has tokens."""
+    length = options.long
+    if length is None:
+        length = min([long_questions.LENGTH, *_limits(subjects)])
+        if length <= LENGTH:
+            return None
+    elif length == 0:
+        return None
+    for subject in subjects:
+        _check_length(length, most_positions(subject.config), "--long")
+    texts = long_sequences(tokenizer, text, long_questions.SEQUENCES, length)
+    if texts is not None:
+        return LongQuestions(tokenizer, texts, options.seed)
+    too_short = f"Text {text.name}: it has fewer than {length} tokens"
+    if options.long is not None:
+        raise DataError(f"{too_short}, which --long {length} needs: give a longer text, or fewer tokens.")
+    tell(f"{too_short}, so nothing is measured of long text.")
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Asked:
-    """What every model is asked. tokens: (sequences, length). probe_length: tokens of a copying probe."""
+    """What every model is asked. tokens: (sequences, length). probe_length: tokens of a copying probe. long: None if
+    nothing is asked about long context."""
 
     tokenizer: Any
     tokens: torch.Tensor
     task: Task
     probe_length: int
+    long: LongQuestions | None
     options: EvaluateOptions
 
     def measure(self, subject: Subject, observe: Callable[[torch.Tensor], None] = lambda logits: None) -> ModelQuality:
@@ -143,7 +182,7 @@ class _Asked:
                     f"{subject.name}: the perplexity is not finite: its weights are damaged, or overflow in "
                     f"{placement.dtype_name}: get the model anew, or give a wider --dtype."
                 )
-            check, period = None, 0
+            check, period, far = None, 0, None
             losses: tuple[CopyingLoss, ...] = ()
             if (decoding := self.task.decoding(model, self.tokens[0, :DECODED])) is not None:
                 rounding = rounding_without_cache(model, decoding.tokens, decoding.source)
@@ -151,6 +190,9 @@ class _Asked:
             if self.task.copies:
                 probes = copying.Probes.of(self.tokenizer, embedded_tokens(model), self.probe_length, self.options.seed)
                 losses, period = probes.losses(model), probes.period
+            if self.long is not None:
+                _check_length(self.long.length, usable_positions(model), "--long")
+                losses, far = self.long.copying(model, losses), self.long.ask(model, f" of {subject.name}")
         return ModelQuality(
             name=subject.name,
             dtype=placement.dtype_name,
@@ -159,6 +201,7 @@ class _Asked:
             decode_check=check,
             copying=losses,
             period=period,
+            long=far,
         )
 
 
@@ -171,9 +214,9 @@ def _length(asked: int | None, subjects: list[Subject]) -> int:
     return asked
 
 
-def _check_length(length: int, limit: int | None) -> None:
+def _check_length(length: int, limit: int | None, option: str = "--length") -> None:
     if limit is not None and length > limit:
-        raise SaConvertError(f"--length {length} is more than the {limit} positions of the model: give that or less.")
+        raise SaConvertError(f"{option} {length} is more than the {limit} positions of the model: give that or less.")
 
 
 def _limits(subjects: list[Subject]) -> list[int]:

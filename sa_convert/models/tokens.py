@@ -23,11 +23,7 @@ def token_sequences(
     if length <= len(start) + len(end):
         raise DataError(f"Sequences of {length} tokens have no room for text: give longer ones.")
     needed = sequences * (length - len(start) - len(end))
-    tokens: list[int] = []
-    for document in text.documents:
-        tokens += tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
-        if len(tokens) >= needed:
-            break
+    tokens = _tokens(tokenizer, text, needed)
     if not tokens:
         raise DataError(f"Text {text.name}: empty, or the tokenizer makes no token of it.")
     if len(tokens) < needed:
@@ -38,6 +34,30 @@ def token_sequences(
     rows = torch.tensor(tokens[:needed], dtype=torch.long).view(sequences, -1)
     around = (torch.tensor(part, dtype=torch.long).expand(sequences, -1) for part in (start, end))
     return torch.cat([next(around), rows, next(around)], dim=1)
+
+
+def long_sequences(tokenizer: Any, text: Text, sequences: int, length: int) -> torch.Tensor | None:
+    """As `token_sequences`, but at most so many: as many as the text fills. None if it does not fill one."""
+    start = start_tokens(tokenizer)
+    room = length - len(start)
+    if room < 1:
+        return None
+    tokens = _tokens(tokenizer, text, sequences * room)
+    filled = min(sequences, len(tokens) // room)
+    if not filled:
+        return None
+    rows = torch.tensor(tokens[: filled * room], dtype=torch.long).view(filled, room)
+    return torch.cat([torch.tensor(start, dtype=torch.long).expand(filled, -1), rows], dim=1)
+
+
+def _tokens(tokenizer: Any, text: Text, needed: int) -> list[int]:
+    """Those of the documents one after another; no more documents are read than are needed."""
+    tokens: list[int] = []
+    for document in text.documents:
+        tokens += tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(tokens) >= needed:
+            break
+    return tokens
 
 
 def start_tokens(tokenizer: Any) -> list[int]:

@@ -29,6 +29,27 @@ class Call:
         probabilities: torch.Tensor = output[1]
         return probabilities
 
+    def rows(self, start: int, stop: int, causal: bool) -> "Call":
+        """The queries from `start` to `stop` alone; causal: with the keys up to the last of them, which are all that
+        they may see."""
+        tokens, length = self.query.shape[-2], self.key.shape[-2]
+        end = length - tokens + stop if causal else length
+
+        def part(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor) or value.dim() < 3:
+                return value
+            if value.shape[-2] == tokens and value.shape[-1] >= length:
+                value = value[..., start:stop, :]
+            return value[..., :end] if value.shape[-1] >= length else value
+
+        return replace(
+            self,
+            query=self.query[:, :, start:stop],
+            key=self.key[:, :, :end],
+            mask=part(self.mask),
+            arguments={name: part(value) for name, value in self.arguments.items()},
+        )
+
     def lasting(self) -> "Call":
         """The same, though the module's own parameters may leave the memory."""
         return replace(self, module=_Snapshot(self.module))

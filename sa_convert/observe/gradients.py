@@ -1,6 +1,7 @@
 """What a change of a head's output does to the loss, or to the layer's output if gradients do not fit."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,7 +46,9 @@ def fisher_gradients(
             losses.insert(0, ("first", divergence[scored].sum()))
         for at, (order, loss) in enumerate(losses):
             outputs = list(seen.values())
-            gradients = torch.autograd.grad(loss, outputs, retain_graph=at + 1 < len(losses))
+            gradients = torch.autograd.grad(
+                loss, outputs, retain_graph=at + 1 < len(losses), materialize_grads=True
+            )  # what a plan puts something else in the place of has none
             yield order, {layer: gradient[0].cpu() for layer, gradient in zip(seen, gradients, strict=True)}
 
 
@@ -83,7 +86,7 @@ def output_directions(
             (direction,) = torch.autograd.grad(output, seen[index].output, z)
             gradients[index] = direction[0].float().cpu() / max(sizes[index], 1e-12)
             # The output projection is the last to need the graph.
-            seen[index] = Seen(**{name: _detached(value) for name, value in vars(seen[index]).items()})
+            seen[index] = replace(seen[index], **{name: _detached(value) for name, value in vars(seen[index]).items()})
 
         return hook
 

@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
 
 from sa_convert.domain.plan import Plan
 from sa_convert.families.family import Family, Stack
+from sa_convert.models.arguments import first_argument
 from sa_convert.observe import own_attention
 from sa_convert.observe.attention_call import Call, eager_of
+from sa_convert.observe.in_blocks import Attending
 from sa_convert.treatments.registry import used_in
 from sa_convert.treatments.trial import Trial
 
@@ -40,6 +43,20 @@ class Seen:
     output: torch.Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class SeenInBlocks:
+    """The same of a long sequence: its probabilities are computed when they are asked for, some queries at a time.
+
+    value: (B, G, T, D). output: (B, T, H, D). blocks: gives the number of the first query of each block, and what each
+    head's queries of it attend to, (B, H, queries, keys up to the last of them), by the plan that is being tried.
+    """
+
+    layer: int
+    value: torch.Tensor
+    output: torch.Tensor
+    blocks: Callable[[], Iterator[tuple[int, torch.Tensor]]]
+
+
 @dataclass(frozen=True)
 class Block:
     """One layer of the model, and the numbers of its attentions in the order in which they run."""
@@ -63,9 +80,11 @@ class Probe:
         self.blocks: list[Block] = []
         self._trials: tuple[Trial, ...] = ()
         self._lenders: frozenset[int] = frozenset()
-        self._observer: Callable[[Seen], None] | None = None
+        self._observer: Callable[[Any], None] | None = None
         self._loans: Loans = {}
         self._keep_probabilities = True
+        self._in_blocks = False
+        self._causal: list[bool] = []
         model.requires_grad_(False)
         paths = dict.fromkeys(stack.layers for stack in family.all_stacks if _has_stack(model, family, stack))
         for path in paths:
@@ -95,6 +114,7 @@ class Probe:
                     attention.sa_convert_probe, attention.sa_convert_layer = self, len(self.attentions)
                     output = (layer if modules.output_outside else attention).get_submodule(modules.output)
                 self.attentions.append(attention)
+                self._causal.append(stack.caches and not stack.cross)
                 self.output_projections.append(output)
         self.blocks += [Block(layer, tuple(order)) for layer, order in zip(layers, numbers, strict=True)]
 
@@ -116,14 +136,31 @@ class Probe:
         before = self._trials, self._lenders
         self._trials = tuple(treatment.trial(plan) for treatment in used_in(plan))
         self._lenders = frozenset(layer for trial in self._trials for layer in trial.lenders)
+        whole = [(trial, layer) for trial in self._trials for layer in trial.whole_layers]
+        handles = [
+            self.attentions[layer].register_forward_hook(_changing(trial, layer), with_kwargs=True)
+            for trial, layer in whole
+        ]
         try:
             yield
         finally:
             self._trials, self._lenders = before
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
-    def observing(self, observer: Callable[[Seen], None]) -> Iterator[None]:
-        """While open, `observer` is called for every layer that attends."""
+    def in_blocks(self) -> Iterator[None]:
+        """While open, attention is computed some queries at a time, and no probabilities are kept: for long sequences.
+        An observer sees each layer as `SeenInBlocks`."""
+        before, self._in_blocks = self._in_blocks, True
+        try:
+            yield
+        finally:
+            self._in_blocks = before
+
+    @contextmanager
+    def observing(self, observer: Callable[[Any], None]) -> Iterator[None]:
+        """While open, `observer` is called for every layer that attends, with what it has `Seen`."""
         before, self._observer = self._observer, observer
         try:
             yield
@@ -145,6 +182,8 @@ class Probe:
         layer = call.module.sa_convert_layer
         for trial in self._trials:
             call, value = replace(call, key=trial.key(layer, call.key)), trial.value(layer, value)
+        if self._in_blocks:
+            return self._attend_in_blocks(call, value), None
         used = probabilities = call.probabilities()
         if layer in self._lenders:
             self._loans[layer] = probabilities if self._keep_probabilities else call.lasting()
@@ -158,6 +197,20 @@ class Probe:
             self._observer(Seen(layer=layer, probabilities=probabilities, used=used, value=value, output=output))
         return output.contiguous(), None
 
+    def _attend_in_blocks(self, call: Call, value: torch.Tensor) -> torch.Tensor:
+        """The output (B, T, H, D)."""
+        layer = call.module.sa_convert_layer
+        if layer in self._lenders:
+            self._loans[layer] = call.lasting()
+        lent = {lender: loan for lender, loan in self._loans.items() if isinstance(loan, Call)}
+        causal, groups = self._causal[layer], value.shape[1]
+        attending = Attending(call, layer, self._trials, lent, causal=causal, groups=groups)
+        output = attending.output(value)
+        if self._observer is not None:
+            blocks = attending.all_probabilities
+            self._observer(SeenInBlocks(layer=layer, value=value, output=output, blocks=blocks))
+        return output
+
     def _lent(self, layer: int) -> torch.Tensor:
         loan = self._loans[layer]
         return loan.probabilities() if isinstance(loan, Call) else loan
@@ -168,6 +221,18 @@ def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, 
         return eager_of(module)(module, query, key, value, attention_mask, **arguments)
     call = Call(module=module, query=query, key=key, mask=attention_mask, arguments=arguments)
     return module.sa_convert_probe.attend(call, value)
+
+
+def _changing(trial: Trial, layer: int) -> Callable[..., Any]:
+    """Changes what an attention module puts out. In some families that holds the residual, too."""
+
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        states, _ = first_argument(module, args, kwargs)
+        given = dict(zip(list(signature(module.forward).parameters), args, strict=False)) | kwargs
+        residual = given.get("residual", 0)
+        return (trial.output(layer, states, output[0] - residual) + residual, *output[1:])
+
+    return hook
 
 
 def _submodule(model: Any, path: str) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from inspect import signature
 from itertools import cycle, islice
 from typing import Any
 
@@ -24,6 +25,9 @@ REPETITION_PART = 5
 HELD_OUT_PART = 4
 """One sample in so many is held out."""
 
+KEEP = "logits_to_keep"
+"""Argument of a model's forward: the positions whose logits are wanted."""
+
 _PERIODS = {"calibration": (100, 48, 170, 240, 24), "held out": (72, 200, 36)}
 
 
@@ -31,13 +35,16 @@ _PERIODS = {"calibration": (100, 48, 170, 240, 24), "held out": (72, 200, 36)}
 class Sample:
     """One sequence. tokens: (T,) int64. kind: of text, or REPETITION. scored: (T,) bool, the tokens that count as
     predictions: of a repetition, only those that can be predicted. weight: what it counts in sums of costs. task: how
-    they are predicted."""
+    they are predicted. kept: only logits of scored tokens are computed, if the model can do so. period: after how many
+    tokens a repetition says the same again, at the most."""
 
     tokens: torch.Tensor
     kind: str
     scored: torch.Tensor
     weight: float = 1.0
     task: Task = NEXT_TOKEN
+    kept: bool = False
+    period: int = 0
 
     @property
     def repetition(self) -> bool:
@@ -49,7 +56,12 @@ class Sample:
 
     def inputs(self, model: Any) -> Inputs:
         """What a model is called with, a batch of one."""
-        return self.task.batch(model, self.tokens[None], self.scored[None])
+        inputs = self.task.batch(model, self.tokens[None], self.scored[None])
+        if not self.kept or KEEP not in signature(model.forward).parameters:
+            return inputs
+        (places,) = inputs.scored[0].nonzero(as_tuple=True)
+        kept = {KEEP: places.to(inputs.kwargs["input_ids"].device)}
+        return Inputs({**inputs.kwargs, **kept}, inputs.labels[:, places], inputs.scored[:, places])
 
 
 @dataclass(frozen=True)

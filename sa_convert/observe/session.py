@@ -12,6 +12,7 @@ from sa_convert.errors import DataError
 from sa_convert.models.load import load_base, load_tokenizer
 from sa_convert.models.placement import Placement, placed, positions
 from sa_convert.models.task import NEXT_TOKEN, task_of
+from sa_convert.observe.long_sequences import LENGTH, SHORTEST, LongSet, long_set
 from sa_convert.observe.probe import Probe
 from sa_convert.observe.sequences import CalibrationSet, calibration_set
 from sa_convert.texts.text import load_text
@@ -30,6 +31,7 @@ WRITTEN_PART = 3
 class Session:
     """probe: around the base model. samples: what is learned from and judged on. measure: how costs are measured.
 
+    long: long sequences, if the search needs them, and the model and its task have them.
     streamed: the model does not fit in memory, so its weights come from the disk layer by layer.
     """
 
@@ -42,6 +44,7 @@ class Session:
     placement: Placement
     seed: int
     treatments: tuple[Treatment, ...]
+    long: LongSet | None = None
 
     @property
     def streamed(self) -> bool:
@@ -55,9 +58,11 @@ def open_session(
     run: RunOptions | None = None,
     seed: int = 0,
     treatments: tuple[Treatment, ...] | None = None,
+    at: int | None = None,
 ) -> Iterator[Session]:
     """Load the base model in the checkpoint's folder (safetensors or .bin) and make the calibration set.
 
+    at: tokens at which the cache counts; long sequences are made if there is such a length.
     Raises DataError (text, tokenizer, no language-modelling head) and CheckpointError (model).
     """
     if calibration.sequences < 2:
@@ -67,7 +72,8 @@ def open_session(
     task = task_of(model.checkpoint.config, tokenizer, f"The model in {folder}")
     text = load_text(calibration.text)
     placement = placed(folder, run)
-    length = min(calibration.length, positions(model.checkpoint.config) or calibration.length)
+    most = positions(model.checkpoint.config) or max(calibration.length, at or 0)
+    length = min(calibration.length, most)
     with load_base(folder, placement) as loaded:
         embeddings = loaded.model.get_input_embeddings().weight.shape[0]
         written = None
@@ -79,6 +85,10 @@ def open_session(
         samples = calibration_set(
             tokenizer, embeddings, text, calibration.sequences, length, seed=seed, written=written, task=task
         )
+        far = min(at or 0, most, LENGTH)
+        long = None
+        if far >= SHORTEST and task is NEXT_TOKEN:
+            long = long_set(tokenizer, embeddings, text, far, seed)
         yield Session(
             model=model,
             units=Units(model.geometry),
@@ -89,4 +99,5 @@ def open_session(
             placement=placement,
             seed=seed,
             treatments=searched() if treatments is None else treatments,
+            long=long,
         )

@@ -1,6 +1,7 @@
 """How far a base model with a plan, or with other weights, is from itself as it was: loss and divergence."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -45,21 +46,22 @@ class Reference:
 
     def _chances(self, sample: Sample, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities (scored tokens, vocabulary), float32, and the labels (scored tokens), on the CPU."""
-        with torch.inference_mode(), self.probe.trying(plan):
+        blocks = self.probe.in_blocks() if sample.kept else nullcontext()
+        with torch.inference_mode(), self.probe.trying(plan), blocks:
             inputs = sample.inputs(self.probe.model)
             ((predictions, labels),) = inputs.scored_logits(inputs.logits(self.probe.model))
             return torch.log_softmax(predictions.float(), dim=-1).cpu(), labels.cpu()
 
     def _distance(self, predictions: Iterable[torch.Tensor]) -> Distance:
         losses: list[float] = []
+        copying: list[float] = []
         sums = {False: [0.0, 0.0, 0.0], True: [0.0, 0.0, 0.0]}  # loss, divergence, tokens; True: of repetition
         for sample, labels, base, chances in zip(self.samples, self._labels, self._base, predictions, strict=True):
             chances = chances.float()
             loss = -chances.gather(1, labels[:, None]).double().mean().item()
             certain = base.float()
             divergence = (certain.exp() * (certain - chances)).sum(-1).double().mean().item()
-            if not sample.repetition:
-                losses.append(loss)
+            (copying if sample.repetition else losses).append(loss)
             kind = sums[sample.repetition]
             for at, value in enumerate((loss * len(labels), divergence * len(labels), float(len(labels)))):
                 kind[at] += value
@@ -69,4 +71,5 @@ class Reference:
             text[1] / max(text[2], 1),
             repetition[1] / repetition[2] if repetition[2] else None,
             tuple(losses),
+            tuple(copying),
         )

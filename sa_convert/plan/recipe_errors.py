@@ -26,10 +26,11 @@ def explain(error: "ValidationError", origin: "Origin") -> str:
     from pydantic import BaseModel
 
     from sa_convert.domain.heal_settings import HealSettings
-    from sa_convert.domain.recipe import Calibration, Gate, Recipe, Search, Sharing, Span
+    from sa_convert.domain.recipe import CacheSearch, Calibration, Gate, Recipe, Search, Sharing, Span
 
     models: dict[tuple[str, ...], type[BaseModel]] = {
         (): Recipe,
+        ("search",): CacheSearch,
         ("sharing",): Sharing,
         ("sharing", "spans"): Span,
         ("sharing", "search"): Search,

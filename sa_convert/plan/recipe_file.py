@@ -73,7 +73,7 @@ def parse_recipe(text: str, file: str) -> "Recipe":
     value, lines = parse_yaml(text.replace("\t", " ") if file.endswith(".json") else text, file)
     origin = Origin(file, lines)
     if value is None:
-        raise RecipeError(f"{file} is empty; a recipe needs at least the key 'sharing' or 'plan'.")
+        raise RecipeError(f"{file} is empty; a recipe needs at least one of the keys 'search', 'plan' and 'sharing'.")
     if not isinstance(value, Mapping):
         raise RecipeError(f"{origin.at()}: a recipe is a mapping of keys ({', '.join(Recipe.model_fields)})")
     try:
@@ -129,6 +129,10 @@ def dump_recipe(recipe: "Recipe") -> str:
     Dumper.add_representer(Inline, lambda d, data: d.represent_mapping("tag:yaml.org,2002:map", data, True))
 
     content = recipe.model_dump()
+    if recipe.search is None:
+        del content["search"]
+    else:
+        content["search"] = Inline(recipe.search.model_dump(exclude_none=True))
     if (sharing := recipe.sharing) is None:
         del content["sharing"]
     else:

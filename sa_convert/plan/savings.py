@@ -67,8 +67,11 @@ def value_size(model: Model, index: int) -> int:
 
 
 def _value_name(model: Model, index: int) -> str:
-    prefix = attention_prefix(model, index)
-    return f"{prefix}{projection(model.family, 'value')}.weight"
+    """That of the layer, or of another one of its stack if it has no attention any more."""
+    layers, module = model.geometry.layers, projection(model.family, "value")
+    alike = [at for at, layer in enumerate(layers) if layer.heads and layer.stack == layers[index].stack]
+    names = [f"{attention_prefix(model, at)}{module}.weight" for at in (index, *alike)]
+    return next(name for name in names if name in model.checkpoint.tensors)
 
 
 def _keys(model: Model, plan: Plan) -> int:

@@ -70,6 +70,11 @@ def is_newer():
     return [int("".join(filter(str.isdigit, part)) or 0) for part in found] > [int(part) for part in tested]
 
 
+def _is_cache(value):
+    """Whether this is a cache, which is known by what it does: releases rename arguments."""
+    return hasattr(value, "update") and hasattr(value, "get_seq_length")
+
+
 def is_paged(value):
     """Whether this is the cache of continuous batching, which shares no class with the others."""
     return not isinstance(value, torch.Tensor) and "Paged" in type(value).__name__
@@ -317,6 +322,11 @@ class LayerPlan:
         """A layer that owns every key caches as its family does."""
         return len(self.own_groups) < self.heads // self.group
 
+    @property
+    def whole(self):
+        """The treatment that puts something else in the place of the layer's attention as a whole, or None."""
+        return next((treatment for treatment in self.treatments if getattr(treatment, "whole", False)), None)
+
 
 class Gone:
     """In place of a projection whose heads are all gone: gives the one head that a family's forward asks for. It is no
@@ -339,6 +349,87 @@ class KernelModule:
 
     def __getattr__(self, name):
         return getattr(self.__dict__["_module"], name)
+
+
+class Counted:
+    """In front of the class of a cache layer: it keeps nothing of the tokens that it is given, and counts them. Masks
+    and positions follow from the length of one layer's cache, whichever that may be."""
+
+    keys = values = None
+    is_initialized = True
+
+    def __init__(self, layer, states):
+        """layer: the one in whose place it comes. states: (B, T, hidden)."""
+        rest = {name: value for name, value in vars(layer).items() if not hasattr(Counted, name)}
+        self.__dict__.update(rest, batch_size=len(states), max_batch_size=len(states), cumulative_length=0)
+        if self.is_compileable and not self.is_sliding:  # a number would make a graph for every length
+            self.cumulative_length = torch.zeros((), dtype=torch.long, device=states.device)
+            torch._dynamo.mark_static_address(self.cumulative_length)
+
+    def __reduce__(self):
+        return _unmade_layer, (type(self).__bases__[1],), self.__dict__
+
+    @property
+    def cumulative_length_int(self):
+        return self.cumulative_length
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self._add(key_states.shape[-2])
+        return key_states, value_states
+
+    def _add(self, tokens):
+        if isinstance(self.cumulative_length, torch.Tensor):
+            self.cumulative_length.add_(tokens)
+        else:
+            self.cumulative_length += tokens
+
+    def get_seq_length(self):
+        return self.cumulative_length
+
+    def crop(self, tokens):
+        """As this release's other layers take it: the tokens that go, below 0, or the number of those that stay."""
+        stay = "max_length" in signature(type(self).__bases__[1].crop).parameters
+        self._add(min(0, tokens - self.cumulative_length) if stay and tokens >= 0 else -abs(tokens))
+
+    def reset(self):
+        self._add(-self.cumulative_length)
+
+    def _nothing(self, *args, **kwargs):
+        """Where others change what they keep."""
+
+    offload = prefetch = lazy_initialization = reorder_cache = _nothing
+    batch_repeat_interleave = batch_select_indices = _nothing
+
+
+@cache
+def counted_class(kind):
+    """A class of cache layers that keeps nothing."""
+    return type(f"Counted{kind.__name__}", (Counted, kind), {"__module__": __name__})
+
+
+def _unmade_layer(kind):
+    """A cache layer that keeps nothing, before pickle or copy give it its attributes."""
+    made = counted_class(kind)
+    return made.__new__(made)
+
+
+def count_tokens(cache, number, states, *extra):
+    """Tell the cache of a layer that keeps nothing of its tokens (B, T, hidden). Raises ValueError if another model
+    filled it. A cache of unknown make, or one that is new to a compiled model, gets one number a token."""
+    layers, kind = getattr(cache, "layers", ()), getattr(cache, "layer_class_to_replicate", None)
+    while kind is not None and len(layers) <= number:
+        layers.append(kind())
+    layer = layers[number] if number < len(layers) else None
+    if layer is not None and not isinstance(layer, Counted) and not torch.compiler.is_compiling():
+        if int(layer.get_seq_length()) == 0:
+            layers[number] = counted_class(type(layer))(layer, states)
+        elif layer.keys is None or layer.keys.shape[1::2] != (1, 1):
+            raise ValueError(
+                f"shared_attention: layer {number} of this model has no attention and caches nothing, but the cache "
+                "given holds tokens already: another model filled it. Let this model fill its cache itself."
+            )
+    one = states.new_ones(*states.shape[:2], 1)[:, None]
+    cache.update(one, one, number, *extra)
 
 
 class ConfigView:
@@ -415,6 +506,10 @@ class TreatedAttention(nn.Module):
             kwargs[EXCHANGE].over = True
 
     def forward(self, *args, **kwargs):
+        if self.plan.whole:
+            given, position = (*args, *kwargs.values()), kwargs.get("cache_position")
+            states, held = states_in(args, kwargs), next(filter(_is_cache, given), None)
+            return self.stand_in(states, held, *(() if position is None else ({"cache_position": position},))), None
         if self.plan.packs:
             args, kwargs = [self._seen(value) for value in args], {key: self._seen(kwargs[key]) for key in kwargs}
         outputs = super().forward(*args, **kwargs)
@@ -489,6 +584,21 @@ class TreatedAttention(nn.Module):
             sinks = getattr(self, names.sinks).detach()[list(plan.own)]
             self.replace(names.sinks, nn.Parameter(sinks) if plan.own else sinks)
 
+    def stand_in(self, states, held, *extra):
+        """What comes in the place of the layer's attention, (B, T, hidden). held: the cache, or None."""
+        if held is not None and not is_paged(held):
+            count_tokens(held, self.plan.layer, states, *extra)
+        return self.plan.whole.output(self, states)
+
+    kept = ()
+    """What stays of a module whose attention is gone as a whole."""
+
+    def hollow(self):
+        """Remove all parameters and parts, for something else comes in their place."""
+        for name in [*dict(self.named_children()), *dict(self.named_parameters(recurse=False))]:
+            if name not in self.kept:
+                delattr(self, name)
+
     def replace(self, name, new):
         delattr(self, name)
         setattr(self, name, new)
@@ -496,6 +606,13 @@ class TreatedAttention(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *others):
         """Tensors made for the base model, such as an adapter's, are refused by a sentence."""
         plan, names, errors = self.plan, self.names, others[-1]
+        if plan.whole:
+            gone = [n for n in state_dict if n.startswith(prefix) and n.removeprefix(prefix) not in self.state_dict()]
+            if gone:
+                errors.append(f"{gone[0]} does not fit: layer {plan.layer} has no attention, which its base model has.")
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in gone}
+            super()._load_from_state_dict(state_dict, prefix, *others)
+            return
         own = {prefix + name: parameter.shape for name, parameter in self.named_parameters()}
         parts = {prefix + str(name) for name in (names.query, names.key, names.query_norm, names.key_norm, names.sinks)}
         for name in [name for name in state_dict if name.startswith(prefix) and len(plan.own) < plan.heads]:
@@ -623,7 +740,9 @@ def _treat_stack(model, names, stack, chosen, described, treatments, ours):
         if any(number in getattr(treatment, "lenders", ()) for treatment in mine):
             layer.register_forward_pre_hook(partial(_see_input, (stack.name, number)), with_kwargs=True)
         attention.prepare()
-        if len(own) < heads:
+        if attention.plan.whole:
+            attention.plan.whole.enter(attention)
+        elif len(own) < heads:
             attention.shrink()
             if not own and stack.query_input:
                 _freeze(layer.get_submodule(stack.query_input))

@@ -142,7 +142,12 @@ class PlainAttention:
         if not self.plan.treatments:
             given.pop(EXCHANGE, None)
             return super().forward(**given)
-        return self.run(self.arguments.by_role(given))
+        call = self.arguments.by_role(given)
+        return self.run_whole(call) if self.plan.whole else self.run(call)
+
+    def run_whole(self, call):
+        """What the family's forward returns, with something else in the place of attention."""
+        return self.stand_in(call.states, call.cache, *self.extra(call)), None
 
     def run(self, call):
         """What the family's forward does. Families with steps of their own override it."""
@@ -399,6 +404,10 @@ class BloomAttention(ThreadedAttention):
         output = nn.functional.dropout(output, p=self.hidden_dropout, training=self.training)
         return call.residual + output, weights
 
+    def run_whole(self, call):
+        output, weights = super().run_whole(call)
+        return call.residual + output, weights
+
 
 class GPTJAttention(ThreadedAttention):
     """GPT-J: rotary embeddings of pairs of neighbours. The stack makes them since 5.24; before, each layer reads them
@@ -434,6 +443,11 @@ class EncoderDecoderAttention(ThreadedAttention):
         output, weights = self.across(call, call.mask)
         return self.finish(output, call.states), weights
 
+    def run_whole(self, call):
+        held = call.cache if call.source is None else None  # what is read of an encoder has one length, and no count
+        held = held.self_attention_cache if isinstance(held, EncoderDecoderCache) else held
+        return self.stand_in(call.states, held, *self.extra(call)), None
+
     def across(self, call, mask):
         """Heads' outputs (B, T, H, D) and probabilities. mask: as in `call`, or what makes it of queries and their
         keys' number."""
@@ -457,15 +471,20 @@ class EncoderDecoderAttention(ThreadedAttention):
 class T5Attention(EncoderDecoderAttention):
     """T5: relative positions as a bias for each head, which the first layer computes for all."""
 
-    needs = ("source", "bias")
+    needs, kept = ("source", "bias"), ("relative_attention_bias",)
+
+    def run_whole(self, call):
+        before, bias = self.tokens_before(call), call.bias
+        output, weights = super().run_whole(call)
+        if bias is None and call.source is None:
+            # A static cache has room for more keys than there are.
+            length = call.states.shape[1] + before if call.mask is None else call.mask.shape[-1]
+            bias = self.relative(call, length, before)
+            bias = _masked(bias, call.mask, length, False) if self.holds_mask else bias
+        return (output, bias) if self.holds_mask and not call.output_attentions else (output, bias, weights)
 
     def run(self, call):
-        # Until 5.14 the first layer adds the mask to the bias that it hands on, and probabilities come if asked for.
-        holds_mask = "output_attentions" in self.arguments.roles
-        before, bias = 0, call.bias
-        if call.cache is not None and call.source is None:
-            before = call.cache.get_seq_length(self.plan.layer)
-            before = before.clone() if isinstance(before, torch.Tensor) else before
+        holds_mask, before, bias = self.holds_mask, self.tokens_before(call), call.bias
 
         def combined(states, length):
             """Bias and mask together: (1 or B, H, T, S), or None."""
@@ -480,6 +499,18 @@ class T5Attention(EncoderDecoderAttention):
         output, weights = self.across(call, combined)
         output = self.finish(output, call.states)
         return (output, bias) if holds_mask and not call.output_attentions else (output, bias, weights)
+
+    @property
+    def holds_mask(self):
+        """Until 5.14 the first layer adds the mask to the bias that it hands on. Probabilities come if asked for."""
+        return "output_attentions" in self.arguments.roles
+
+    def tokens_before(self, call):
+        """How many tokens are cached before this pass, in self-attention."""
+        if call.cache is None or call.source is not None:
+            return 0
+        before = call.cache.get_seq_length(self.plan.layer)
+        return before.clone() if isinstance(before, torch.Tensor) else before
 
     def relative(self, call, length, before):
         """Relative positions of T new tokens to S: (1, H, T, S)."""

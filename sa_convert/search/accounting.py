@@ -71,10 +71,8 @@ class WholeCache:
         return self._of_layer(plan, unit.layer, unit.groups)
 
     def _of_layer(self, plan: Plan, index: int, groups: Iterable[int]) -> int:
-        """What these KV groups of a layer cache. A layer's own window bounds it, whatever is done to them."""
-        layer = self.units.geometry.layers[index]
-        if not layer.cached:
+        """What these KV groups of a layer cache."""
+        if not self.units.geometry.layers[index].cached:
             return 0
-        tokens = self.tokens if layer.window is None else min(self.tokens, layer.window)
         answers = layer_answers(plan, self.units.geometry, index, self.value_size(index))
-        return sum(answers[group].cached(tokens) for group in groups)
+        return sum(answers[group].cached(self.tokens) for group in groups)

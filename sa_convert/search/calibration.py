@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 from sa_convert.console.progress import announce
 from sa_convert.domain.model import Model, RunOptions
 from sa_convert.domain.plan import Plan
-from sa_convert.domain.units import Units
 from sa_convert.heal.refit import Refit, refit
 from sa_convert.observe.session import Session, open_session
 from sa_convert.observe.tried import Reference
-from sa_convert.search.budget import check_budget, too_much
+from sa_convert.search.budget import check_search, too_much, treatments_of
 from sa_convert.search.choose import Step, path, rounds
+from sa_convert.search.whole_cache import search_cache
 from sa_convert.search.within import within_limit
-from sa_convert.treatments.registry import searched
+from sa_convert.treatments.registry import refittable
 
 if TYPE_CHECKING:
     from sa_convert.domain.recipe import Origin, Recipe, Search
@@ -36,21 +36,31 @@ def calibrate(model: Model, recipe: "Recipe", plan: Plan | None, run: RunOptions
     CheckpointError (a model that cannot be loaded, or overflows).
     """
     refits = refits and recipe.refit == "ridge"
-    search, treatments = recipe.search, searched(recipe.treatments)
-    if plan is None:
-        assert search is not None
-        check_budget(Units(model.geometry), treatments, search, recipe.origin)
-    with open_session(model, recipe.calibration, run, treatments=treatments) as session:
-        how = f"{len(session.samples.fit)} sequences of {session.samples.text}"
-        announce(f"calibrating on {how}; costs by {session.measure}")
-        reference = Reference(session.probe, session.samples.held_out)
+    check_search(model, recipe)
+    treatments, at = treatments_of(recipe), recipe.search.at if recipe.search and plan is None else None
+    with open_session(model, recipe.calibration, run, treatments=treatments, at=at) as session:
+        announce(f"calibrating on {_told(session)}; costs by {session.measure}")
         step = None
-        if plan is None:
-            assert search is not None
-            step = _search(session, search, reference, recipe.origin, recipe.refit == "ridge")
+        if plan is None and recipe.search is not None:
+            step = search_cache(session, recipe)
             plan = step.plan
-        found = refit(session, plan, reference) if refits else None
+        short = plan is None or (refits and refittable(plan))
+        reference = Reference(session.probe, session.samples.held_out) if short else None
+        if plan is None:
+            assert reference is not None
+            assert recipe.sharing is not None
+            assert recipe.sharing.search is not None
+            step = _search(session, recipe.sharing.search, reference, recipe.origin, recipe.refit == "ridge")
+            plan = step.plan
+        found = refit(session, plan, reference) if reference is not None and refits else None
     return Calibrated(plan, step, found)
+
+
+def _told(session: Session) -> str:
+    told = f"{len(session.samples.fit)} sequences of {session.samples.text}"
+    if session.long is not None:
+        told += f" and {len(session.long.fit)} of {session.long.length} tokens"
+    return told
 
 
 def _search(session: Session, search: "Search", reference: Reference, origin: "Origin", refits: bool) -> Step:

@@ -19,13 +19,18 @@ class State:
     """Units that are treated so far, under costs that were measured at some plan."""
 
     def __init__(
-        self, ledgers: Mapping[str, Ledger], plan: Plan | None = None, account: Accounting | None = None
+        self,
+        ledgers: Mapping[str, Ledger],
+        plan: Plan | None = None,
+        account: Accounting | None = None,
+        factors: Mapping[str, float] | None = None,
     ) -> None:
         """ledgers: by treatment; filled at `plan`, so that it costs nothing more, or without any plan. account: in what
-        savings are counted; None: keys."""
+        savings are counted; None: keys. factors: of the costs of each treatment; those that are not named have 1."""
         self.ledgers = ledgers
         self.units = next(iter(ledgers.values())).units
-        self.account = account or Keys(self.units)
+        self.account, self.factors = account or Keys(self.units), factors or {}
+        self._barred: dict[Unit, int] = {}
         self.chosen: dict[Unit, Offer] = {}
         for ledger in ledgers.values():
             for unit, offer in ledger.given(plan or Plan()).items():
@@ -56,7 +61,7 @@ class State:
     @property
     def estimate(self) -> float:
         """The expected rise of the loss over that of the model whose costs were measured."""
-        return sum(offer.cost for offer in self.chosen.values())
+        return sum(self.cost(offer) for offer in self.chosen.values())
 
     @property
     def rise(self) -> float:
@@ -67,10 +72,24 @@ class State:
         """The units that use scores of this one."""
         return users_of(self.units, unit, self.chosen)
 
+    def cost(self, offer: Offer) -> float:
+        return offer.cost * self.factors.get(offer.treatment, 1.0)
+
+    def bar(self, unit: Unit) -> None:
+        """From now on the unit gets nothing that saves more than what it has."""
+        self._barred[unit] = self.account.saved(unit, self.chosen[unit]) if unit in self.chosen else 0
+
+    def _may(self, move: Move) -> bool:
+        """Whether it saves anything, and nothing in it is barred."""
+        saved = self.account.saved
+        return move.saved > 0 and not any(
+            unit in self._barred and saved(unit, offer) > self._barred[unit] for unit, offer in move.offers.items()
+        )
+
     def move(self, offers: Mapping[Unit, Offer]) -> Move:
         """The move to these offers, from what their units have at present."""
         count, before = self.account.saved, {unit: self.chosen[unit] for unit in offers if unit in self.chosen}
-        cost = sum(offer.cost for offer in offers.values()) - sum(offer.cost for offer in before.values())
+        cost = sum(map(self.cost, offers.values())) - sum(map(self.cost, before.values()))
         saved = sum(starmap(count, offers.items())) - sum(starmap(count, before.items()))
         return Move(offers, cost, saved)
 
@@ -86,7 +105,7 @@ class State:
 
     def advance(self) -> bool:
         """Take the move that costs least for what it saves. False: there is none."""
-        moves = [move for ledger in self.ledgers.values() for move in ledger.moves(self) if move.saved > 0]
+        moves = [move for ledger in self.ledgers.values() for move in ledger.moves(self) if self._may(move)]
         if not moves:
             return False
         # For equal costs the first in the order of units, so that a search can be repeated.

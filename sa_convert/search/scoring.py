@@ -1,6 +1,8 @@
 """The passes that fill ledgers: attention of every layer, gradients, and sums over tokens."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -9,10 +11,10 @@ from sa_convert.domain.calibrated import Measure
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.units import Units
 from sa_convert.observe.gradients import fisher_gradients, output_directions
-from sa_convert.observe.probe import Probe, Seen
-from sa_convert.observe.sequences import Sample
+from sa_convert.observe.probe import Probe, Seen, SeenInBlocks
+from sa_convert.observe.sequences import REPETITION_WEIGHT, Sample
 from sa_convert.treatments.base import Treatment
-from sa_convert.treatments.ledger import Ledger, Observed
+from sa_convert.treatments.ledger import Attended, Ledger, Observed
 
 Ledgers = Mapping[str, Ledger]
 """One for each treatment, by its name."""
@@ -32,23 +34,26 @@ def collect(
     seed: int = 0,
     description: str = "costs",
     known: Ledgers | None = None,
+    long: Sequence[Sample] = (),
 ) -> dict[str, Ledger]:
     """Costs of every unit under a plan, for each treatment.
 
-    Sequences count by their `weight`. known: the ledgers that were filled without a plan. Raises CheckpointError if a
-    loss or an activation is not finite.
+    Sequences count by their `weight`. known: the ledgers that were filled without a plan. long: the sequences of
+    ledgers that ask for long ones. Raises CheckpointError if a loss or an activation is not finite.
     """
     known = known or {}
     ledgers = {found.name: found.ledger(units, plan, measure, known.get(found.name)) for found in treatments}
-    screening = [ledger for ledger in ledgers.values() if ledger.screens]
+    short, far = ([one for one in ledgers.values() if one.long == kind] for kind in (False, True))
+    screening = [ledger for ledger in short if ledger.screens]
     screen = _screen(samples) if screening else []
+    samples, long = samples if short else (), long if far else ()
     generator = torch.Generator().manual_seed(seed)
 
     def passed(sample: Sample, among: Sequence[Sample]) -> Iterator[Observed]:
         total = sum(one.weight for one in among)
         return observe(probe, units, sample, plan, measure=measure, generator=generator, total=total)
 
-    with progress(len(screen) + len(samples), description, unit="seq") as bar:
+    with progress(len(screen) + len(samples) + len(long), description, unit="seq") as bar:
         for sample in screen:
             for observed in passed(sample, screen):
                 for ledger in screening:
@@ -58,8 +63,16 @@ def collect(
             ledger.screened()
         for sample in samples:
             for observed in passed(sample, samples):
-                for ledger in ledgers.values():
+                for ledger in short:
                     ledger.add(observed)
+            bar.update()
+        for ledger in far:
+            ledger.tested_by([sample.period for sample in long if sample.repetition])
+        for at, sample in enumerate(long):
+            weight = sample.weight / _in_all(long) / sample.tokens_scored
+            for attended in attend(probe, sample, plan, at, measure=measure, generator=generator, weight=weight):
+                for ledger in far:
+                    ledger.attend(attended)
             bar.update()
         for ledger in ledgers.values():
             ledger.close()
@@ -69,6 +82,56 @@ def collect(
 def _screen(samples: Sequence[Sample]) -> list[Sample]:
     text = [sample for sample in samples if not sample.repetition]
     return text[:: max(1, len(text) // _SCREENED)][:_SCREENED] + [s for s in samples if s.repetition][:1]
+
+
+def _in_all(long: Sequence[Sample]) -> float:
+    """What costs of long sequences are divided by: as much as with the repetition of short ones, so that costs of both
+    mean the same on text."""
+    return (1 + REPETITION_WEIGHT) * sum(sample.weight for sample in long if not sample.repetition)
+
+
+def attend(
+    probe: Probe,
+    sample: Sample,
+    plan: Plan,
+    number: int = 0,
+    *,
+    measure: Measure,
+    generator: torch.Generator,
+    weight: float,
+) -> Iterator[Attended]:
+    """As `observe`, of a long sequence. number: of the sequence. weight: of each of its scored tokens."""
+    seen: dict[int, Any] = {}
+
+    def note(layer: Any) -> None:
+        seen[layer.layer] = layer
+
+    with probe.in_blocks():
+        if measure == "fisher":
+            losses = fisher_gradients(probe, sample, plan, note, generator)
+        else:
+            losses = output_directions(probe, sample, plan, note, generator, seen)
+        for order, gradients in losses:
+            for index in sorted(gradients):
+                layer = seen[index]
+                yield Attended(
+                    layer=index,
+                    blocks=partial(_blocks, layer),
+                    value=layer.value.detach()[0],
+                    output=layer.output.detach()[0],
+                    gradient=gradients[index],
+                    slope=order == "first",
+                    scored=sample.scored,
+                    repetition=sample.repetition,
+                    weight=weight,
+                    sample=number,
+                )
+
+
+@torch.no_grad()
+def _blocks(layer: SeenInBlocks) -> Iterator[tuple[int, torch.Tensor]]:
+    for start, probabilities in layer.blocks():
+        yield start, probabilities[0].float()
 
 
 def observe(

@@ -1,7 +1,7 @@
 """The search for the most saving within a limit on perplexity: every step is measured, none is taken on an estimate."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
@@ -37,11 +37,11 @@ def within_limit(session: "Session", limit: float, reference: Reference, origin:
         first = first or costs
         state = State(costs, taken.plan)
         steps = list(_steps(state, taken))
-        longest = _longest(steps, limit, reference)
+        last = longest(steps, limit, reference)
         cheapest = cheapest or (steps[0] if steps else None)
-        if longest is None:
+        if last is None:
             break
-        taken = longest
+        taken = last
         if taken.plan != steps[-1].plan:
             break
     if not taken.plan:
@@ -56,13 +56,16 @@ def _steps(state: State, before: Step) -> Iterator[Step]:
         yield Step(state.plan, state.removed, before.estimate + state.rise)
 
 
-def _longest(steps: list[Step], limit: float, reference: Reference) -> Step | None:
-    """The last step within the limit, by bisection, as measured; None if the first is not."""
+def longest(
+    steps: list[Step], limit: float, reference: Reference, also: Callable[[Distance], bool] | None = None
+) -> Step | None:
+    """The last step within the limit, by bisection, as measured; None if the first is not. also: what must hold too."""
     low, high, found = 0, len(steps), None  # steps before `low` are within, those from `high` on are not
     while low < high:
         middle = (low + high) // 2
         step = replace(steps[middle], measured=reference.measure(steps[middle].plan, "within the limit?"))
-        if _within(step.measured, reference.base, limit):
+        assert step.measured is not None
+        if _within(step.measured, reference.base, limit) and (also is None or also(step.measured)):
             low, found = middle + 1, step
         else:
             high = middle

@@ -54,6 +54,9 @@ class Treatment:
         """The code that travels with a model that is treated so, as shared_attention_NAME.py."""
         return Path(self.file).with_name("runtime.py")
 
+    refits = False
+    """Whether a fit of the output projections may repair what it costs."""
+
     # Rules.
 
     def parse(self, arguments: Any) -> Arguments:

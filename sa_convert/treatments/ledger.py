@@ -1,6 +1,6 @@
 """What a treatment would cost each unit of a model, and what a search makes of it."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -45,7 +45,7 @@ class Attended:
 
     Letters: T tokens, H query heads of the layer, G KV groups, D head size. blocks: gives, for every block of queries,
     the number of the first of them and their probabilities (H, queries, keys up to the last of them). value: (G, T, D).
-    output, gradient, scored, repetition, weight, slope: as in `Observed`.
+    output, gradient, scored, repetition, weight, slope: as in `Observed`. sample: which of the sequences it is.
     """
 
     layer: int
@@ -57,6 +57,7 @@ class Attended:
     scored: "torch.Tensor"
     repetition: bool
     weight: float
+    sample: int
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,9 @@ class Ledger:
 
     def add(self, observed: Observed) -> None:
         """A layer of a sequence."""
+
+    def tested_by(self, periods: Sequence[int]) -> None:
+        """Before the first long sequence: after how many tokens each of those repeats that repeat random tokens."""
 
     def attend(self, attended: Attended) -> None:
         """A layer of a long sequence, of a ledger that asks for these."""

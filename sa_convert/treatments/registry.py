@@ -8,16 +8,21 @@ from pathlib import Path
 from sa_convert.domain.geometry import Head, ModelGeometry
 from sa_convert.domain.plan import Plan
 from sa_convert.treatments.base import Treatment
+from sa_convert.treatments.drop.treatment import DropTreatment
 from sa_convert.treatments.share.treatment import ShareTreatment
 from sa_convert.treatments.window.treatment import WindowTreatment
 
 _TREATMENTS: tuple[Treatment, ...] = (
     WindowTreatment(),
     ShareTreatment(),
+    DropTreatment(),
 )  # fmt: skip
 
 SEARCHED = ("share",)
-"""What a search uses unless a recipe says otherwise."""
+"""What a search for a part of the keys uses unless a recipe says otherwise."""
+
+SEARCHED_FOR_CACHE = ("window", "low_rank", "share")
+"""What a search for a part of the whole cache uses, of those that there are."""
 
 _MORE: ContextVar[tuple[Treatment, ...]] = ContextVar("more treatments", default=())
 
@@ -46,6 +51,12 @@ def runtime_files() -> dict[str, Path]:
 def searched(names: Sequence[str] | None = None) -> tuple[Treatment, ...]:
     """Those of these names, that a search may use; None: those that it uses unless it is told otherwise."""
     return tuple(treatment for treatment in treatments() if treatment.name in (names or SEARCHED))
+
+
+def refittable(plan: Plan) -> bool:
+    """Whether a fit of the output projections may repair what the plan costs, and fits their shapes."""
+    used = used_in(plan)
+    return any(one.refits for one in used) and all(one.refits or one.keeps_shapes for one in used)
 
 
 def lenders(plan: Plan, geometry: ModelGeometry) -> list[tuple[int, Head]]:

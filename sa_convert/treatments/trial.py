@@ -19,6 +19,9 @@ class Trial:
     lenders: frozenset[int] = frozenset()
     """Layers whose probabilities are asked for by later layers."""
 
+    whole_layers: frozenset[int] = frozenset()
+    """Layers whose attention as a whole is changed: `output` is asked for these."""
+
     def key(self, layer: int, key: "torch.Tensor") -> "torch.Tensor":
         """Keys (B, G, S, D), rotated already."""
         return key
@@ -31,3 +34,8 @@ class Trial:
     def value(self, layer: int, value: "torch.Tensor") -> "torch.Tensor":
         """Values (B, G, S, D)."""
         return value
+
+    def output(self, layer: int, states: "torch.Tensor", output: "torch.Tensor") -> "torch.Tensor":
+        """What a layer's attention module puts out (B, T, hidden), after its output projection. states: (B, T, hidden),
+        what goes into it."""
+        return output

@@ -197,7 +197,7 @@ def test_recipes_lists_what_is_shipped(cli):
     assert result.returncode == 0
     lines = {line.split()[0]: line for line in result.stdout.splitlines()}
     assert list(lines) == sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
-    assert lines["balanced"].endswith("A quarter of the key cache, wherever it costs least.")
+    assert lines["shared-balanced"].endswith("A quarter of the key cache by sharing alone, wherever it costs least.")
 
 
 def test_recipes_prints_one_as_it_is_written(cli):

@@ -125,7 +125,9 @@ def test_a_plan_that_cannot_be_is_refused_with_its_place(models, plan, message):
 
 
 def test_plan_and_sharing_do_not_go_together():
-    with pytest.raises(RecipeError, match="a recipe needs exactly one of sharing, plan, but has sharing and plan"):
+    with pytest.raises(
+        RecipeError, match="a recipe needs exactly one of search, sharing, plan, but has sharing and plan"
+    ):
         parse_recipe(RECIPE + "sharing: {spans: [{layers: 3}]}", "r.yaml")
 
 

@@ -61,11 +61,12 @@ REFUSED = {
     "sharing:\n  spans:\n    - layer: 27-30": "line 3: unknown key 'layer' under sharing.spans[0]; "
     "did you mean 'layers'?",
     SPANS + "calibraton: {}": "line 2: unknown key 'calibraton'; did you mean 'calibration'?",
-    SPANS + "zzz: 1": "line 2: unknown key 'zzz'; the keys here are description, sharing, plan, treatments, refit, "
+    SPANS
+    + "zzz: 1": "line 2: unknown key 'zzz'; the keys here are description, search, sharing, plan, treatments, refit, "
     "calibration, gate",
     SPANS + "1: 3": "line 2: unknown key '1'; the keys here",
     SPANS + "\nsharing: 3": "line 3: key 'sharing' is written twice",
-    "refit: none": "line 1: the key 'sharing' is missing",
+    "refit: none": "line 1: the key 'search' is missing; or give a 'plan', or 'sharing'",
     "sharing:\n  spans:\n    - {source: 3}": "line 3: the key 'layers' is missing under sharing.spans[0]",
     "sharing: 3": "line 1: sharing should be a mapping of keys and values, not 3",
     "\nsharing: {}": "line 2: sharing needs exactly one of spans, map, search, but has none of them",
@@ -97,12 +98,23 @@ REFUSED = {
     "sharing:\n  map:\n    3: [[2, 1]]\n    '3': [[1, 1]]": "line 4: layer 3 is listed twice",
     "sharing: {search: {}}": "line 1: search needs exactly one of key_cache, max_perplexity_increase, but has none",
     "sharing: {search: {key_cache: 5%, max_perplexity_increase: 2%}}": "line 1: search needs exactly one of",
-    "sharing: {search: {key_cache: 0%}}": "line 1: sharing.search.key_cache: 0% leaves nothing to share",
+    "sharing: {search: {key_cache: 0%}}": "line 1: sharing.search.key_cache: 0% leaves nothing to do",
     "sharing: {search: {key_cache: 100%}}": "line 1: sharing.search.key_cache: 100% is impossible",
     "sharing: {search: {key_cache: 0.25}}": "line 1: sharing.search.key_cache: 0.25 is not a percentage; write it "
     "with a percent sign",
     "sharing: {search: {max_perplexity_increase: -2%}}": "line 1: sharing.search.max_perplexity_increase: '-2%' is "
     "not a percentage",
+    "search: {cache: 50%}": "line 1: the key 'at' is missing under search",
+    "search:\n  at: 4096": "line 1: search needs exactly one of cache, max_perplexity_increase, but has none of them",
+    "search:\n  cache: 5%\n  max_perplexity_increase: 2%\n  at: 9": "line 1: search needs exactly one of",
+    "search:\n  cache: 0%\n  at: 9": "line 2: search.cache: 0% leaves nothing to do",
+    "search:\n  cache: 100%\n  at: 9": "line 2: search.cache: 100% is impossible",
+    "search:\n  cache: 50\n  at: 9": "line 2: search.cache: 50 is not a percentage",
+    "search:\n  cache: 5%\n  at: 0": "line 3: search.at should be 1 or more, not 0",
+    "search:\n  cache: 5%\n  at: many": "line 3: search.at should be a whole number, not 'many'",
+    "search:\n  key_cache: 5%\n  at: 9": "line 2: unknown key 'key_cache' under search; did you mean 'cache'?",
+    SPANS + "\nsearch: {cache: 5%, at: 9}": "line 1: a recipe needs exactly one of search, sharing, plan, but has "
+    "search and sharing",
     SPANS + "refit: lasso": "line 2: refit should be 'none' or 'ridge', not 'lasso'",
     SPANS + "gate: 5%": "line 2: gate should be a mapping of keys and values, not '5%'",
     SPANS + "gate:\n  max_perplexity_increase: 101%": "line 3: gate.max_perplexity_increase: 101% is more than 100%",
@@ -112,7 +124,7 @@ REFUSED = {
     SPANS + "calibration: {text: a.pdf}": "line 2: calibration.text: 'a.pdf' is not builtin",
     SPANS + "calibration: {text: 'hub:'}": "line 2: calibration.text: 'hub:' is not builtin",
     SPANS + "description: [a]": "line 2: description should be text, not ['a']",
-    "- 1": "line 1: a recipe is a mapping of keys (description, sharing,",
+    "- 1": "line 1: a recipe is a mapping of keys (description, search, sharing,",
     "": " is empty",
     "# nothing\n": " is empty",
     "a:\n  b: [1": "line 2: expected ',' or ']'",
@@ -159,7 +171,7 @@ def test_unreadable_files(tmp_path):
     cases = {
         latin: f"{latin}, line 2: the file is not UTF-8 text",
         folder: f"'{folder}' is a folder, not a recipe; give the .yaml file itself.",
-        empty: f"{empty} is empty; a recipe needs at least the key 'sharing' or 'plan'.",
+        empty: f"{empty} is empty; a recipe needs at least one of the keys 'search', 'plan' and 'sharing'.",
         absent: f"There is no recipe file '{absent}'. `sa-convert recipes` lists the shipped ones.",
         "a\0.yaml": "Cannot read the recipe 'a\0.yaml': embedded null byte.",
         "/dev/zero": "'/dev/zero' is larger than 16 MiB, which no recipe is.",
@@ -184,15 +196,19 @@ def test_names_and_files_are_told_apart(tmp_path, monkeypatch):
 
 def test_shipped_recipes_are_those_of_the_contract():
     spans = {"llama-2-7b-23-26", "llama-2-7b-27-30", "llama-3-8b-23-26", "llama-3-8b-27-30", "late-span"}
-    search = {"light": 0.10, "balanced": 0.25, "aggressive": 0.40, "within-2pct": None}
-    assert set(shipped_recipes()) == spans | set(search)
+    search = {"shared-light": 0.10, "shared-balanced": 0.25, "shared-aggressive": 0.40}
+    cache = {"light": 0.25, "balanced": 0.50, "aggressive": 0.75, "within-2pct": None}
+    assert set(shipped_recipes()) == spans | set(search) | set(cache)
     for name in shipped_recipes():
         recipe = load_recipe(name)
         assert recipe.description
-        assert "search" in recipe.needs if name in search else not recipe.needs
+        assert "search" in recipe.needs if name in {**search, **cache} else not recipe.needs
     for name, part in search.items():
         assert load_recipe(name).sharing.search.key_cache == part
-    assert load_recipe("within-2pct").sharing.search.max_perplexity_increase == 0.02
+    for name, part in cache.items():
+        assert load_recipe(name).search.cache == part
+        assert load_recipe(name).search.at == 4096
+    assert load_recipe("within-2pct").search.max_perplexity_increase == 0.02
 
 
 def test_dumped_recipes_load_as_the_same():

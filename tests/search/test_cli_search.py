@@ -144,9 +144,9 @@ def test_a_dry_run_with_a_search_shows_the_plan_and_writes_nothing(cli, base, wr
     ("search", "pattern"),
     [
         ({"key_cache": "90%"}, r"search\.json, line 1: 90% of the key cache .* 83\.3% at the most"),
-        ({"key_cache": "0%"}, "0% leaves nothing to share"),
+        ({"key_cache": "0%"}, "0% leaves nothing to do"),
         ({"key_cache": "100%"}, "100% is impossible"),
-        ({"max_perplexity_increase": "0%"}, "0% leaves nothing to share"),
+        ({"max_perplexity_increase": "0%"}, "0% leaves nothing to do"),
         ({"key_cache": "10%", "max_perplexity_increase": "2%"}, "exactly one of"),
     ],
 )

@@ -14,7 +14,7 @@ from sa_convert.errors import RecipeError
 from sa_convert.search.budget import check_budget, most_removable
 from sa_convert.search.choose import Step, rounds
 from sa_convert.search.rounds import State
-from sa_convert.search.within import _longest
+from sa_convert.search.within import longest
 from sa_convert.treatments.ledger import Ledger, Offer
 from sa_convert.treatments.registry import searched
 from sa_convert.treatments.share.cost import ShareCosts, shortlists
@@ -185,7 +185,7 @@ def test_rounds_end_at_the_budget(part):
 
 
 @pytest.mark.parametrize("allowed", [0, 1, 5, 9])
-def test_the_longest_part_within_a_limit_is_found_by_few_measurements(allowed):
+def test_thelongest_part_within_a_limit_is_found_by_few_measurements(allowed):
     steps = [Step(Plan({1: {0: {"share": [[0, at]]}}}), at / 10, 0.0) for at in range(1, 10)]
     base = Distance(1.0, 0.0, None, (1.0, 1.0))
 
@@ -199,7 +199,7 @@ def test_the_longest_part_within_a_limit_is_found_by_few_measurements(allowed):
             return Distance(1.0 + rise, rise, None, (1.0 + rise, 1.0 + rise))
 
     reference = Stub()
-    found = _longest(steps, 0.02, reference)
+    found = longest(steps, 0.02, reference)
     assert (found is None) == (allowed == 0)
     if found:
         assert found.plan == steps[allowed - 1].plan

@@ -48,3 +48,21 @@ def found_map(folder: Path) -> dict[str, list]:
         label: [source for group in groups for source in planned.get(str(group), own)["share"]]
         for label, planned in layers.items()
     }
+
+
+def save_reader(folder: Path, layer: int, group: int, seed: int = 0) -> Path:
+    """A model in which one KV group alone reads what is far back: its heads attend to all tokens alike, and what they
+    put out counts for much. What all others do counts for little."""
+    save_tiny("llama", folder, seed=seed, max_shard_size="10GB", **SIZES)
+    save_tokenizer(folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name in tensors:
+        if name.endswith("o_proj.weight"):
+            tensors[name] = tensors[name] * 0.02
+    size = GROUP * 16
+    heads = slice(group * size, (group + 1) * size)
+    tensors[f"model.layers.{layer}.self_attn.q_proj.weight"][heads] = 0
+    tensors[f"model.layers.{layer}.self_attn.o_proj.weight"][:, heads] *= 300
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder

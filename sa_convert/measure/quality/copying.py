@@ -20,6 +20,8 @@ PERIOD = 128
 LENGTH = 512
 PROBES = 8
 DISTANCES = (32, 64, 128, 256)
+SHORTEST = 64
+"""The shortest distance that is probed in long context."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,16 @@ class Probes:
         most = (self.length - len(self.start)) // 2
         return tuple(sorted({*(distance for distance in DISTANCES if distance <= most), self.period}))
 
+    @property
+    def long_distances(self) -> tuple[int, ...]:
+        """Powers of two from SHORTEST to half of the length. The last token may be cut off by the end of the probe."""
+        found = []
+        distance = SHORTEST
+        while 2 * distance <= self.length:
+            found.append(distance)
+            distance *= 2
+        return tuple(found)
+
     def tokens(self, period: int) -> torch.Tensor:
         """Probes (PROBES, length) of this period."""
         return copying_probes(self.vocabulary, period=period, length=self.length, seed=self.seed, start=self.start)
@@ -55,10 +67,17 @@ class Probes:
         """Of all distances; only that of `period` goes beyond the second occurrence."""
         losses = []
         for distance in self.distances:
-            stop = self.length if distance == self.period else len(self.start) + 2 * distance
-            probes = self.tokens(distance)[:, :stop]
-            losses.append(copying_loss(model, probes, distance, f"copying over {distance} tokens"))
+            probes = self.tokens(distance)
+            if distance == self.period:
+                losses.append(copying_loss(model, probes, distance, f"copying over {distance} tokens"))
+            else:
+                losses.append(self.loss_at(model, distance))
         return tuple(losses)
+
+    def loss_at(self, model: Any, distance: int) -> CopyingLoss:
+        """Of the second occurrence of so many random tokens. Whatever the length is, the tokens are the same."""
+        probes = self.tokens(distance)[:, : len(self.start) + 2 * distance]
+        return copying_loss(model, probes, distance, f"copying over {distance} tokens")
 
 
 def copying_probes(
@@ -100,17 +119,18 @@ def copying_loss(model: Any, probes: torch.Tensor, period: int, description: str
     if not len(repeats):
         raise ValueError(f"no token of the probes occurs again after {period} tokens")
     begin = int(repeats[0]) + period  # the second occurrence
-    sums = torch.zeros(length - begin, dtype=torch.float64)
+    losses = torch.zeros(len(probes), length - begin, dtype=torch.float64)
     with torch.inference_mode(), progress(len(probes), description, unit="probe") as bar:
-        for probe in probes:
+        for number, probe in enumerate(probes):
             logits = model(input_ids=probe[None].to(input_device(model)), use_cache=False).logits[0]
             targets = probe[begin:].to(logits.device)
-            sums += functional.cross_entropy(logits[begin - 1 : -1].float(), targets, reduction="none").cpu().double()
+            losses[number] = functional.cross_entropy(logits[begin - 1 : -1].float(), targets, reduction="none")
             bar.update()
-    means = sums / len(probes)
+    means = losses.mean(dim=0)
     return CopyingLoss(
         distance=period,
-        tokens=len(probes) * len(sums),
+        tokens=losses.numel(),
         loss=means.mean().item(),
         by_occurrence=tuple(occurrence.mean().item() for occurrence in means.split(period)),
+        probes=tuple(losses[:, :period].mean(dim=1).tolist()),
     )

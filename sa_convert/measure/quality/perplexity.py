@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from sa_convert.console.progress import progress
+from sa_convert.domain.losses import perplexity_of
 from sa_convert.models.task import NEXT_TOKEN, Task
 
 
@@ -21,7 +22,7 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss) if self.loss < 700 else self.loss * math.inf
+        return perplexity_of(self.loss)
 
     @property
     def finite(self) -> bool:

@@ -3,7 +3,10 @@
 from collections.abc import Iterator
 
 from sa_convert.domain.evaluation import Evaluation, ModelQuality
+from sa_convert.domain.long_context import LongContext
+from sa_convert.domain.losses import LossChange, Losses
 from sa_convert.domain.report import TASK_NAMES, DecodeCheck
+from sa_convert.present.terminal.aligned import with_error
 
 
 def render_evaluation(evaluation: Evaluation) -> str:
@@ -31,9 +34,41 @@ def _rows(evaluation: Evaluation) -> Iterator[tuple[str, list[str]]]:
     if not model.copying:
         return
     yield "Copying loss, nats", _losses([quality.headline.loss for quality in _both(evaluation)])
+    changes = dict(evaluation.copying_change)
     for number, copying in enumerate(model.copying):
-        losses = [quality.copying[number].second for quality in _both(evaluation)]
-        yield f"  at distance {copying.distance}", _losses(losses)
+        both = [quality.copying[number].by_probe for quality in _both(evaluation)]
+        yield f"  at distance {copying.distance}", _means(both, changes.get(copying.distance))
+    if model.long is not None:
+        yield from _long(evaluation, [quality.long for quality in _both(evaluation) if quality.long is not None])
+
+
+def _long(evaluation: Evaluation, both: list[LongContext]) -> Iterator[tuple[str, list[str]]]:
+    """both: of one model or of two."""
+    change = evaluation.long_change
+    yield (
+        f"Perplexity of {both[0].length:,} tokens",
+        _perplexities([long.texts for long in both], change.texts if change else None),
+    )
+    changes = [found for *_, found in change.positions] if change else []
+    for number, at in enumerate(both[0].positions):
+        losses = [long.positions[number].losses for long in both]
+        yield f"  at {at.start}-{at.stop - 1}", _perplexities(losses, changes[number] if changes else None)
+    needles = dict(change.needle) if change else {}
+    for number, needle in enumerate(both[0].needle):
+        losses = [long.needle[number].losses for long in both]
+        yield f"Needle at depth {needle.label}, nats", _means(losses, needles.get(needle.label))
+
+
+def _means(both: list[Losses], change: LossChange | None) -> list[str]:
+    """Of both models, and the rise."""
+    return [with_error(f"{losses.mean:.3f}", losses.error, ".3f") for losses in both] + (
+        [with_error(f"{change.rise.value:+.3f}", change.rise.error, ".3f")] if change else []
+    )
+
+
+def _perplexities(both: list[Losses], change: LossChange | None) -> list[str]:
+    cells = [f"{losses.perplexity:.3f}" for losses in both]
+    return cells + ([with_error(f"{change.increase:+.2%}", change.increase_error, ".2%")] if change else [])
 
 
 def _losses(losses: list[float]) -> list[str]:
@@ -68,6 +103,12 @@ def _notes(evaluation: Evaluation) -> Iterator[str]:
         f"on, {evaluation.probes} probes (seed {evaluation.seed}); at a distance: so many random tokens, loss on their "
         "second occurrence"
     )
+    if (long := model.long) is not None:
+        yield (
+            f"Long text: {len(long.texts.samples)} texts of {long.length} tokens; needles: code words planted at such "
+            "depths of them, loss where they are asked for at the end"
+        )
+    yield "±: one standard error, in the last column of the paired difference"
 
 
 def _checks(evaluation: Evaluation) -> list[DecodeCheck]:

@@ -87,7 +87,7 @@ def _kind_json(kind: Kind, geometry: ModelGeometry | None) -> dict[str, Any]:
 
 
 def _shared_already(geometry: ModelGeometry | None, shared: SharingMap | None) -> Iterator[tuple[str, str]]:
-    if shared and geometry:
+    if shared and shared.layers and geometry:
         reused, layers = shared.reused_groups(geometry), layer_names(geometry.stacks, shared.layers)
         yield "Shares already", f"{reused} of {geometry.total_groups} KV groups, in layers {layers}"
 

@@ -33,6 +33,7 @@ class ShareTreatment(Treatment):
 
     name = "share"
     file = __file__
+    refits = True
     lends = True  # heads that own their attention, which `check_map` sees to
 
     def parse(self, arguments: Any) -> Arguments:

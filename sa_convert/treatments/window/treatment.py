@@ -13,10 +13,14 @@ from sa_convert.domain.answers import Answers
 from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
 from sa_convert.domain.plan import Arguments, Plan, frozen
 from sa_convert.domain.recipe_map import RecipeValueError
+from sa_convert.domain.units import Unit, Units
 from sa_convert.errors import PlanError
 from sa_convert.treatments.base import Treatment
+from sa_convert.treatments.window.rules import refusal
 
 if TYPE_CHECKING:
+    from sa_convert.domain.calibrated import Measure
+    from sa_convert.treatments.ledger import Ledger
     from sa_convert.treatments.trial import Trial
 
 KEYS = ("sinks", "tokens")
@@ -52,18 +56,15 @@ class WindowTreatment(Treatment):
         reach = arguments["sinks"] + arguments["tokens"]
         return replace(before, reach=reach if before.reach is None else min(before.reach, reach))
 
+    def candidates(self, units: Units) -> list[Unit]:
+        return [unit for unit in units.all if refusal(units.geometry.layers[unit.layer]) is None]
+
+    def ledger(self, units: Units, plan: Plan, measure: "Measure", known: "Ledger | None" = None) -> "Ledger":
+        from sa_convert.treatments.window.cost import WindowCosts
+
+        return WindowCosts(units, measure, plan)
+
     def trial(self, plan: Plan) -> "Trial":
         from sa_convert.treatments.window.trying import WindowTrial
 
         return WindowTrial(plan)
-
-
-def refusal(layer: LayerGeometry) -> str | None:
-    """Why a layer's KV groups cannot have a window, or None if they can."""
-    if not layer.heads:
-        return "it has no softmax attention"
-    if not layer.cached:
-        return "it caches nothing"
-    if layer.stack.endswith("cross"):
-        return "it attends to what an encoder has read, which has no most recent token"
-    return None

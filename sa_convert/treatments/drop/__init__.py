@@ -1,0 +1,4 @@
+"""Layers whose attention puts out nothing.
+Rooms above `treatments` may import it: `plan` and those above that.
+Its files are imported by name: nothing is imported here.
+"""
