@@ -82,8 +82,8 @@ def heal(task: HealingTask) -> Healed:
         raise DataError(f"{converted.identity}: only models that predict the next token can be healed.")
     names = trained_tensors(task.converted, base, task.plan, settings)
     begun = {
-        "converted model": fingerprint(converted),
-        "base": fingerprint(base),
+        "weights": fingerprint(converted),
+        "weights of the base": fingerprint(base),
         "settings": settings.model_dump(),
         "accumulation": task.accumulate,
     }

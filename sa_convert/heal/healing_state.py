@@ -63,7 +63,7 @@ class HealingState:
             other = [key for key in begun if content["begun"].get(key) != begun[key]]
             if other:
                 raise OutputError(
-                    f"{folder}: the interrupted healing was begun with another {' and '.join(other)}: give the same, "
+                    f"{folder}: the interrupted healing was begun with other {' and '.join(other)}: give the same, "
                     "or remove that folder to begin anew."
                 )
             curve = [(item["step"], Judgement.from_json(item)) for item in content["curve"]]

@@ -108,6 +108,9 @@ class HealingTrainer(Trainer):
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """That a checkpoint lacks what does not train is no news."""
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Only what trains; the rest is in the student's folder."""
         if not self.args.should_save:
@@ -157,7 +160,7 @@ class Judging(TrainerCallback):
     def _judge(self, args: Any, step: int) -> None:
         assert self.trainer is not None
         losses, self.trainer.losses = self.trainer.losses, []
-        training = float(torch.stack(losses).mean()) if losses else None
+        training = float(_over_processes(torch.stack(losses).mean())) if losses else None
         model = self.trainer.model
         found = self.judge.judge(model, step * self.step_tokens, training)
         kept, base = self.state, self.state.base
@@ -183,6 +186,14 @@ class Judging(TrainerCallback):
         shown = f"{loss}held out {judged.mean_divergence:.4f}, copying {judged.mean_copying:.3f}{left}"
         self._bar.set_postfix_str(f"{step * self.step_tokens:,} tokens, {shown}", refresh=False)
         self._bar.update(round(1000 * used) - self._bar.n)
+
+
+def _over_processes(mean: torch.Tensor) -> torch.Tensor:
+    """The mean over all processes."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(mean)
+        mean = mean / torch.distributed.get_world_size()
+    return mean
 
 
 def _clock_time(seconds: float) -> str:
