@@ -1,4 +1,4 @@
-"""`sa-convert analyze`: what sharing would cost a model, and where."""
+"""`sa-convert analyze`: what treatments would cost a model, and where."""
 
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,47 @@ from sa_convert.commands.options import (
 )
 
 
+def treatments_in(names: str | None) -> tuple[str, ...] | None:
+    """From the command line. Raises click.BadParameter for a name that there is not."""
+    if names is None:
+        return None
+    from sa_convert.treatments.registry import treatments
+
+    known = [treatment.name for treatment in treatments()]
+    found = tuple(name.strip() for name in names.split(","))
+    if unknown := [name for name in found if name not in known]:
+        raise click.BadParameter(f"there is no treatment '{unknown[0]}': choose among {', '.join(known)}.")
+    return found
+
+
 @click.command("analyze")
 @model_argument
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder to make.")
 @click.option(
-    "--key-cache",
+    "--cache",
     type=PERCENT,
-    default="25%",
+    default="50%",
     show_default=True,
     metavar="PERCENT",
-    help="Part of the key cache that the recipe is to remove.",
+    help="Part of the whole cache that recipe.yaml is to save.",
+)
+@click.option(
+    "--at",
+    type=click.IntRange(min=1),
+    metavar="TOKENS",
+    help="Length at which the cache counts. Default: 4096, or the model's positions if they are fewer.",
+)
+@click.option(
+    "--treatments",
+    callback=lambda context, option, names: treatments_in(names),
+    metavar="NAME,...",
+    help="What the search may use, such as window,share. Default: window, low_rank and share.",
+)
+@click.option(
+    "--key-cache",
+    type=PERCENT,
+    metavar="PERCENT",
+    help="Share attention alone: the part of the key cache that recipe.yaml is to remove.",
 )
 @click.option(
     "--calibration",
@@ -44,27 +75,32 @@ from sa_convert.commands.options import (
 @trust_option
 @json_option
 def command(model: str, output: Path, as_json: bool, **options: Any) -> None:
-    """Find out what sharing attention would cost MODEL, by KV group.
+    """Find out what every treatment would cost MODEL, by KV group, and how much of its cache can be saved for what.
 
     The model itself is not changed. DIR appears complete or not at all. It holds:
 
     \b
-      recipe.yaml    a map for `convert`, which removes the part --key-cache
+      recipe.yaml    a plan for `convert`, which saves the part --cache
+      frontier.csv   loss and copying for each part of the cache that is saved
+      cache-50.yaml  and others: a plan for each point of the frontier
       analysis.json  all numbers behind the figures
-      figures/       similarity of layers, isotropy and variance, cost of each KV
-                     group, loss against key cache removed, sources
+      figures/       frontier, costs of each KV group, similarity of layers,
+                     isotropy and variance, sources
+
+    With --key-cache, sharing alone is looked at, and its loss against key cache removed.
 
     \b
     Examples:
       sa-convert analyze ./Llama-3-8B -o analysis
-      sa-convert convert ./Llama-3-8B --recipe analysis/recipe.yaml -o ./Llama-3-8B-shared
-      sa-convert analyze ./model -o analysis --key-cache 10% --calibration my.txt --sequences 16
+      sa-convert convert ./Llama-3-8B --recipe analysis/cache-75.yaml -o ./Llama-3-8B-smaller
+      sa-convert analyze ./model -o analysis --at 8192 --treatments window --calibration my.txt
     """
     from sa_convert.jobs.analyzing import AnalyzeOptions, analyze
     from sa_convert.present.terminal.analysis_text import render_analysis
 
-    if not 0 < options["key_cache"] < 1:
-        raise click.BadParameter("must be more than 0% and less than 100%.", param_hint="'--key-cache'")
+    for name, option in (("key_cache", "--key-cache"), ("cache", "--cache")):
+        if options[name] is not None and not 0 < options[name] < 1:
+            raise click.BadParameter("must be more than 0% and less than 100%.", param_hint=f"'{option}'")
     analysis = analyze(model, output, AnalyzeOptions(**options))
     if as_json:
         echo_json(analysis.to_json())

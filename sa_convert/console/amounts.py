@@ -28,6 +28,11 @@ def format_percent(fraction: float) -> str:
     return f"{digits.rstrip('0').rstrip('.') if '.' in digits else digits}%"
 
 
+def with_error(text: str, error: float | None, form: str) -> str:
+    """A number and its standard error, if it has one: "0.31 ± 0.02"."""
+    return text if error is None else f"{text} ± {error:{form}}"
+
+
 def human_bytes(size: int) -> str:
     """Bytes in decimal units, as the Hub shows them: 269060552 is "269.1 MB"."""
     return _scaled(size, ("B", "kB", "MB", "GB", "TB", "PB"))

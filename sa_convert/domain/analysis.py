@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sa_convert.domain.frontier import Frontier
 from sa_convert.domain.geometry import Head
-from sa_convert.domain.plan import Plan
+from sa_convert.domain.plan import Plan, plain
 from sa_convert.domain.report import BaseModel
 from sa_convert.domain.rounding import digits
 from sa_convert.domain.stacks import Stacks, in_stack
@@ -45,12 +46,14 @@ class AttentionStatistics:
 class UnitCost:
     """What it costs that a unit alone is treated: in nats per token, or relative output error.
 
-    sources: the heads that it then uses, one for each of its own. Both are None if it cannot be treated.
+    sources: the heads that it then uses, one for each of its own. Both are None if it cannot be treated. offers: all
+    that may be done to it: the treatment, the arguments of its first KV group, and the cost.
     """
 
     unit: Unit
     cost: float | None
     sources: tuple[Head, ...] | None
+    offers: tuple[tuple[str, Any, float], ...] = ()
 
     def to_json(self, stacks: Stacks = ()) -> dict[str, Any]:
         """stacks: those of the model; layers are then numbered in each."""
@@ -63,6 +66,7 @@ class UnitCost:
             "heads": list(self.unit.heads),
             "cost": digits(self.cost),
             "sources": sources,
+            **({"offers": [_offer_json(*offer) for offer in self.offers]} if self.offers else {}),
         }
 
 
@@ -112,7 +116,7 @@ class Analysis:
     heads: query heads of each layer. plan: that of recipe.yaml, which removes `key_cache_removed` (0 to 1); layers: as
     recipe.yaml has them. used_sources: (layer, source layer), and how many heads of the plan have their source there.
     peak_memory: bytes that the process had in use at most. caches: whether the model caches keys; if it does not,
-    the key cache means the keys that are computed.
+    the key cache means the keys that are computed. frontier: of searches for bytes of the whole cache, or None.
     """
 
     base_model: BaseModel
@@ -131,11 +135,17 @@ class Analysis:
     peak_memory: int
     versions: Mapping[str, str] = field(default_factory=dict)
     caches: bool = True
+    frontier: Frontier | None = None
 
     @property
     def stacks(self) -> Stacks:
         """Those of the model, which name its layers."""
         return self.plan.stacks
+
+    @property
+    def treatments(self) -> tuple[str, ...]:
+        """Those that any unit has an offer of."""
+        return tuple(dict.fromkeys(name for cost in self.costs for name, _, _ in cost.offers))
 
     @property
     def keys_name(self) -> str:
@@ -176,6 +186,7 @@ class Analysis:
             "costs": [_rounded(row) for row in self.cost_matrix],
             "units": [cost.to_json(self.stacks) for cost in self.costs],
             "curve": [point.to_json() for point in self.curve],
+            "frontier": self.frontier and self.frontier.to_json(),
             "recipe": {
                 "key_cache_removed": round(self.key_cache_removed, 6),
                 "layers": self.layers,
@@ -183,6 +194,10 @@ class Analysis:
             "peak_memory_bytes": self.peak_memory,
             "versions": dict(sorted(self.versions.items())),
         }
+
+
+def _offer_json(treatment: str, arguments: Any, cost: float) -> dict[str, Any]:
+    return {"treatment": treatment, "arguments": plain(arguments), "cost": digits(cost)}
 
 
 def _rounded(row: tuple[float | None, ...]) -> list[float | None]:

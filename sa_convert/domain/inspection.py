@@ -16,7 +16,8 @@ class Inspection:
     heads and groups are then what config.json says. layers: of all stacks together. query_heads, kv_groups, head_dim:
     of the first layer with softmax attention. dtypes: elements by dtype. checkpoint_bytes: of the tensors.
     cache_bytes_per_token: one sequence, in the dtype of the weights; with cross-attention, of a token that is read and
-    one that is written; 0 for a model that caches nothing. treatments: what each treatment says.
+    one that is written; 0 for a model that caches nothing. cache_bytes: of one sequence, by its tokens; of a converted
+    model what it caches now. treatments: what each treatment says.
     """
 
     model: str
@@ -36,16 +37,18 @@ class Inspection:
     dtypes: Mapping[str, int]
     checkpoint_bytes: int
     cache_bytes_per_token: int | None
+    cache_bytes: Mapping[int, int] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `--json`."""
         content = {key: value for key, value in vars(self).items() if key not in ("geometry", "treatments")}
-        geometry = self.geometry
+        geometry, caches = self.geometry, self.cache_bytes
         attention = geometry and [
             {"layer": geometry.label(at), **asdict(layer)} for at, layer in enumerate(geometry.layers)
         ]
         return content | {
             "dtypes": dict(self.dtypes),
+            "cache_bytes": {str(tokens): size for tokens, size in caches.items()} if caches else None,
             "granularity": geometry.granularity if geometry else None,
             "stacks": dict(geometry.stacks) if geometry else {},
             "attention": attention,

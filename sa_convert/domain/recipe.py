@@ -152,9 +152,16 @@ class Calibration(_Frozen):
 
 
 class Gate(_Frozen):
-    """The limit on the rise of the perplexity, as a fraction (0.05 is 5%)."""
+    """How much worse the result may be.
+
+    max_perplexity_increase: a fraction (0.05 is 5%), of short and of long text. max_copying_increase: in nats a token,
+    at every distance that is measured; None: no limit. at: tokens of the sequence that the result is for; None: those
+    that the search names.
+    """
 
     max_perplexity_increase: Percent = 0.05
+    max_copying_increase: Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)] | None = None
+    at: Annotated[StrictInt, Field(ge=1)] | None = None
 
 
 def _none(value: object) -> object:
@@ -214,9 +221,14 @@ class Recipe(_Frozen):
         return self.model_copy(update={"heal": settings})
 
     def with_gate(self, max_perplexity_increase: float) -> "Recipe":
-        """The same recipe with another limit, a fraction (0.05 is 5%)."""
-        gate = Gate.model_construct(max_perplexity_increase=max_perplexity_increase)
+        """The same recipe with another limit of the perplexity, a fraction (0.05 is 5%)."""
+        gate = self.gate.model_copy(update={"max_perplexity_increase": max_perplexity_increase})
         return self.model_copy(update={"gate": gate})
+
+    @property
+    def at(self) -> int | None:
+        """Tokens of the sequence that the result is for, or None if it does not say."""
+        return self.gate.at or (self.search.at if self.search else None)
 
     def with_text(self, text: str) -> "Recipe":
         """The same recipe with other text to calibrate on."""
@@ -225,7 +237,9 @@ class Recipe(_Frozen):
 
     def resolved(self, substance: Mapping[str, Any]) -> "Recipe":
         """The same recipe with what came of it. substance: the one of its keys `sharing` and `plan` that says it."""
-        return self.model_copy(update={"search": None, "sharing": None, "plan": None, "treatments": None, **substance})
+        gate = self.gate.model_copy(update={"at": self.at})  # which goes with the search
+        gone = {"search": None, "sharing": None, "plan": None, "treatments": None}
+        return self.model_copy(update={**gone, "gate": gate, **substance})
 
 
 def _exactly_one(model: BaseModel, name: str, keys: tuple[str, ...]) -> None:

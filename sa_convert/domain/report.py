@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from sa_convert.domain.agreement import Agreement
 from sa_convert.domain.calibrated import RefitReport
-from sa_convert.domain.change import Change, Savings
+from sa_convert.domain.change import CacheBytes, Change, Savings
 from sa_convert.domain.healed import HealReport
+from sa_convert.domain.long_context import LongChange
+from sa_convert.domain.losses import LossChange
 from sa_convert.domain.stacks import Stacks
 from sa_convert.domain.treated import Treated
 
@@ -104,13 +106,15 @@ class DecodeCheck:
 class CopyingReport:
     """Loss of both models on tokens that occur again after `period` random ones, in nats per token.
 
-    tokens: how many. See `sa_convert.measure.quality.copying`.
+    tokens: how many. distances: how far back they stand, and losses of tokens that occur for the second time. See
+    `sa_convert.measure.quality.copying`.
     """
 
     period: int
     tokens: int
     before: float
     after: float
+    distances: tuple[tuple[int, LossChange], ...] = ()
 
     @property
     def increase(self) -> float:
@@ -120,17 +124,23 @@ class CopyingReport:
 
 @dataclass(frozen=True)
 class GateResult:
-    """The perplexity limit, and whether the converted model stays within it."""
+    """The limits, and whether the converted model stays within them. max_copying_increase: in nats, or None."""
 
     max_perplexity_increase: float
     passed: bool
+    max_copying_increase: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        copying = {} if self.max_copying_increase is None else {"max_copying_increase": self.max_copying_increase}
+        return {"max_perplexity_increase": self.max_perplexity_increase, **copying, "passed": self.passed}
 
 
 @dataclass(frozen=True)
 class Validation:
     """What was measured by running both models. decode_check: None if they cache nothing. gate: None if no limit
     was set. copying: None if they do not predict the next token. agreement: with the base model's predictions, None
-    if there was no room to keep them."""
+    if there was no room to keep them. cache: of a sequence whose length depends on what the model is for. long: None if
+    nothing was measured of long context."""
 
     perplexity: PerplexityReport
     decode_check: DecodeCheck | None
@@ -138,12 +148,15 @@ class Validation:
     cache_bytes_per_token: Change
     copying: CopyingReport | None
     agreement: Agreement | None = None
+    cache: CacheBytes | None = None
+    long: LongChange | None = None
 
 
 @dataclass(frozen=True)
 class Report:
-    """All of report.json. The parts that validation measures are None with --no-validate. auto_class: the class of
-    transformers that loads the model. stacks: those of the model, which name its layers."""
+    """All of report.json. The parts that validation measures are None with --no-validate. cache: of a sequence of the
+    length that the model is for; None if it caches nothing. auto_class: the class of transformers that loads the model.
+    stacks: those of the model, which name its layers."""
 
     base_model: BaseModel
     family: str
@@ -154,6 +167,8 @@ class Report:
     gate: GateResult | None = None
     copying: CopyingReport | None = None
     agreement: Agreement | None = None
+    cache: CacheBytes | None = None
+    long: LongChange | None = None
     refit: RefitReport | None = None
     heal: HealReport | None = None
     recipe: str | None = None
@@ -186,11 +201,14 @@ class Report:
             "recipe": self.recipe,
             **self.sections,
             "treatments": {treated.name: dict(treated.counts) for treated in self.used},
-            "savings": {**asdict(self.savings), "key_cache_removed": round(self.savings.key_cache_removed, 6)},
+            "savings": self.savings.to_json(),
+            "cache_bytes": self.cache and self.cache.to_json(),
             "perplexity": self.perplexity and _perplexity_json(self.perplexity),
             "decode_check": self.decode_check and _decode_json(self.decode_check),
-            "gate": self.gate and asdict(self.gate),
+            "gate": self.gate and self.gate.to_json(),
             "copying": self.copying and _copying_json(self.copying),
+            "long_text": self.long and self.long.text_json(),
+            "needle": self.long and self.long.needle_json(),
             "agreement": self.agreement and self.agreement.to_json(),
             "refit": self.refit and self.refit.to_json(self.stacks),
             **({"heal": self.heal.to_json()} if self.heal else {}),
@@ -226,6 +244,7 @@ def _stored_json(stored: StoredPerplexity) -> dict[str, Any]:
 def _copying_json(copying: CopyingReport) -> dict[str, Any]:
     loss = {"before": copying.before, "after": copying.after}
     return {
+        **{str(distance): change.to_json() for distance, change in copying.distances},
         "loss": {key: round(value, 4) if math.isfinite(value) else None for key, value in loss.items()},
         "period": copying.period,
         "tokens": copying.tokens,

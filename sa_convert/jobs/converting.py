@@ -15,17 +15,20 @@ from sa_convert.domain.report import BaseModel, Report, Validation
 from sa_convert.models.auto_class import auto_class_name, prediction_task
 from sa_convert.models.trust import trusting
 from sa_convert.output.staging import Stage, staging
+from sa_convert.plan.cache_used import cache_used
 from sa_convert.plan.conversion import ConversionPlan, plan_conversion, resolved_recipe
 from sa_convert.plan.converted import converted_parts
+from sa_convert.plan.savings import depends_on_length, longest_window
 from sa_convert.present.files.report_file import installed_versions, write_report
 from sa_convert.read.folder import open_folder
 from sa_convert.read.remote_code import left_out
 from sa_convert.read.work_on import bytes_to_read, describe, source_of, with_weights
+from sa_convert.rewrite.fitted_edits import fitted_edits
 from sa_convert.rewrite.overwrite import overwrite_tensors
 from sa_convert.rewrite.refitted import check_refittable, refit_edits
 from sa_convert.rewrite.rewrite import needed_bytes, rewrite_checkpoint
 from sa_convert.rewrite.shards import Written
-from sa_convert.treatments.registry import runtime_files
+from sa_convert.treatments.registry import runtime_files, used_in
 
 if TYPE_CHECKING:
     from sa_convert.domain.healed import HealReport
@@ -95,13 +98,16 @@ def convert(
 
         # 5. What the recipe leaves to be found on text: its plan, its refitted matrices.
         calibrated = None
-        if recipe.needs:
+        if recipe.needs or (conversion and any(treatment.fits for treatment in used_in(conversion.plan))):
             calibrated = _calibrate(model, recipe, conversion.plan if conversion else None, options)
         conversion = plan_conversion(model, recipe, calibrated.plan if calibrated else None)
         if calibrated and calibrated.refit:
             file = stage.workspace / "refitted.safetensors"
             refitted = refit_edits(model, calibrated.refit.changes, file)
             conversion = replace(conversion, edits={**conversion.edits, **refitted})
+        if calibrated:
+            fitted = fitted_edits(calibrated.fitted, stage.workspace / "fitted.safetensors")
+            conversion = replace(conversion, edits={**conversion.edits, **fitted})
 
         # 6. The weights, the configuration, and the code that travels.
         announce("rewriting weights")
@@ -174,13 +180,26 @@ def _heal(
 
 
 def validated(conversion: ConversionPlan, recipe: "Recipe", options: RunOptions, stage: Stage) -> Validation:
-    from sa_convert.measure.quality.gate import refuse_if_failed, validate
+    from sa_convert.measure.quality.gate import validate
+    from sa_convert.measure.quality.questions import Use
+    from sa_convert.measure.quality.verdict import refuse_if_failed
     from sa_convert.texts.text import load_text
 
     announce("validating")
-    base, text = conversion.model.checkpoint, load_text(recipe.calibration.text)
+    base, text, gate = conversion.model.checkpoint, load_text(recipe.calibration.text), recipe.gate
+    use = None
+    if recipe.at is not None or depends_on_length(conversion.model, conversion.plan):
+        use = Use(at=conversion.used_at, window=longest_window(conversion.model, conversion.plan))
     with trusting(base.folder, base.trusted):
-        validation = validate(base.folder, stage.folder, text, recipe.gate.max_perplexity_increase, options)
+        validation = validate(
+            base.folder,
+            stage.folder,
+            text,
+            gate.max_perplexity_increase,
+            options,
+            max_copying_increase=gate.max_copying_increase,
+            use=use,
+        )
     refuse_if_failed(validation)
     return validation
 
@@ -192,8 +211,11 @@ def report_of(
     checkpoint = conversion.model.checkpoint
     code = checkpoint.code if checkpoint.trusted else ()
     savings = replace(conversion.savings, checkpoint_bytes=Change(checkpoint.weight_bytes, written.total_bytes))
+    cache = cache_used(conversion.model, conversion.plan, conversion.used_at, validation)
     if validation is not None:
         savings = replace(savings, cache_bytes_per_token=validation.cache_bytes_per_token)
+    if cache is not None and savings.cache_over is not None:
+        savings = replace(savings, cache_bytes_per_token=Change(cache.before // cache.at, cache.after // cache.at))
     return Report(
         base_model=BaseModel.of(checkpoint.identity, checkpoint.revision).with_code(code),
         family=conversion.model.family.model_type,
@@ -205,6 +227,8 @@ def report_of(
         gate=validation.gate if validation else None,
         copying=validation.copying if validation else None,
         agreement=validation.agreement if validation else None,
+        cache=cache,
+        long=validation.long if validation else None,
         recipe=recipe_name,
         versions=installed_versions(),
         auto_class=auto_class_name(checkpoint.config),

@@ -15,9 +15,10 @@ from sa_convert.errors import CheckpointError, DataError, SaConvertError
 from sa_convert.measure.quality import copying, long_questions
 from sa_convert.measure.quality.decode import decode_check, rounding_without_cache
 from sa_convert.measure.quality.divergence import Comparison, KeptLogits
-from sa_convert.measure.quality.gate import DECODED, KINDS, LENGTH, SEQUENCES
+from sa_convert.measure.quality.gate import KINDS, LENGTH, SEQUENCES
 from sa_convert.measure.quality.long_questions import LongQuestions
 from sa_convert.measure.quality.perplexity import perplexity
+from sa_convert.measure.quality.questions import DECODED
 from sa_convert.models.load import embedded_tokens, refuse_foreign_tokens, release_memory
 from sa_convert.models.placement import most_positions, placed, positions, usable_positions
 from sa_convert.models.quiet import keep_module_cache_clean

@@ -73,9 +73,9 @@ def heal_folder(reference: str, output: Path, settings: "HealSettings", options:
         checkpoint = _converted(reference, options)
         converted, plan = converted_parts(checkpoint)
         base = base_of(checkpoint, options)
-        conversion = conversion_of(base, plan)
+        recipe = _recipe(checkpoint.folder, plan, base)
+        conversion = conversion_of(base, plan, recipe.at)
         check_base(conversion, checkpoint)
-        recipe = _recipe(checkpoint.folder, plan, conversion)
         settings = resolve(settings, recipe, conversion)
 
         # 2. Room, and a place for the result.
@@ -199,22 +199,20 @@ def base_of(checkpoint: Checkpoint, options: HealOptions) -> Model:
 
 
 def check_base(conversion: ConversionPlan, checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError unless the converted model is one of this base: all tensors are there in the shapes that
-    the plan gives them, and those of layers that it leaves alone begin with the same bytes."""
+    """Raises CheckpointError unless the converted model is one of this base: tensors of layers that the plan leaves
+    alone have the same shapes, and begin with the same bytes."""
     base = conversion.model.checkpoint
     wrong = f"{base.identity}: is not the base of {checkpoint.identity}:"
     if PREFIX + conversion.model.family.model_type != checkpoint.config.get("model_type"):
         raise CheckpointError(f"{wrong} it is a {base.config.get('model_type')}.")
     touched = _layer_starts(conversion)
     for name, tensor in base.tensors.items():
-        edit = conversion.edits.get(name)
-        if edit is not None and edit.drops:
+        if name.startswith(touched) or name in conversion.edits:
             continue
-        shape = edit.shape(tensor) if edit else tensor.shape
-        found = checkpoint.tensors.get((edit.name if edit else None) or name)
-        if found is None or found.shape != shape:
-            raise CheckpointError(f"{wrong} tensor '{name}' should be {shape} there.")
-        if edit is None and not name.startswith(touched) and _start(tensor) != _start(found):
+        found = checkpoint.tensors.get(name)
+        if found is None or found.shape != tensor.shape:
+            raise CheckpointError(f"{wrong} tensor '{name}' should be {tensor.shape} there.")
+        if _start(tensor) != _start(found):
             raise CheckpointError(f"{wrong} tensor '{name}' has other values.")
 
 
@@ -236,7 +234,7 @@ def _start(tensor: Any) -> bytes:
     return found
 
 
-def _recipe(folder: Path, plan: Plan, conversion: ConversionPlan) -> "Recipe":
+def _recipe(folder: Path, plan: Plan, base: Model) -> "Recipe":
     """The recipe in a converted folder, or, if there is none that can be read, one with its plan."""
     from sa_convert.domain.recipe import Recipe
     from sa_convert.plan.recipe_file import load_recipe
@@ -244,7 +242,7 @@ def _recipe(folder: Path, plan: Plan, conversion: ConversionPlan) -> "Recipe":
     try:
         return load_recipe(str(folder / RECIPE))
     except RecipeError:
-        return resolved_recipe(Recipe(plan={0: "none"}), plan, conversion.model.geometry)
+        return resolved_recipe(Recipe(plan={0: "none"}), plan, base.geometry)
 
 
 def _needed(checkpoint: Checkpoint) -> int:

@@ -11,7 +11,7 @@ from sa_convert.domain.plan import Plan
 from sa_convert.errors import UnsupportedModelError
 from sa_convert.families.family import PREFIX
 from sa_convert.plan.converted import converted_parts
-from sa_convert.plan.savings import bytes_per_token
+from sa_convert.plan.savings import bytes_per_token, cache_at, contexts
 from sa_convert.read.family_of import family_of
 from sa_convert.read.geometry_of import geometry_of
 from sa_convert.read.open_model import open_model
@@ -33,17 +33,19 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     Raises CheckpointError if the files contradict each other.
     """
     config, tensors = checkpoint.config, checkpoint.tensors
-    family = geometry = reason = plan = cache = None
+    family = geometry = reason = plan = None
+    cache, caches = None, None
     try:
         if str(config.get("model_type")).startswith(PREFIX) and isinstance(config.get("shared_attention"), Mapping):
             model, plan = converted_parts(checkpoint)
             family, geometry = model.family, model.geometry
-            cache = bytes_per_token(model, plan)
+            cache, caches = bytes_per_token(model, plan), _caches(model, plan)
             reason = "The model shares attention already; convert its base model with another recipe."
         else:
             family = family_of(config, tensors)
             geometry = geometry_of(checkpoint, family)
-            cache = bytes_per_token(Model(checkpoint=checkpoint, family=family, geometry=geometry), Plan())
+            model = Model(checkpoint=checkpoint, family=family, geometry=geometry)
+            cache, caches = bytes_per_token(model, Plan()), _caches(model, Plan())
     except UnsupportedModelError as error:
         reason = str(error)
     told = tuple(treatment.inspected(geometry, plan, reason) for treatment in treatments())
@@ -71,7 +73,14 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         dtypes=dict(sorted(dtypes.items(), key=lambda item: -item[1])),
         checkpoint_bytes=sum(tensor.bytes for tensor in tensors.values()),
         cache_bytes_per_token=cache,
+        cache_bytes=caches or None,
     )
+
+
+def _caches(model: Model, plan: Plan) -> dict[int, int]:
+    """Bytes of the cache by tokens; empty for a model that caches nothing."""
+    sizes = {tokens: cache_at(model, plan, tokens) for tokens in contexts(model)}
+    return sizes if any(sizes.values()) else {}
 
 
 def _told(config: Mapping[str, Any], *keys: str) -> int | None:

@@ -6,6 +6,8 @@ from typing import Any
 
 from sa_convert.errors import SaConvertError
 
+_LAST = "logits_to_keep"
+
 
 def cache_keyword(model: Any) -> str:
     """The name under which the model's forward takes a cache: that of the parameter that is declared as one.
@@ -20,6 +22,13 @@ def cache_keyword(model: Any) -> str:
         for name in (*declared, *(known for known in ("cache", "past_key_values") if known in parameters)):
             return name
     raise SaConvertError(f"{type(model).__name__} takes no cache: no argument of its forward is declared as one.")
+
+
+def last_logits_only(model: Any) -> dict[str, Any]:
+    """Arguments with which the model computes logits for the last token alone, if it knows such an argument."""
+    inherited = [vars(cls)["forward"] for cls in type(model).__mro__ if "forward" in vars(cls)]
+    known = any(_LAST in signature(forward).parameters for forward in inherited)
+    return {_LAST: 1} if known else {}
 
 
 def cache_of(output: Any) -> Any:

@@ -28,19 +28,20 @@ class Steps:
         logits: torch.Tensor = self.model(**self._named(tokens), use_cache=False).logits[0]
         return logits
 
-    def first(self, tokens: torch.Tensor) -> Any:
-        """The model's output for tokens (1, T), with a new cache."""
-        output = self.model(**self._named(tokens), use_cache=True)
+    def first(self, tokens: torch.Tensor, **more: Any) -> Any:
+        """The model's output for tokens (1, T), with a new cache. more: further arguments of its forward."""
+        output = self.model(**self._named(tokens), use_cache=True, **more)
         self.cache = cache_of(output)
         if self.cache is None:
             self.cache = dynamic_cache(self.model)
-            output = self.model(**self._named(tokens), **{cache_keyword(self.model): self.cache}, use_cache=True)
+            more[cache_keyword(self.model)] = self.cache
+            output = self.model(**self._named(tokens), use_cache=True, **more)
         return output
 
-    def next(self, output: Any, position: int) -> Any:
-        """The model's output for the token at `position`, with the cache and the `output` for all before."""
+    def next(self, output: Any, position: int, count: int = 1) -> Any:
+        """The model's output for `count` tokens from `position` on, with the cache and the `output` for all before."""
         read = None if self._source is None else output.encoder_last_hidden_state
-        return self.model(**step_inputs(self.model, self.tokens, position, self.cache, read))
+        return self.model(**step_inputs(self.model, self.tokens, position, self.cache, read, count))
 
     def generate(self, prompt: torch.Tensor, tokens: int, streamer: Any) -> torch.Tensor:
         """The prompt (1, T) and `tokens` greedy ones after it, decoded with a cache as transformers does it."""
@@ -71,19 +72,20 @@ class Steps:
         return {"input_ids": self._source, "decoder_input_ids": tokens}
 
 
-def step_inputs(model: Any, tokens: torch.Tensor, position: int, cache: Any, read: Any = None) -> dict[str, Any]:
-    """What `model` is called with for the token at `position` of tokens (B, T), once those before are in the cache.
-
-    read: the encoder's last hidden state, of an encoder-decoder.
+def step_inputs(
+    model: Any, tokens: torch.Tensor, position: int, cache: Any, read: Any = None, count: int = 1
+) -> dict[str, Any]:
+    """What `model` is called with for `count` tokens from `position` on of tokens (B, T), once those before are in the
+    cache. read: the encoder's last hidden state, of an encoder-decoder.
     """
     from transformers.modeling_outputs import BaseModelOutput
 
-    token = tokens[:, position : position + 1]
+    token = tokens[:, position : position + count]
     inputs = {cache_keyword(model): cache, "use_cache": True}
     if read is not None:
         return inputs | {"decoder_input_ids": token, "encoder_outputs": BaseModelOutput(last_hidden_state=read)}
-    inputs |= {"input_ids": token, "attention_mask": torch.ones_like(tokens[:, : position + 1])}
+    inputs |= {"input_ids": token, "attention_mask": torch.ones_like(tokens[:, : position + count])}
     family = family_named(model.config.model_type)
     if family is not None and family.told_positions:  # as generate() tells them
-        inputs["position_ids"] = torch.full_like(token, position)
+        inputs["position_ids"] = torch.arange(position, position + count, device=token.device).expand_as(token)
     return inputs

@@ -1,7 +1,7 @@
 """Long sequences: of text, and of random tokens that come again after longer than any window on offer.
 
 At 512 tokens every window looks free, and text does not show which KV groups find what was said long ago. Random
-repetition does, if its period is longer than the window, so it counts for much here.
+repetition does, if its period is longer than the window.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ import torch
 from sa_convert.errors import DataError
 from sa_convert.models.task import NEXT_TOKEN
 from sa_convert.models.tokens import ordinary_tokens, start_tokens, token_sequences
-from sa_convert.observe.sequences import REPETITION, Sample
+from sa_convert.observe.sequences import REPETITION, REPETITION_WEIGHT, Sample
 from sa_convert.texts.text import Text
 
 LENGTH = 2048
@@ -22,14 +22,10 @@ LENGTH = 2048
 SHORTEST = 64
 """Tokens below which nothing is a long sequence."""
 
-REPETITION_WEIGHT = 4.0
-"""What all repetition counts beside all text: sixteen times what it counts in short sequences. What is lost of
-retrieval does not show on text, and costs two to four times what its estimate says."""
-
-SCORED = 1024
+SCORED = 768
 """Predictions of a sequence that count at the most, spread evenly: their logits are what takes memory."""
 
-TEXTS = {"calibration": ("prose", "code"), "held out": ("prose", "code")}
+TEXTS = {"calibration": ("prose", "code", "prose", "prose"), "held out": ("prose", "code")}
 
 PERIODS: dict[str, tuple[tuple[float, ...], ...]] = {
     "calibration": ((0.683,), (0.54,), (0.34,), (0.17, 0.1, 0.05)),

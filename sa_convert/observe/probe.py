@@ -3,10 +3,10 @@
 Letters in shape comments: B sequences, H query heads, G KV groups, T tokens, D head size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from inspect import signature
 from typing import Any
 
@@ -138,13 +138,29 @@ class Probe:
         self._lenders = frozenset(layer for trial in self._trials for layer in trial.lenders)
         whole = [(trial, layer) for trial in self._trials for layer in trial.whole_layers]
         handles = [
-            self.attentions[layer].register_forward_hook(_changing(trial, layer), with_kwargs=True)
+            self.attentions[layer].register_forward_hook(_changing(partial(trial.output, layer)), with_kwargs=True)
             for trial, layer in whole
         ]
         try:
             yield
         finally:
             self._trials, self._lenders = before
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def watching(
+        self, layers: Iterable[int], take: Callable[[int, torch.Tensor, torch.Tensor], None]
+    ) -> Iterator[None]:
+        """While open, `take` gets the number of each of these layers, what goes into its attention module and what that
+        puts out, (B, T, hidden) both."""
+        handles = [
+            self.attentions[layer].register_forward_hook(_changing(partial(take, layer)), with_kwargs=True)
+            for layer in layers
+        ]
+        try:
+            yield
+        finally:
             for handle in handles:
                 handle.remove()
 
@@ -223,14 +239,16 @@ def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, 
     return module.sa_convert_probe.attend(call, value)
 
 
-def _changing(trial: Trial, layer: int) -> Callable[..., Any]:
-    """Changes what an attention module puts out. In some families that holds the residual, too."""
+def _changing(change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]) -> Callable[..., Any]:
+    """Changes what an attention module puts out, unless `change` gives None. In some families that holds the residual,
+    too."""
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         states, _ = first_argument(module, args, kwargs)
         given = dict(zip(list(signature(module.forward).parameters), args, strict=False)) | kwargs
         residual = given.get("residual", 0)
-        return (trial.output(layer, states, output[0] - residual) + residual, *output[1:])
+        changed = change(states, output[0] - residual)
+        return None if changed is None else (changed + residual, *output[1:])
 
     return hook
 

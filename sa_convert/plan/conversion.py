@@ -12,7 +12,7 @@ from sa_convert.domain.plan import Plan
 from sa_convert.domain.stacks import parse_label
 from sa_convert.domain.treated import Treated
 from sa_convert.errors import PlanError, RecipeError
-from sa_convert.plan.savings import plan_savings
+from sa_convert.plan.savings import plan_savings, used_at
 from sa_convert.treatments.registry import lenders, named, treatments, used_in
 from sa_convert.treatments.tensor_edits import plan_edits
 
@@ -22,12 +22,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """A model, the plan for it, what happens to each tensor, and what that saves."""
+    """A model, the plan for it, what happens to each tensor, and what that saves.
+
+    used_at: tokens of a sequence that the result is for.
+    """
 
     model: Model
     plan: Plan
     edits: Mapping[str, TensorEdit]
     savings: Savings
+    used_at: int
 
     @property
     def treated(self) -> tuple[Treated, ...]:
@@ -47,13 +51,14 @@ def plan_conversion(model: Model, recipe: "Recipe", plan: Plan | None = None) ->
             f"{recipe.origin.at('sharing')}: no head borrows from another, so there is nothing to convert; "
             "name at least one source."
         )
-    return conversion_of(model, plan)
+    return conversion_of(model, plan, recipe.at)
 
 
-def conversion_of(model: Model, plan: Plan) -> ConversionPlan:
-    """What a plan that was checked does to a model."""
+def conversion_of(model: Model, plan: Plan, at: int | None = None) -> ConversionPlan:
+    """What a plan that was checked does to a model. at: as in a recipe."""
     edits = plan_edits(model, plan)
-    return ConversionPlan(model, plan, edits, plan_savings(model, plan, edits))
+    at = used_at(model, at)
+    return ConversionPlan(model, plan, edits, plan_savings(model, plan, edits, at), at)
 
 
 def planned(recipe: "Recipe", model: Model) -> Plan:

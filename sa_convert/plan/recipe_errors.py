@@ -14,6 +14,8 @@ _EXPECTED = {
     "dict_type": "a mapping of keys and values",
     "tuple_type": "a list",
     "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
     "string_type": "text",
     "literal_error": "{expected}",
     "greater_than_equal": "{ge} or more",

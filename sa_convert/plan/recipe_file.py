@@ -159,14 +159,22 @@ def dump_recipe(recipe: "Recipe") -> str:
         del content["heal"]
     else:
         content["heal"] = Inline(recipe.heal.model_dump(exclude_defaults=True))
-    content["gate"] = Inline(content["gate"])
+    content["gate"] = Inline(recipe.gate.model_dump(exclude_none=True))
     if not recipe.description:
         del content["description"]
-    if recipe.needs or recipe.heal is not None:
+    if recipe.needs or _fits(recipe) or recipe.heal is not None:
         content["calibration"] = Inline(content["calibration"])
     else:
         del content["calibration"]
     return yaml.dump(content, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1_000_000)
+
+
+def _fits(recipe: "Recipe") -> bool:
+    """Whether a treatment of the recipe's plan fits something on calibration text."""
+    plans = list((recipe.plan or {}).values())
+    names = {plan for plan in plans if isinstance(plan, str)}
+    names |= {name for plan in plans if not isinstance(plan, str) for told in plan.values() for name in told}
+    return any(treatment.fits for treatment in map(named, names) if treatment is not None)
 
 
 def _read(path: Path, name: str) -> str:

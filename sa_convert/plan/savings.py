@@ -1,18 +1,29 @@
 """What a plan removes, computed from headers and the plan."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 
-from sa_convert.domain.change import Change, Savings
+from sa_convert.domain.change import CacheBytes, Change, Savings
 from sa_convert.domain.checkpoint import DTYPE_BITS, TensorEdit
 from sa_convert.domain.model import Model
 from sa_convert.domain.plan import Plan
+from sa_convert.models.placement import positions
 from sa_convert.read.names import attention_prefix, projection
 from sa_convert.treatments.plan_answers import layer_answers
 
+USED_AT = 4096
+"""Tokens of a sequence that a plan is priced for, unless its recipe names another length."""
 
-def plan_savings(model: Model, plan: Plan, edits: Mapping[str, TensorEdit]) -> Savings:
-    """Parameters, bytes of the tensors, and cache bytes per token of one sequence, before and after."""
+CONTEXTS = (512, 2048, 4096, 8192)
+"""Lengths at which caches are shown."""
+
+
+def plan_savings(model: Model, plan: Plan, edits: Mapping[str, TensorEdit], at: int) -> Savings:
+    """Parameters, bytes of the tensors, and the cache of one sequence, before and after.
+
+    at: tokens of a sequence. What a token adds to the cache is an average over so many, if what it adds depends on the
+    length.
+    """
     parameters = removed = size = removed_size = 0
     for tensor in model.checkpoint.tensors.values():
         parameters += tensor.elements
@@ -29,13 +40,56 @@ def plan_savings(model: Model, plan: Plan, edits: Mapping[str, TensorEdit]) -> S
             kept = prod(edit.shape(before))
             removed -= kept
             removed_size -= kept * DTYPE_BITS[before.dtype] // 8
-    keys = [_keys(model, Plan()), _keys(model, plan)]
+    per_token, over = Change(bytes_per_token(model, Plan()), bytes_per_token(model, plan)), None
+    if depends_on_length(model, plan):
+        over = at
+        per_token = Change(*(cache_at(model, some, at) // at for some in (Plan(), plan)))
     return Savings(
         parameters=Change(parameters, parameters - removed),
         checkpoint_bytes=Change(size, size - removed_size),
-        cache_bytes_per_token=Change(bytes_per_token(model, Plan()), bytes_per_token(model, plan)),
-        key_cache_removed=1 - keys[1] / keys[0],
+        cache_bytes_per_token=per_token,
+        key_cache_removed=key_cache_removed(model, plan),
+        cache_over=over,
+        caches=tuple(cache_change(model, plan, tokens) for tokens in contexts(model)) if per_token.before else (),
     )
+
+
+def used_at(model: Model, at: int | None) -> int:
+    """Tokens of the sequence that a plan is priced for. at: as the recipe has it."""
+    tokens = USED_AT if at is None else at
+    return min(tokens, positions(model.checkpoint.config) or tokens)
+
+
+def contexts(model: Model) -> tuple[int, ...]:
+    """Lengths at which the cache is shown: CONTEXTS, and all positions of the model, if they are limited."""
+    limit = positions(model.checkpoint.config)
+    found = {tokens for tokens in CONTEXTS if limit is None or tokens < limit} | ({limit} if limit else set())
+    return tuple(sorted(found))
+
+
+def cache_change(model: Model, plan: Plan, tokens: int) -> CacheBytes:
+    """The cache of one sequence of so many tokens, computed."""
+    return CacheBytes(cache_at(model, Plan(), tokens), cache_at(model, plan, tokens), tokens)
+
+
+def longest_window(model: Model, plan: Plan) -> int | None:
+    """The most tokens that a KV group sees which sees fewer than in the base; None: there is none."""
+    found = [reach for _, reach in _shortened(model, plan)]
+    return max(found, default=None)
+
+
+def depends_on_length(model: Model, plan: Plan) -> bool:
+    """Whether the part of the cache that a plan saves depends on how long the text is."""
+    return any(True for _ in _shortened(model, plan))
+
+
+def _shortened(model: Model, plan: Plan) -> Iterator[tuple[int, int]]:
+    """Layer and reach of every KV group that sees fewer tokens than in the base."""
+    for index in plan.layers:
+        before = layer_answers(Plan(), model.geometry, index)
+        for base, treated in zip(before, layer_answers(plan, model.geometry, index), strict=True):
+            if treated.reach is not None and treated.reach != base.reach:
+                yield index, treated.reach
 
 
 def bytes_per_token(model: Model, plan: Plan) -> int:
@@ -72,6 +126,11 @@ def _value_name(model: Model, index: int) -> str:
     alike = [at for at, layer in enumerate(layers) if layer.heads and layer.stack == layers[index].stack]
     names = [f"{attention_prefix(model, at)}{module}.weight" for at in (index, *alike)]
     return next(name for name in names if name in model.checkpoint.tensors)
+
+
+def key_cache_removed(model: Model, plan: Plan) -> float:
+    """The part of all keys that is gone, 0 to 1."""
+    return 1 - _keys(model, plan) / _keys(model, Plan())
 
 
 def _keys(model: Model, plan: Plan) -> int:

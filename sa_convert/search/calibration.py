@@ -1,9 +1,10 @@
 """Calibration as a whole: what a recipe leaves to be found on text, its plan and its refitted matrices."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sa_convert.console.progress import announce
+from sa_convert.domain.fitted import Fitted
 from sa_convert.domain.model import Model, RunOptions
 from sa_convert.domain.plan import Plan
 from sa_convert.heal.refit import Refit, refit
@@ -11,6 +12,7 @@ from sa_convert.observe.session import Session, open_session
 from sa_convert.observe.tried import Reference
 from sa_convert.search.budget import check_search, too_much, treatments_of
 from sa_convert.search.choose import Step, path, rounds
+from sa_convert.search.fitting import fit, learn
 from sa_convert.search.whole_cache import search_cache
 from sa_convert.search.within import within_limit
 from sa_convert.treatments.registry import refittable
@@ -21,11 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """plan: the recipe's, or the one that was found. step, refit: None if the recipe asks for none."""
+    """plan: the recipe's, or the one that was found. step, refit: None if the recipe asks for none. fitted: tensors of
+    treatments."""
 
     plan: Plan
     step: Step | None
     refit: Refit | None
+    fitted: Fitted = field(default_factory=Fitted)
 
 
 def calibrate(model: Model, recipe: "Recipe", plan: Plan | None, run: RunOptions, *, refits: bool = True) -> Calibrated:
@@ -40,6 +44,7 @@ def calibrate(model: Model, recipe: "Recipe", plan: Plan | None, run: RunOptions
     treatments, at = treatments_of(recipe), recipe.search.at if recipe.search and plan is None else None
     with open_session(model, recipe.calibration, run, treatments=treatments, at=at) as session:
         announce(f"calibrating on {_told(session)}; costs by {session.measure}")
+        learn(session, plan)
         step = None
         if plan is None and recipe.search is not None:
             step = search_cache(session, recipe)
@@ -53,7 +58,8 @@ def calibrate(model: Model, recipe: "Recipe", plan: Plan | None, run: RunOptions
             step = _search(session, recipe.sharing.search, reference, recipe.origin, recipe.refit == "ridge")
             plan = step.plan
         found = refit(session, plan, reference) if reference is not None and refits else None
-    return Calibrated(plan, step, found)
+        fitted = fit(session, plan)
+    return Calibrated(plan, step, found, fitted)
 
 
 def _told(session: Session) -> str:

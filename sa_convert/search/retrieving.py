@@ -42,7 +42,7 @@ def measure_retrieval(session: "Session", costs: WindowCosts, tried: int = TRIED
             bar.update()
             if estimate > 0:
                 found[unit] = min(max(measured / estimate, BOUNDS[0]), BOUNDS[1])
-                costs.scale(unit, found[unit])
+    costs.scales.update(found)
     return found
 
 

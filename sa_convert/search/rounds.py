@@ -5,6 +5,7 @@ search takes the move that saves the most for its cost.
 """
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import replace
 from itertools import starmap
 from math import isfinite
@@ -79,6 +80,25 @@ class State:
         """From now on the unit gets nothing that saves more than what it has."""
         self._barred[unit] = self.account.saved(unit, self.chosen[unit]) if unit in self.chosen else 0
 
+    def bar_as(self, other: "State") -> None:
+        """Bar what another state has barred."""
+        self._barred.update(other._barred)
+
+    def undo(self, unit: Unit, accepted: Mapping[Unit, Offer]) -> None:
+        """Give a unit what it had before, for good; with all of its layer, if the layer is treated as a whole."""
+        whole = self.chosen[unit].whole
+        for other in [other for other in self.chosen if other == unit or (whole and other.layer == unit.layer)]:
+            del self.chosen[other]
+            if other in accepted:
+                self.chosen[other] = accepted[other]
+            self.bar(other)
+
+    def copy(self) -> "State":
+        """The same, to go on from."""
+        other = copy(self)
+        other.chosen, other._best, other._barred = dict(self.chosen), dict(self._best), dict(self._barred)
+        return other
+
     def _may(self, move: Move) -> bool:
         """Whether it saves anything, and nothing in it is barred."""
         saved = self.account.saved
@@ -148,7 +168,10 @@ class State:
         ]
         if not offers or not self.chosen:
             return False
-        gain, back = min((self.give_back(unit), unit) for unit in self.chosen)
+        alone = [unit for unit, offer in self.chosen.items() if not offer.whole]
+        if not alone:
+            return False
+        gain, back = min((self.give_back(unit), unit) for unit in alone)
         fitting = [found for found in offers if found[2].saved == self.chosen[back].saved]
         if not fitting:
             return False

@@ -12,7 +12,7 @@ from sa_convert.domain.plan import Plan
 from sa_convert.domain.units import Units
 from sa_convert.observe.gradients import fisher_gradients, output_directions
 from sa_convert.observe.probe import Probe, Seen, SeenInBlocks
-from sa_convert.observe.sequences import REPETITION_WEIGHT, Sample
+from sa_convert.observe.sequences import Sample
 from sa_convert.treatments.base import Treatment
 from sa_convert.treatments.ledger import Attended, Ledger, Observed
 
@@ -48,10 +48,12 @@ def collect(
     screen = _screen(samples) if screening else []
     samples, long = samples if short else (), long if far else ()
     generator = torch.Generator().manual_seed(seed)
+    states = any(ledger.reads_states for ledger in short)
 
     def passed(sample: Sample, among: Sequence[Sample]) -> Iterator[Observed]:
         total = sum(one.weight for one in among)
-        return observe(probe, units, sample, plan, measure=measure, generator=generator, total=total)
+        options = {"measure": measure, "generator": generator, "total": total, "states": states}
+        return observe(probe, units, sample, plan, **options)  # type: ignore[arg-type]
 
     with progress(len(screen) + len(samples) + len(long), description, unit="seq") as bar:
         for sample in screen:
@@ -85,9 +87,8 @@ def _screen(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def _in_all(long: Sequence[Sample]) -> float:
-    """What costs of long sequences are divided by: as much as with the repetition of short ones, so that costs of both
-    mean the same on text."""
-    return (1 + REPETITION_WEIGHT) * sum(sample.weight for sample in long if not sample.repetition)
+    """What costs of long sequences are divided by."""
+    return sum(sample.weight for sample in long)
 
 
 def attend(
@@ -143,9 +144,10 @@ def observe(
     measure: Measure,
     generator: torch.Generator,
     total: float = 1.0,
+    states: bool = False,
 ) -> Iterator[Observed]:
     """Every layer in a pass over a sequence: first, under a plan, with the slope of the divergence from the base, then
-    with the gradient of the loss. total: weight of all sequences."""
+    with the gradient of the loss. total: weight of all sequences. states: whether to tell what goes into layers."""
     layers = units.geometry.layers
     stacks: dict[str, torch.Tensor] = {}  # (T, J, S) probabilities of all heads, in each stack
     seen: dict[int, Seen] = {}
@@ -164,17 +166,24 @@ def observe(
         losses = fisher_gradients(probe, sample, plan, note, generator)
     else:
         losses = output_directions(probe, sample, plan, note, generator, seen)
-    for order, gradients in losses:
-        for index in sorted(gradients):
-            layer = seen[index]
-            yield Observed(
-                layer=index,
-                probabilities=stacks[layers[index].stack][:, : units.offsets[index + 1]],
-                value=layer.value.detach()[0],
-                output=layer.output.detach()[0],
-                gradient=gradients[index],
-                slope=order == "first",
-                scored=sample.scored,
-                repetition=sample.repetition,
-                weight=sample.weight / total / sample.tokens_scored,
-            )
+    told: dict[int, torch.Tensor] = {}
+
+    def take(index: int, given: torch.Tensor, _: torch.Tensor) -> None:
+        told[index] = given.detach()[0]
+
+    with probe.watching([index for index, layer in enumerate(layers) if layer.heads and states], take):
+        for order, gradients in losses:
+            for index in sorted(gradients):
+                layer = seen[index]
+                yield Observed(
+                    layer=index,
+                    probabilities=stacks[layers[index].stack][:, : units.offsets[index + 1]],
+                    value=layer.value.detach()[0],
+                    output=layer.output.detach()[0],
+                    gradient=gradients[index],
+                    slope=order == "first",
+                    scored=sample.scored,
+                    repetition=sample.repetition,
+                    weight=sample.weight / total / sample.tokens_scored,
+                    states=told.get(index),
+                )

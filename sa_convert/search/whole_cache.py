@@ -6,8 +6,10 @@ on held-out repetition. One that raises the loss of copying beyond the limit is 
 get back what they had, and others go on.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import inf
 from typing import TYPE_CHECKING
 
 from sa_convert.console.progress import announce
@@ -15,7 +17,6 @@ from sa_convert.domain.calibrated import Distance
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.units import Unit
 from sa_convert.errors import RecipeError
-from sa_convert.observe import long_sequences
 from sa_convert.observe.sequences import REPETITION_WEIGHT
 from sa_convert.observe.tried import Reference
 from sa_convert.plan.savings import value_size
@@ -48,7 +49,11 @@ FACTORS = (0.5, 8.0)
 SHARE = 0.7
 """Part of the limit on copying that a plan of the search may take, since validation copies at other distances."""
 
-ATTEMPTS = 4
+EMPHASES = (1.0, 16.0)
+"""What repetition counts in costs of long sequences beside what it counts in those of short ones: at first, and once a
+plan was refused. The more it counts, the more text costs: at a quarter of the cache ten times as much."""
+
+ATTEMPTS = 5
 """Plans that are measured in a round at the most."""
 
 FINEST = 0.01
@@ -60,38 +65,50 @@ GIVEN_BACK = 3
 
 @dataclass(frozen=True)
 class Priced:
-    """What a search goes by. ledgers: costs by treatment. factors: of each, as measured. account: of savings at a
-    length. reference: of the held-out samples."""
+    """What a search goes by. ledgers: costs by treatment, without a plan. factors: of each, as measured. account: of
+    savings at a length. reference: of the held-out samples. again: measures costs under a plan, in a round by its
+    number; None: they are what they are."""
 
     ledgers: Ledgers
     factors: Mapping[str, float]
     account: WholeCache
     reference: Reference
+    again: Callable[[Plan, int], Ledgers] | None = None
 
-    def state(self, plan: Plan = NOTHING) -> State:
-        return State(self.ledgers, plan, self.account, self.factors)
+    def state(self, plan: Plan = NOTHING, ledgers: Ledgers | None = None, emphasis: float = 1.0) -> State:
+        """The state at a plan. ledgers: costs that were measured again. emphasis: of repetition."""
+        measured = self.ledgers if ledgers is None else ledgers
+        emphasized = {name: measured[name].emphasized(emphasis) for name in self.ledgers}
+        return State(emphasized, plan, self.account, self.factors)
 
 
 def priced(session: "Session", tokens: int) -> Priced:
     """Everything that is measured before the first choice. tokens: the length at which the cache counts."""
-    samples = session.samples
-    long = session.long.fit if session.long else ()
-    ledgers = collect(
-        session.probe,
-        session.units,
-        some(samples.fit, SAMPLES),
-        NOTHING,
-        session.treatments,
-        measure=session.measure,
-        seed=session.seed,
-        long=long,
-    )
+    ledgers = _costs(session)
     account = WholeCache(session.units, tokens, lambda layer: value_size(session.model, layer))
     windows = ledgers.get("window")
     if isinstance(windows, WindowCosts):
         measure_retrieval(session, windows)
-    reference = Reference(session.probe, session.long.held_out if session.long else samples.held_out)
-    return replace(Priced(ledgers, {}, account, reference), factors=_factors(ledgers, account, reference))
+    held_out = session.long.held_out if session.long else session.samples.held_out
+    reference = Reference(session.probe, held_out)
+    factors = _factors(ledgers, account, reference)
+    return Priced(ledgers, factors, account, reference, partial(_costs, session, known=ledgers))
+
+
+def _costs(session: "Session", plan: Plan = NOTHING, number: int = 0, known: Ledgers | None = None) -> Ledgers:
+    """Under a plan, in a round of the search by its number. known: those without a plan."""
+    return collect(
+        session.probe,
+        session.units,
+        some(session.samples.fit, SAMPLES, number),
+        plan,
+        session.treatments,
+        measure=session.measure,
+        seed=session.seed + number,
+        description="costs under the plan so far" if plan else "costs",
+        known=known,
+        long=session.long.fit if session.long else (),
+    )
 
 
 def _factors(ledgers: Ledgers, account: WholeCache, reference: Reference) -> dict[str, float]:
@@ -112,8 +129,8 @@ def _factors(ledgers: Ledgers, account: WholeCache, reference: Reference) -> dic
 
 
 def cost_of(distance: Distance) -> float:
-    """What costs estimate: the divergence on text, and on repetition by its weight in long sequences."""
-    repeated = long_sequences.REPETITION_WEIGHT * (distance.repetition_divergence or 0.0)
+    """What costs estimate: the divergence on text, and on repetition by its weight."""
+    repeated = REPETITION_WEIGHT * (distance.repetition_divergence or 0.0)
     return (distance.divergence + repeated) / (1 + REPETITION_WEIGHT)
 
 
@@ -125,29 +142,54 @@ def steps_to(part: float) -> list[float]:
 
 def cache_path(priced: Priced, parts: list[float], most_copying: float | None) -> Iterator[Step]:
     """Plans that save `parts` of the cache, ascending; each starts from the one before. Ends early if no more can be
-    saved. most_copying: nats by which the loss of copying may rise; None: whatever the text costs."""
-    state = priced.state()
-    allowed = None if most_copying is None else SHARE * most_copying
+    saved. most_copying: nats by which the loss of copying may rise; None: whatever the text costs.
+    """
+    state, taken = priced.state(), Step(NOTHING, 0.0, 0.0)
+    allowed = inf if most_copying is None else SHARE * most_copying
     for part in parts:
-        accepted = dict(state.chosen)
-        attempts: list[tuple[float, dict[Unit, Offer], Distance]] = []
-        for attempt in range(ATTEMPTS):
-            if not state.extend(part) and attempts:
-                break
-            measured = priced.reference.measure(state.plan, f"plan for {part:.0%}, attempt {attempt + 1}")
-            over = copying_rise(measured, priced.reference.base) - (allowed or 0.0)
-            attempts.append((over, dict(state.chosen), measured))
-            if allowed is None or over <= 0 or not give_back(state, accepted):
-                break
-        over, state.chosen, measured = min(attempts, key=lambda attempt: attempt[0]) if allowed else attempts[-1]
-        if allowed and over > 0:
+        if taken.plan and taken.removed >= part - 1e-9:  # the plan before saves as much already
+            yield taken
+            continue
+        attempts = list(_attempts(priced, state, part, allowed))
+        over, state, measured = min(attempts, key=lambda attempt: attempt[0])
+        if over > 0:
             announce(
                 f"at {state.removed:.1%} of the cache copying costs {over + allowed:.2f} nats, more than it should"
             )
-        if not state.chosen or state.chosen == accepted:
+        if state.plan == taken.plan:
             return
-        yield Step(state.plan, state.removed, state.estimate, measured)
+        taken = Step(state.plan, state.removed, priced.state(state.plan).estimate, measured)
+        yield taken
         if state.removed < part - 1e-9:
+            return
+
+
+def _attempts(priced: Priced, before: State, part: float, allowed: float) -> Iterator[tuple[float, State, Distance]]:
+    """States that save `part` of the cache, until one copies well enough: by how much it does not, and what was
+    measured of it. before: the plan that was taken in the round before.
+
+    First repetition counts in costs as usual. If copying is lost, it counts for more. If it is lost still, costs are
+    measured again under the plan before. At last the units that are to blame get back what they had.
+    """
+    known, emphasis, barred = None, EMPHASES[0], before
+    for attempt in range(ATTEMPTS):
+        start = priced.state(before.plan, known, emphasis)
+        start.bar_as(barred)
+        found = start.copy()
+        if not found.extend(part) and attempt:
+            return
+        measured = priced.reference.measure(found.plan, f"plan for {part:.0%}, attempt {attempt + 1}")
+        over = max(0.0, copying_rise(measured, priced.reference.base) - allowed)
+        yield over, found, measured
+        if over <= 0:
+            return
+        if attempt == 0:
+            emphasis = EMPHASES[1]
+        elif attempt == 1 and priced.again is not None and before.plan:
+            known = priced.again(before.plan, 1)
+        elif give_back(found, start.chosen):
+            barred = found
+        else:
             return
 
 
@@ -167,11 +209,8 @@ def give_back(state: State, accepted: Mapping[Unit, Offer], count: int = GIVEN_B
     moved = [unit for unit, offer in state.chosen.items() if accepted.get(unit) != offer]
     worst = sorted(moved, key=lambda unit: (-blame(unit), unit))[:count]
     for unit in worst:
-        if unit in accepted:
-            state.chosen[unit] = accepted[unit]
-        else:
-            del state.chosen[unit]
-        state.bar(unit)
+        if unit in state.chosen and state.chosen[unit] != accepted.get(unit):  # with another one of its layer, maybe
+            state.undo(unit, accepted)
     return bool(worst)
 
 

@@ -12,12 +12,13 @@ A treatment is a folder of these files, of which only the first and the runtime 
 and one line in registry.py. Nothing here imports torch.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.domain.answers import Answers
 from sa_convert.domain.checkpoint import TensorEdit
+from sa_convert.domain.fitted import Fitted
 from sa_convert.domain.geometry import Head, LayerGeometry, ModelGeometry
 from sa_convert.domain.plan import Arguments, Plan
 from sa_convert.domain.treated import Drawing, Inspected, Treated
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from sa_convert.domain.calibrated import Measure
     from sa_convert.domain.model import Model
     from sa_convert.domain.recipe import Recipe
-    from sa_convert.treatments.ledger import Ledger
+    from sa_convert.treatments.ledger import Ledger, Observed
     from sa_convert.treatments.trial import Trial
 
 
@@ -48,6 +49,9 @@ class Treatment:
 
     keeps_shapes = False
     """Whether all tensors of a treated layer have the shapes that they have in the base."""
+
+    fits = False
+    """Whether some of its tensors are fitted on calibration text."""
 
     @property
     def runtime_file(self) -> Path:
@@ -94,6 +98,19 @@ class Treatment:
     def edits(self, model: "Model", plan: Plan) -> Mapping[str, TensorEdit]:
         """What happens to tensors, besides the queries and keys of heads without scores, which go anyway."""
         return {}
+
+    def learner(self, units: Units) -> "Callable[[Observed], None] | None":
+        """What is shown the layers of the unchanged model over some sequences, before costs, trials and `fit`, which
+        then use what was learned; None: nothing has to be."""
+        return None
+
+    def prepare(self, session: Any, plan: Plan | None) -> None:
+        """Likewise, with passes over the calibration sequences of its own. session: a
+        `sa_convert.observe.session.Session`. plan: the one that is known to be wanted; None: a search will find it."""
+
+    def fit(self, session: Any, plan: Plan) -> Fitted:
+        """The tensors that are fitted, of a treatment that `fits`. session: a `sa_convert.observe.session.Session`."""
+        return Fitted()
 
     # How it is searched for.
 

@@ -25,7 +25,7 @@ class Observed:
     gradient: (T, H, D) of a loss at these outputs; slope: whether the loss is the divergence from the base, which
     comes first, or that of labels which the model has drawn. scored: (T,) bool, the tokens whose loss counts.
     repetition: whether the sequence repeats random tokens. weight: of the sequence, over the tokens scored, so that
-    sums are per token.
+    sums are per token. states: (T, hidden), what goes into the layer's attention; None if no ledger asks for them.
     """
 
     layer: int
@@ -37,6 +37,7 @@ class Observed:
     scored: "torch.Tensor"
     repetition: bool
     weight: float
+    states: "torch.Tensor | None" = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,8 @@ class Offer:
     treatment: its name. cost: nats a token (or relative error). saved: elements of one token's cached keys; a search by
     the whole cache asks the answers of the treated KV groups instead. plan:
     treatments and arguments of each of the unit's KV groups. sources: heads whose scores it uses, which then have to
-    keep them. lends: whether others may use the scores of the unit nevertheless.
+    keep them. lends: whether others may use the scores of the unit nevertheless. whole: the treatment of its whole
+    layer, of which this is the unit's part; all units of the layer have such offers, or none.
     """
 
     treatment: str
@@ -76,6 +78,7 @@ class Offer:
     plan: Mapping[int, GroupPlan] = field(default_factory=dict, compare=False)
     sources: tuple[Head, ...] = ()
     lends: bool = False
+    whole: str | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,9 @@ class Ledger:
     screens = False
     """Whether some sequences are shown beforehand, for choices that all others then are measured by."""
 
+    reads_states = False
+    """Whether it asks for what goes into each layer's attention."""
+
     long = False
     """Whether it is filled from long sequences (`attend`) in place of the others."""
 
@@ -149,6 +155,10 @@ class Ledger:
 
     def close(self) -> None:
         """After the last sequence."""
+
+    def emphasized(self, emphasis: float) -> "Ledger":
+        """The same costs, of which those on repetition count more, if they are known apart."""
+        return self
 
     def best(self, unit: Unit, taken: Taken) -> Offer | None:
         """The cheapest offer for a unit while these are taken, or None if it has none."""
@@ -198,7 +208,8 @@ def plan_of_offers(units: Units, offers: Mapping[Unit, Offer]) -> Plan:
     layers: dict[int, dict[int, GroupPlan]] = {}
     for unit, offer in offers.items():
         layers.setdefault(unit.layer, {}).update(offer.plan)
-    return Plan(layers, units.geometry.stacks)
+    whole = {unit.layer: offer.whole for unit, offer in offers.items() if offer.whole}
+    return Plan({**layers, **whole}, units.geometry.stacks)
 
 
 def users_of(units: Units, unit: Unit, offers: Mapping[Unit, Offer]) -> list[Unit]:

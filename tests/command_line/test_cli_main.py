@@ -27,8 +27,8 @@ SURFACE = {
     ],
     "heal": [
         "DIR", "-o", "--against", "--tokens", "--minutes", "--text", "--train", "--length", "--rows", "--rate",
-        "--rank", "--seed", "--accumulate", "--gradient-checkpointing", "--resume", "--max-perplexity-increase", "--no-validate",
-        "--overwrite", "--dtype", "--device", "--trust-remote-code", "--json",
+        "--rank", "--seed", "--accumulate", "--gradient-checkpointing", "--resume", "--max-perplexity-increase",
+        "--no-validate", "--overwrite", "--dtype", "--device", "--trust-remote-code", "--json",
     ],
     "evaluate": [
         "MODEL", "--against", "--text", "--sequences", "--length", "--seed", "--dtype", "--device",

@@ -30,7 +30,7 @@ from sa_convert.texts.text import load_text
 from sa_convert.treatments.ledger import Ledger, Offer
 from sa_convert.treatments.registry import searched
 from sa_convert.treatments.window import cost as window_cost
-from sa_convert.treatments.window.cost import WindowCosts
+from sa_convert.treatments.window.cost import WindowCosts, certain
 from support.forced_windows import forced_windows
 from support.planted import save_reader
 from support.tiny_models import attentions_of, save_tiny
@@ -139,6 +139,43 @@ def test_costs_are_what_masks_do_to_outputs_times_the_gradient(family, tmp_path)
     assert full.window is None
 
 
+def test_the_slope_under_a_plan_is_how_the_divergence_changes(tmp_path):
+    """By finite differences: the heads' outputs move a little of the way to those of the window."""
+    model, subject, units = opened(tmp_path, "llama")
+    probe, tokens = Probe(model, subject.family), torch.randint(3, 120, (TOKENS,))
+    before = Plan({2: {group: {"window": {"sinks": 0, "tokens": 2}} for group in range(4)}})
+    repeated = sample(tokens, kind=REPETITION, period=9)
+    found = collect(probe, units, [], before, WINDOW, long=[sample(tokens), repeated, repeated])["window"]
+    unit = units.all[4 * 4 + 1]
+    after = Plan({**before.layers, 4: {1: {"window": {"sinks": 2, "tokens": 3}}}})
+    model.double()
+    kept = {}
+
+    def outputs(plan):
+        hook = probe.output_projections[4].register_forward_pre_hook(lambda _, args: kept.update(x=args[0]))
+        with torch.no_grad(), probe.trying(plan):
+            chances = model(tokens[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+        hook.remove()
+        return kept["x"], chances
+
+    _, base = outputs(Plan())
+    moved = outputs(after)[0] - outputs(before)[0]
+    assert moved.abs().max() > 1e-3
+
+    def divergence(amount):
+        hook = probe.output_projections[4].register_forward_pre_hook(lambda _, args: (args[0] + amount * moved,))
+        with torch.no_grad(), probe.trying(before):
+            chances = model(tokens[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+        hook.remove()
+        return (base.exp() * (base - chances)).sum(-1).mean().item()
+
+    slope = (divergence(1e-3) - divergence(-1e-3)) / 2e-3
+    assert found.slopes[unit, 3][0] == pytest.approx(slope, rel=1e-2)
+    assert found.costs[units.all[4 * 2], 3][0] == pytest.approx(0.0, abs=1e-9)  # narrower already
+    assert certain([0.5, -0.5, 0.4]) == 0.0
+    assert 0 < certain([0.5, 0.4, 0.6]) < 1.5
+
+
 def test_windows_are_offered_only_if_several_sequences_test_them_and_they_save(tmp_path):
     sliding = LayerGeometry(4, 2, 16, "sliding_attention", 6)
     units = Units(ModelGeometry((sliding, LayerGeometry(4, 2, 16), LayerGeometry(4, 2, 16, cached=False))))
@@ -224,7 +261,7 @@ def test_long_sequences_repeat_after_longer_than_the_windows_and_hold_periods_ap
             assert int(tokens[at]) in tokens[max(0, at - one.period) : at].tolist()
     assert [made[0].longer_than(window) for window in (0, 150, 270, 300)] == [4, 2, 1, 0]
     weight = sum(one.weight for one in fit) / sum(one.weight for one in made[0].fit if not one.repetition)
-    assert weight == pytest.approx(4.0)
+    assert weight == pytest.approx(0.25)
     assert not {tuple(one.tokens.tolist()) for one in made[0].fit} & {
         tuple(o.tokens.tolist()) for o in made[0].held_out
     }

@@ -6,6 +6,7 @@ import torch
 
 from sa_convert.console.progress import progress
 from sa_convert.domain.report import DecodeCheck
+from sa_convert.measure.quality.walk import walk
 from sa_convert.models.steps import Steps
 from sa_convert.models.task import Decoding
 
@@ -28,27 +29,54 @@ TREMBLE, TREMBLES = 1e-5, 16
 
 
 def decode_check(
-    model: Any, sequence: torch.Tensor, rounding: float = 0.0, source: torch.Tensor | None = None
+    model: Any,
+    sequence: torch.Tensor,
+    rounding: float = 0.0,
+    source: torch.Tensor | None = None,
+    pieces: tuple[int, ...] | None = None,
 ) -> DecodeCheck:
     """Compare cached with uncached decoding of one sequence (L) of tokens.
 
-    Logits: the first half of the sequence in one cached pass and then token by token, against the whole sequence in one
-    pass without a cache. Tokens: up to GENERATED tokens that generate() adds to the first half, greedily and with a
-    cache, must each be the best one in a pass without a cache; one that is worse by less than the tolerance counts as
-    the best. rounding: the difference of logits that the base model shows on this sequence in this dtype. source: (S,),
-    what an encoder reads; the sequence is then the decoder's.
+    Logits: the sequence in these pieces, with a cache, against the whole sequence in one pass without. Tokens: up to
+    GENERATED tokens that generate() adds to a first part of the sequence, greedily and with a cache, must each be the
+    best one in a pass without a cache; one that is worse by less than the tolerance counts as the best. rounding: the
+    difference of logits that the base model shows on this sequence in this dtype. source: (S,), what an encoder reads;
+    the sequence is then the decoder's. pieces: their sizes; None: the first half, then token by token, and the first
+    half is the part that generate() is given; otherwise all but the last GENERATED tokens.
     """
     steps = Steps(model, Decoding(sequence, source))
-    half = len(sequence) // 2
-    generated = min(GENERATED, len(sequence) - half)  # a model may have no further positions
-    with torch.inference_mode(), progress(len(sequence) - half + generated, "decode check", unit="tok") as bar:
-        difference, largest = _compare_logits(steps, bar)
-        tolerance = max(TOLERANCE * max(1.0, largest / LOGIT_SCALE), ROUNDING_MARGIN * rounding)
-        text = steps.generate(steps.tokens[:, :half], generated, _Ticks(bar))
-        logits = steps.whole(text[:, :-1])[half - 1 :].float()
-        chosen = logits.gather(1, text[0, half:, None].to(logits.device))[:, 0]
+    prompt = len(sequence) // 2 if pieces is None else max(1, len(sequence) - GENERATED)
+    pieces = walk(len(sequence)) if pieces is None else pieces
+    generated = min(GENERATED, len(sequence) - prompt)  # a model may have no further positions
+    with torch.inference_mode(), progress(len(pieces) - 1 + generated, "decode check", unit="tok") as bar:
+        difference, largest = _compare_logits(steps, pieces, bar)
+        tolerance = max(_tolerance(largest), ROUNDING_MARGIN * rounding)
+        text = steps.generate(steps.tokens[:, :prompt], generated, _Ticks(bar))
+        logits = steps.whole(text[:, :-1])[prompt - 1 :].float()
+        chosen = logits.gather(1, text[0, prompt:, None].to(logits.device))[:, 0]
         same = bool((logits.amax(1) - chosen <= tolerance).all())
     return DecodeCheck(difference, same, tolerance)
+
+
+def continues_in(model: Any, sequence: torch.Tensor, pieces: tuple[int, ...]) -> bool:
+    """Whether a model that is known to be right says the same of a sequence in these pieces as in one, in float32.
+
+    Models with recurrent layers may take single tokens only, once their cache has been filled. In lower precision
+    nothing is known, and `rounding_difference` compares.
+    """
+    if rounds(model):
+        return True
+    try:
+        with torch.inference_mode(), progress(len(pieces) - 1, "decode check of the base model", unit="tok") as bar:
+            difference, largest = _compare_logits(Steps(model, Decoding(sequence)), pieces, bar)
+    except (RuntimeError, ValueError, IndexError):
+        return False  # it cannot be asked so
+    return difference <= _tolerance(largest)
+
+
+def _tolerance(largest: float) -> float:
+    """In float32. largest: logit."""
+    return TOLERANCE * max(1.0, largest / LOGIT_SCALE)
 
 
 def rounds(model: Any) -> bool:
@@ -64,14 +92,20 @@ def is_quantised(model: Any) -> bool:
     return bool(getattr(model, "is_quantized", False))
 
 
-def rounding_difference(model: Any, sequence: torch.Tensor, source: torch.Tensor | None = None) -> float:
+def rounding_difference(
+    model: Any,
+    sequence: torch.Tensor,
+    source: torch.Tensor | None = None,
+    pieces: tuple[int, ...] | None = None,
+) -> float:
     """What rounding alone does to the logits of a model that is known to decode rightly: 0 in plain float32, where
-    TOLERANCE is known to hold. If a part of the model is quantised, `_trembling` counts, too."""
+    TOLERANCE is known to hold. If a part of the model is quantised, `_trembling` counts, too. pieces: as for
+    `decode_check`."""
     if not rounds(model):
         return 0.0
-    steps = len(sequence) - len(sequence) // 2
-    with torch.inference_mode(), progress(steps, "decode check of the base model", unit="tok") as bar:
-        shown = _compare_logits(Steps(model, Decoding(sequence, source)), bar)[0]
+    pieces = pieces or walk(len(sequence))
+    with torch.inference_mode(), progress(len(pieces) - 1, "decode check of the base model", unit="tok") as bar:
+        shown = _compare_logits(Steps(model, Decoding(sequence, source)), pieces, bar)[0]
     if not is_quantised(model):
         return shown
     return max(shown, _trembling(model, Steps(model, Decoding(sequence, source))))
@@ -122,21 +156,21 @@ def _trembling(model: Any, steps: Steps) -> float:
             hook.remove()
 
 
-def _compare_logits(steps: Steps, bar: Any) -> tuple[float, float]:
+def _compare_logits(steps: Steps, pieces: tuple[int, ...], bar: Any) -> tuple[float, float]:
     """The largest difference between cached and uncached logits, and the largest logit."""
     whole = steps.whole(steps.tokens).float().cpu()
-    cached = _cached_logits(steps, bar)
+    cached = _cached_logits(steps, pieces, bar)
     return (cached - whole).abs().max().item(), whole.abs().max().item()
 
 
-def _cached_logits(steps: Steps, bar: Any) -> torch.Tensor:
-    """Logits (L, vocabulary): the first half of the tokens at once, the others one by one, float32 on the CPU."""
-    length = steps.tokens.shape[1]
-    output = steps.first(steps.tokens[:, : length // 2])
-    logits = [output.logits[0].float().cpu()]
-    for position in range(length // 2, length):
-        output = steps.next(output, position)
+def _cached_logits(steps: Steps, pieces: tuple[int, ...], bar: Any) -> torch.Tensor:
+    """Logits (L, vocabulary) of the tokens in these pieces, float32 on the CPU."""
+    output = steps.first(steps.tokens[:, : pieces[0]])
+    logits, position = [output.logits[0].float().cpu()], pieces[0]
+    for size in pieces[1:]:
+        output = steps.next(output, position, size)
         logits.append(output.logits[0].float().cpu())
+        position += size
         bar.update()
     return torch.cat(logits)
 

@@ -1,26 +1,27 @@
-"""Validation: both models on the same held-out text and copying probes, decode check, and verdict of the gate."""
+"""Validation: both models on the same held-out text, copying probes and long context, decode check, and the verdict."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
-from sa_convert.domain.change import Change
-from sa_convert.domain.evaluation import CopyingLoss
+from sa_convert.console.progress import tell
+from sa_convert.domain.change import CacheBytes, Change
+from sa_convert.domain.long_context import LongChange
+from sa_convert.domain.losses import LossChange
 from sa_convert.domain.model import RunOptions
-from sa_convert.domain.report import CopyingReport, GateResult, PerplexityReport, Validation
+from sa_convert.domain.report import CopyingReport, PerplexityReport, StoredPerplexity, Validation
 from sa_convert.errors import CheckpointError, GateRefused
+from sa_convert.measure.quality import long_questions
 from sa_convert.measure.quality import stored_dtype as stored
-from sa_convert.measure.quality.cache_bytes import cache_bytes_per_token
-from sa_convert.measure.quality.copying import Probes, copying_loss
-from sa_convert.measure.quality.decode import decode_check, rounding_difference
 from sa_convert.measure.quality.divergence import Predictions
-from sa_convert.measure.quality.perplexity import Perplexity, perplexity
+from sa_convert.measure.quality.long_questions import LongQuestions
+from sa_convert.measure.quality.perplexity import Perplexity
+from sa_convert.measure.quality.questions import CACHED, Answered, Questions, Use, ask
+from sa_convert.measure.quality.verdict import judged
+from sa_convert.measure.quality.verdict import refuse_if_failed as refuse_if_failed
 from sa_convert.models.load import (
     embedded_tokens,
     load_base,
@@ -31,8 +32,8 @@ from sa_convert.models.load import (
 )
 from sa_convert.models.placement import Placement, placed, positions
 from sa_convert.models.quiet import keep_module_cache_clean
-from sa_convert.models.task import Task, task_of
-from sa_convert.models.tokens import token_sequences
+from sa_convert.models.task import task_of
+from sa_convert.models.tokens import long_sequences, token_sequences
 from sa_convert.read.folder import read_config
 from sa_convert.texts.text import Text
 
@@ -41,8 +42,9 @@ LENGTH = 512
 KINDS = ("prose", "code")
 COMPARED = 4
 """Sequences on which the predictions of both models are compared: their logits wait on disk."""
-DECODED = 128
-CACHED = 16
+
+FILLED, FILLED_ELSEWHERE = 8192, 32768
+"""The most tokens that fill a cache to measure it, on a CPU and elsewhere. What more tokens add is computed."""
 
 
 def validate(
@@ -52,6 +54,8 @@ def validate(
     max_perplexity_increase: float | None,
     run: RunOptions | None = None,
     *,
+    max_copying_increase: float | None = None,
+    use: Use | None = None,
     sequences: int = SEQUENCES,
     length: int = LENGTH,
     max_memory: Mapping[int | str, int] | None = None,
@@ -59,11 +63,12 @@ def validate(
     """Measure the base model and then the converted one, never both in memory, on the validation part of `text`.
 
     What the models predict is what `sa_convert.models.task.task_of` says of them: the next token, masked ones, or
-    spans. The copying probe is for the first, the decode check for models with a cache.
+    spans. Copying and long context are for the first, the decode check for models with a cache.
 
     base, converted: folders; the converted model runs by the code in its folder. max_perplexity_increase: the gate,
-    0.05 is 5%, or None for no limit. sequences of `length` tokens, fewer tokens if the model has fewer positions.
-    max_memory: see `placement.place`.
+    0.05 is 5%, or None for no limit. max_copying_increase: in nats, at every distance that is measured. use: what for,
+    if that depends on the length of texts; then long context is measured, too. sequences of `length` tokens, fewer
+    tokens if the model has fewer positions. max_memory: see `placement.place`.
 
     Raises DataError (no language-modelling head, no tokenizer, text too short), CheckpointError (a model that cannot be
     loaded), and GateRefused if a perplexity is not finite; every other verdict is in the result, for
@@ -84,151 +89,109 @@ def validate(
     if max_memory is not None:
         placement = replace(placement, max_memory=max_memory)
     with TemporaryDirectory(prefix="sa-convert-logits-") as kept:
-        asked = _Questions(
+        asked = Questions(
             tokens=tokens,
             task=task,
             placement=placement,
+            tokenizer=tokenizer,
+            limit=limit,
             predictions=Predictions(Path(kept), min(COMPARED, len(tokens))),
+            probe_length=min(LENGTH, limit or LENGTH),
+            long=_long(tokenizer, held_out, use, limit, placement) if task.copies and use else None,
+            use=use,
+            cached=min(use.at, limit or use.at, _most_filled(placement)) if use else CACHED,
         )
-        measured = _measure_base(base, asked, tokenizer, min(LENGTH, limit or LENGTH))
+        before, rounded = _measure_base(base, asked)
         release_memory()
-        if stored.is_wider(placement):
-            in_files = stored.in_stored_dtype(partial(load_base, base), placement, tokens=tokens, task=task, who="base")
-            measured = replace(measured, stored=in_files)
-        return _measure_converted(converted, asked, measured, held_out.name, max_perplexity_increase)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Questions:
-    """What both models are asked. tokens: (sequences, length). predictions: those of the base, kept to be compared."""
-
-    tokens: torch.Tensor
-    task: Task
-    placement: Placement
-    predictions: Predictions
-
-
-def _measure_converted(
-    converted: Path, asked: _Questions, measured: "_Base", text: str, max_perplexity_increase: float | None
-) -> Validation:
-    """text: its name."""
-    tokens, task, placement = asked.tokens, asked.task, asked.placement
-    with load_converted(converted, placement, measured.unexpected) as loaded:
-        after = perplexity(
-            loaded.model, tokens, "perplexity of the converted model", observe=asked.predictions.compare, task=task
-        )
-        if not after.finite:
-            raise GateRefused(
-                "The converted model's perplexity is not finite, though the base model's is: try a recipe that shares "
-                "less, or a wider --dtype."
-            )
-        few = stored.first(loaded.model, tokens, task, "converted") if measured.stored else None
-        check, cache_after, copying = None, 0, None
-        if (decoding := task.decoding(loaded.model, tokens[0, :DECODED])) is not None:
-            check = decode_check(loaded.model, decoding.tokens, measured.rounding, decoding.source)
-            cache_after = cache_bytes_per_token(
-                loaded.model, decoding.tokens[:CACHED], placement.stored, decoding.source
-            )
-        if measured.copying is not None:
-            lost, probes = measured.copying
-            copied = copying_loss(loaded.model, probes, lost.distance, "copying, converted model")
-            copying = CopyingReport(copied.distance, copied.tokens, lost.loss, copied.loss)
-        del loaded
-    release_memory()
-    in_files = None
-    if few and measured.few and measured.stored:
-        load = partial(load_converted, converted, unexpected=measured.unexpected)
-        again = stored.in_stored_dtype(load, placement, tokens=tokens, task=task, who="converted")
-        in_files = stored.compared(placement, (measured.few, few), (measured.stored, again))
-    before = measured.perplexity.perplexity
+        after, in_files = _measure_converted(converted, asked, before, rounded)
     report = PerplexityReport(
-        text=text,
-        tokens=after.tokens,
-        before=before,
-        after=after.perplexity,
+        text=held_out.name,
+        tokens=after.perplexity.tokens,
+        before=before.perplexity.perplexity,
+        after=after.perplexity.perplexity,
         dtype=placement.dtype_name,
         task=task.name,
         stored=in_files,
     )
-    gate = None
-    if max_perplexity_increase is not None:
-        decodes = check is None or check.passed
-        gate = GateResult(max_perplexity_increase, report.increase <= max_perplexity_increase and decodes)
-    return Validation(
+    validation = Validation(
         perplexity=report,
-        decode_check=check,
-        gate=gate,
-        cache_bytes_per_token=Change(measured.cache, cache_after),
-        copying=copying,
+        decode_check=after.check,
+        gate=None,
+        cache_bytes_per_token=Change(before.cache_per_token, after.cache_per_token),
+        copying=_copying(before, after),
         agreement=asked.predictions.agreement,
+        cache=CacheBytes(before.cache, after.cache, asked.cached, asked.cached) if before.cache else None,
+        long=LongChange(before.long, after.long) if before.long and after.long else None,
     )
+    return judged(validation, max_perplexity_increase, max_copying_increase)
 
 
-def refuse_if_failed(validation: Validation) -> None:
-    """Raises GateRefused if the converted model decodes wrongly or its perplexity rises beyond the gate."""
-    check = validation.decode_check
-    if check is not None and not check.passed:
-        problem = (
-            f"logits differ by {check.max_abs_logit_difference:.2g} (tolerance {check.tolerance:.2g})"
-            if not check.max_abs_logit_difference <= check.tolerance
-            else "it generates other tokens"
-        )
-        raise GateRefused(
-            f"The converted model decodes wrongly: with a cache {problem}. This is a fault of the conversion, "
-            "not of the recipe; please report it with the model's config.json and the recipe."
-        )
-    if validation.gate is not None and not validation.gate.passed:
-        increase, limit = validation.perplexity.increase, validation.gate.max_perplexity_increase
-        enough = math.ceil(increase * 100)
-        raise GateRefused(
-            f"The gate refused: perplexity rises by {increase:.2%} (limit {limit * 100:.4g}%), from "
-            f"{validation.perplexity.before:.2f} to {validation.perplexity.after:.2f}: try a recipe that shares "
-            f"less, or --max-perplexity-increase {enough}%."
-        )
+def _long(tokenizer: Any, text: Text, use: Use, limit: int | None, placement: Placement) -> LongQuestions | None:
+    """Texts as long as the model is for, as far as it has positions, and on a CPU as far as that takes minutes at the
+    most; shorter ones if the text fills none. None if they would be no longer than ordinary ones."""
+    length = min(use.at, limit or use.at)
+    if placement.device == "cpu":
+        length = min(length, long_questions.LENGTH)
+    while length > 1:
+        texts = long_sequences(tokenizer, text, long_questions.SEQUENCES, length)
+        if texts is not None:
+            return LongQuestions(tokenizer, texts)
+        tell(f"Text {text.name}: it has fewer than {length} tokens; long text is measured in shorter sequences.")
+        length //= 2
+    return None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Base:
-    """What was measured of the base model. rounding: difference of logits in decoding. cache: bytes per token.
-
-    unexpected: tensors in its files that it does not know. copying: with the probes, for the other model, too.
-    few, stored: perplexity of the first sequences, as computed and in the dtype of the files; None if they are one.
-    """
-
-    perplexity: Perplexity
-    rounding: float
-    cache: int
-    unexpected: frozenset[str]
-    copying: tuple[CopyingLoss, torch.Tensor] | None
-    few: Perplexity | None = None
-    stored: Perplexity | None = None
+def _most_filled(placement: Placement) -> int:
+    return FILLED if placement.device == "cpu" else FILLED_ELSEWHERE
 
 
-def _measure_base(folder: Path, asked: _Questions, tokenizer: Any, probe_length: int) -> _Base:
-    tokens, task, placement = asked.tokens, asked.task, asked.placement
+def _measure_base(folder: Path, asked: Questions) -> tuple[Answered, Perplexity | None]:
+    """What was measured, and the perplexity of the first sequences in the dtype of the files, if it is another one."""
+    placement = asked.placement
     with load_base(folder, placement) as loaded:
-        model = loaded.model
-        refuse_foreign_tokens(folder, embedded_tokens(model), tokens, task.inserted)
-        before = perplexity(model, tokens, "perplexity of the base model", observe=asked.predictions.keep, task=task)
-        if not before.finite:
+        refuse_foreign_tokens(folder, embedded_tokens(loaded.model), asked.tokens, asked.task.inserted)
+        answered = ask(loaded.model, asked, "base")
+        if not answered.perplexity.finite:
             raise GateRefused(
                 f"{folder}: the base model's perplexity is not finite: its weights are damaged, or overflow in "
                 f"{placement.dtype_name}: get the model anew, or give a wider --dtype."
             )
-        rounding, cache, copying = 0.0, 0, None
-        if (decoding := task.decoding(model, tokens[0, :DECODED])) is not None:
-            rounding = rounding_difference(model, decoding.tokens, decoding.source)
-            cache = cache_bytes_per_token(model, decoding.tokens[:CACHED], placement.stored, decoding.source)
-        if task.copies:
-            probes = Probes.of(tokenizer, embedded_tokens(model), probe_length)
-            probe = probes.tokens(probes.period)
-            copying = copying_loss(model, probe, probes.period, "copying, base model"), probe
-        few = stored.first(model, tokens, task, "base") if stored.is_wider(placement) else None
-        return _Base(
-            perplexity=before,
-            rounding=rounding,
-            cache=cache,
-            unexpected=loaded.unexpected,
-            copying=copying,
-            few=few,
+        answered = replace(answered, unexpected=loaded.unexpected)
+        del loaded
+    release_memory()
+    if answered.few is None:
+        return answered, None
+    load = partial(load_base, folder)
+    return answered, stored.in_stored_dtype(load, placement, tokens=asked.tokens, task=asked.task, who="base")
+
+
+def _measure_converted(
+    folder: Path, asked: Questions, base: Answered, base_stored: Perplexity | None
+) -> tuple[Answered, StoredPerplexity | None]:
+    """What was measured, and the comparison in the dtype of the files."""
+    placement = asked.placement
+    with load_converted(folder, placement, base.unexpected) as loaded:
+        answered = ask(loaded.model, asked, "converted", base)
+        del loaded
+    if not answered.perplexity.finite:
+        raise GateRefused(
+            "The converted model's perplexity is not finite, though the base model's is: try a recipe that shares "
+            "less, or a wider --dtype."
         )
+    release_memory()
+    if not (answered.few and base.few and base_stored):
+        return answered, None
+    load = partial(load_converted, folder, unexpected=base.unexpected)
+    again = stored.in_stored_dtype(load, placement, tokens=asked.tokens, task=asked.task, who="converted")
+    return answered, stored.compared(placement, (base.few, answered.few), (base_stored, again))
+
+
+def _copying(before: Answered, after: Answered) -> CopyingReport | None:
+    lost, copied = before.headline, after.headline
+    if lost is None or copied is None:
+        return None
+    distances = tuple(
+        (one.distance, LossChange(one.by_probe, other.by_probe))
+        for one, other in zip(before.copying, after.copying, strict=True)
+    )
+    return CopyingReport(copied.distance, copied.tokens, lost.loss, copied.loss, distances)

@@ -46,7 +46,7 @@ class LongQuestions:
         )
 
     def copying(self, model: Any, known: tuple[CopyingLoss, ...] = ()) -> tuple[CopyingLoss, ...]:
-        """At all distances up to half of the length. known: those that need not be measured again."""
+        """At all distances up to half of the length. known: what was measured already; it comes with the others."""
         probes = Probes.of(self.tokenizer, embedded_tokens(model), self.length, self.seed)
         measured = {copying.distance: copying for copying in known}
         for distance in probes.long_distances:

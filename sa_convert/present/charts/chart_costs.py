@@ -31,7 +31,7 @@ def cost_chart(analysis: Analysis) -> "Figure":
     height = min(8.0, 2.4 + 0.25 * max(groups, 3))
     figure = paper(f"{analysis.base_model.id}: cost of each {what} if it alone gave up its attention", 10, height)
     axes = figure.subplots()
-    scale = _scale([cost.cost for cost in analysis.costs if cost.cost is not None])
+    scale = scale_of([cost.cost for cost in analysis.costs if cost.cost is not None])
     colours = matplotlib.colormaps["viridis"].with_extremes(bad=NOTHING)
     shown = numpy.maximum(costs, float(scale.vmin or 0))  # NaN stays
     image = axes.imshow(shown, cmap=colours, norm=scale, origin="lower", aspect="auto", interpolation="nearest")
@@ -51,7 +51,8 @@ def cost_chart(analysis: Analysis) -> "Figure":
     return figure
 
 
-def _scale(costs: list[float]) -> "LogNorm":
+def scale_of(costs: list[float]) -> "LogNorm":
+    """A logarithmic scale of DECADES below the highest cost."""
     from matplotlib.colors import LogNorm
 
     positive = [cost for cost in costs if cost > 0] or [1.0]

@@ -3,14 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from sa_convert.console.amounts import format_percent
 from sa_convert.domain.report import TASK_NAMES, Report
 from sa_convert.families.table import FAMILIES
 from sa_convert.present.charts import plan_figure as figure
 from sa_convert.present.charts.chart_heal import FILE as HEAL_FIGURE
 from sa_convert.present.files.card_metadata import inherited, metadata
-from sa_convert.present.files.card_tables import savings_table
-from sa_convert.present.files.report_file import heal_summary, refit_summary
+from sa_convert.present.files.card_tables import quality_table, savings_table
+from sa_convert.present.files.report_file import heal_summary, limits_text, refit_summary
 
 FILE = "README.md"
 HUB = "https://huggingface.co"
@@ -88,13 +87,15 @@ def _sections(report: Report, name: str, recipe: str, remark: str | None, drawn:
 def _summary(report: Report) -> str:
     """One line: what is saved, and what it costs."""
     savings = report.savings
-    changes = [
-        f"{'keys in the cache' if report.caches else 'keys'} {-savings.key_cache_removed:+.1%}",
-        f"parameters {-savings.parameters.removed:+.1%}",
-    ]
+    saved = f"{'keys in the cache' if report.caches else 'keys'} {-savings.key_cache_removed:+.1%}"
+    if savings.cache_over and report.cache is not None:
+        saved = f"cache at {report.cache.at:,} tokens {-report.cache.removed:+.1%}"
+    changes = [saved, f"parameters {0 - savings.parameters.removed:+.1%}"]
     if report.perplexity is None:
         return f"**{', '.join(changes)}; quality not measured**"
     changes.append(f"perplexity{TASK_NAMES[report.perplexity.task]} {report.perplexity.increase:+.2%}")
+    if report.long is not None:
+        changes.append(f"{report.long.texts.increase:+.2%} in texts of {report.long.before.length:,} tokens")
     if report.copying is not None:
         changes.append(f"copying from the context {_nats(report.copying.increase)} nats per token")
     return f"**{', '.join(changes)}**"
@@ -117,7 +118,7 @@ def _costs(report: Report) -> Iterator[str]:
     )
     if report.gate is not None:
         verdict = "stays within" if report.gate.passed else "exceeds"
-        yield f"It {verdict} the limit that was set, {format_percent(report.gate.max_perplexity_increase)}."
+        yield f"It {verdict} the limit that was set, {limits_text(report.gate)}."
     if (agreement := report.agreement) is not None:
         yield (
             f"KL divergence from the base model: {agreement.kl:.4f} nats per token; the same most likely token at "
@@ -128,6 +129,13 @@ def _costs(report: Report) -> Iterator[str]:
             f"Copying from the context ({copying.period} random tokens repeated; {copying.tokens:,} repeated tokens): "
             f"loss {copying.before:.2f} nats per token before, **{copying.after:.2f}** after "
             f"({_nats(copying.increase)})."
+        )
+    if table := quality_table(report):
+        yield "\n".join(table)
+        yield (
+            "Copying and needles: loss in nats per token, on random tokens that stand so far back in the same text, "
+            "and on random code words that were planted there and are asked for at its end. Errors are one standard "
+            "error of the paired difference."
         )
     if report.refit is not None and report.refit.share:
         yield f"Output projections were refitted by ridge regression: {refit_summary(report.refit)}."

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from sa_convert.console.amounts import format_percent
 from sa_convert.domain.calibrated import RefitReport
+from sa_convert.domain.change import CacheBytes
 from sa_convert.domain.healed import HealReport, told_changes
-from sa_convert.domain.report import Report
+from sa_convert.domain.report import GateResult, Report
 from sa_convert.present.files.json_file import write_json
 
 FILE = "report.json"
@@ -45,3 +46,20 @@ def refit_summary(refit: RefitReport) -> str:
     share = "" if refit.share == 1 else f", {format_percent(refit.share)} of the way"
     change = f"{refit.before.divergence:.4f} -> {refit.after.divergence:.4f} nats"
     return f"{kept} of {len(refit.layers)} output projections{share}; divergence on held-out text {change}"
+
+
+def limits_text(gate: GateResult) -> str:
+    """Such as "3%, and copying at every distance by 0.1 nats"."""
+    text = format_percent(gate.max_perplexity_increase)
+    if gate.max_copying_increase is None:
+        return text
+    return f"{text}, and copying at every distance by {gate.max_copying_increase:g} nats a token"
+
+
+def measured(cache: CacheBytes) -> str:
+    """How the size of a cache is known."""
+    if cache.measured_at is None:
+        return "computed, not measured"
+    if cache.measured_at == cache.at:
+        return "measured"
+    return f"measured at {cache.measured_at:,} tokens, the rest computed"

@@ -1,4 +1,4 @@
-"""Tables of two columns, and cells of tables."""
+"""Tables of two columns."""
 
 from collections.abc import Iterable
 
@@ -8,8 +8,3 @@ def aligned(rows: Iterable[tuple[str, str]]) -> str:
     lines = list(rows)
     width = max(len(label) for label, _ in lines) + 2
     return "\n".join(f"{label:<{width}}{text}".rstrip() for label, text in lines)
-
-
-def with_error(text: str, error: float | None, form: str) -> str:
-    """A number and its standard error, if it has one: "0.31 ± 0.02"."""
-    return text if error is None else f"{text} ± {error:{form}}"

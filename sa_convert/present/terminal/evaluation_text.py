@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
+from sa_convert.console.amounts import with_error
 from sa_convert.domain.evaluation import Evaluation, ModelQuality
 from sa_convert.domain.long_context import LongContext
 from sa_convert.domain.losses import LossChange, Losses
 from sa_convert.domain.report import TASK_NAMES, DecodeCheck
-from sa_convert.present.terminal.aligned import with_error
 
 
 def render_evaluation(evaluation: Evaluation) -> str:

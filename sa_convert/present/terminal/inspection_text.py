@@ -37,6 +37,9 @@ def _rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
     yield "Data types", ", ".join(_dtypes(inspection)) + dequantised
     yield "Size", _with_exact(human_bytes(inspection.checkpoint_bytes), inspection.checkpoint_bytes, " bytes")
     yield "Cache per token", _cache(inspection)
+    if inspection.cache_bytes:
+        shown = [f"{human_bytes(size)} of {tokens:,}" for tokens, size in inspection.cache_bytes.items()]
+        yield "Cache", ", ".join([f"{shown[0]} tokens", *shown[1:]])
     for told in inspection.treatments:
         yield from told.rows
 

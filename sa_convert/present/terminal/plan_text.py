@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.console.amounts import human_bytes, human_count
-from sa_convert.domain.change import Change
+from sa_convert.domain.change import CacheBytes, Savings
 from sa_convert.present.terminal.aligned import aligned
 from sa_convert.present.terminal.report_text import change_text
 
@@ -13,13 +13,12 @@ if TYPE_CHECKING:
 
 def plan_json(plan: "ConversionPlan") -> dict[str, Any]:
     """The plan in the words of report.json, if it has them."""
-    from dataclasses import asdict
-
     return {
         "dry_run": True,
         "family": plan.model.family.model_type,
         **{key: value for treated in plan.treated for key, value in treated.section.items()},
-        "savings": asdict(plan.savings),
+        "savings": plan.savings.to_json(),
+        "cache_bytes": {str(cache.at): sizes(cache) for cache in plan.savings.caches} or None,
         "tensors": {
             "dropped": sorted(name for name, edit in plan.edits.items() if edit.drops),
             "sliced": sorted(name for name, edit in plan.edits.items() if edit.rows),
@@ -38,10 +37,19 @@ def render_plan(plan: "ConversionPlan") -> str:
         ("tensors", f"{dropped} dropped, {sliced} sliced"),
         ("parameters", change_text(savings.parameters, human_count)),
         ("weights", change_text(savings.checkpoint_bytes, human_bytes)),
-        ("cache per token", _cache(savings.cache_bytes_per_token)),
+        ("cache per token", _cache(savings)),
+        *((f"cache at {cache.at:,}", change_text(cache, human_bytes)) for cache in savings.caches),
     ]
     return f"{aligned(lines)}\n\nDry run: nothing was written. Sizes are of tensors, without file headers."
 
 
-def _cache(change: Change) -> str:
-    return change_text(change, human_bytes) if change.before else "none: the model caches nothing"
+def sizes(cache: CacheBytes) -> dict[str, Any]:
+    """As JSON, without what is the key of it."""
+    return {"before": cache.before, "after": cache.after, "removed": round(cache.removed, 6)}
+
+
+def _cache(savings: Savings) -> str:
+    if not savings.cache_bytes_per_token.before:
+        return "none: the model caches nothing"
+    over = f", average over {savings.cache_over:,} tokens" if savings.cache_over else ""
+    return change_text(savings.cache_bytes_per_token, human_bytes) + over

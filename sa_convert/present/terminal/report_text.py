@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterator
 
-from sa_convert.console.amounts import format_percent, human_bytes, human_count
-from sa_convert.domain.change import Change
+from sa_convert.console.amounts import human_bytes, human_count
+from sa_convert.domain.change import Change, Savings
 from sa_convert.domain.report import TASK_NAMES, CopyingReport, DecodeCheck, Report
-from sa_convert.present.files.report_file import heal_summary, refit_summary
+from sa_convert.present.files.quality_rows import quality_rows
+from sa_convert.present.files.report_file import heal_summary, limits_text, measured, refit_summary
 from sa_convert.present.terminal.aligned import aligned
 
 
@@ -26,8 +27,15 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
     yield "Checkpoint", change_text(savings.checkpoint_bytes, human_bytes)
     how = "measured" if report.perplexity else "computed from the map"
     if report.caches:
-        yield "Cache per token", f"{change_text(savings.cache_bytes_per_token, lambda size: f'{size:,} bytes')}, {how}"
-        yield "Key cache", f"{savings.key_cache_removed:.1%} removed"
+        over = f", average over {savings.cache_over:,} tokens" if savings.cache_over else ""
+        change = change_text(savings.cache_bytes_per_token, lambda size: f"{size:,} bytes")
+        yield "Cache per token", f"{change}{over}, {how}"
+        if report.cache is not None and savings.cache_over:
+            change = change_text(report.cache, human_bytes)
+            yield f"Cache at {report.cache.at:,}", f"{change}, {measured(report.cache)}"
+            yield "Cache saved", f"{caches_text(savings)} (computed)"
+        if savings.key_cache_removed or not savings.cache_over:
+            yield "Key cache", f"{savings.key_cache_removed:.1%} removed"
     else:
         yield "Cache per token", "none: the model caches nothing"
         yield "Keys", f"{savings.key_cache_removed:.1%} no longer computed"
@@ -50,10 +58,14 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
         yield "Agreement", f"KL divergence {kl}, same most likely token {top1}, {report.agreement.tokens:,} tokens"
     if report.copying:
         yield "Copying", _copying_summary(report.copying)
+    for row in quality_rows(report):
+        yield row.label.capitalize(), f"{row.before} -> {row.after} ({row.change})"
     yield "Decode check", _decode_summary(check) if check else "none: the model caches nothing"
     if report.gate:
-        limit = format_percent(report.gate.max_perplexity_increase)
-        yield "Gate", f"{'passed' if report.gate.passed else 'REFUSED'}: perplexity may rise by {limit}"
+        yield (
+            "Gate",
+            f"{'passed' if report.gate.passed else 'REFUSED'}: perplexity may rise by {limits_text(report.gate)}",
+        )
 
 
 def _decode_summary(check: DecodeCheck) -> str:
@@ -66,6 +78,12 @@ def _copying_summary(copying: CopyingReport) -> str:
     """Such as "loss 1.66 -> 1.85 nats (+0.19), 3,072 tokens at distance 128"."""
     change = f"{copying.before:.2f} -> {copying.after:.2f} nats ({copying.increase:+.2f})"
     return f"loss {change}, {copying.tokens:,} tokens at distance {copying.period}"
+
+
+def caches_text(savings: Savings) -> str:
+    """Such as "0.0% of 512 tokens, 37.5% of 2,048"."""
+    shown = [f"{change.removed:.1%} of {change.at:,}" for change in savings.caches]
+    return ", ".join([f"{shown[0]} tokens", *shown[1:]])
 
 
 def change_text(change: Change, show: Callable[[int], str]) -> str:

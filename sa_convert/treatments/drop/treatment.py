@@ -7,10 +7,16 @@ from typing import TYPE_CHECKING
 
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.treated import Look
+from sa_convert.domain.units import Units
 from sa_convert.treatments.whole_layers import WholeLayerTreatment
 
 if TYPE_CHECKING:
+    from sa_convert.domain.calibrated import Measure
+    from sa_convert.treatments.ledger import Ledger
     from sa_convert.treatments.trial import Trial
+
+FACTOR = 1.4
+"""What it costs, to what is estimated, on SmolLM2-135M."""
 
 
 class DropTreatment(WholeLayerTreatment):
@@ -20,6 +26,19 @@ class DropTreatment(WholeLayerTreatment):
     file = __file__
     look = Look("drop", "#ffffff", "no attention at all", label="×")
     done = "have no attention"
+
+    def ledger(self, units: Units, plan: Plan, measure: "Measure", known: "Ledger | None" = None) -> "Ledger":
+        from sa_convert.treatments.whole_layer_costs import WholeLayerCosts
+
+        return WholeLayerCosts(
+            units,
+            self.name,
+            measure,
+            plan,
+            self.candidates(units),
+            change=lambda observed: -observed.output.float(),
+            factor=FACTOR,
+        )
 
     def trial(self, plan: Plan) -> "Trial":
         from sa_convert.treatments.drop.trying import DropTrial

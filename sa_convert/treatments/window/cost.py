@@ -13,6 +13,9 @@ Letters in shape comments: T tokens, H query heads, G KV groups, D head size; B 
 """
 
 from collections.abc import Iterator, Sequence
+from copy import copy
+from math import copysign
+from statistics import stdev
 from typing import TYPE_CHECKING
 
 from sa_convert.domain.calibrated import Measure
@@ -38,17 +41,24 @@ SEVERAL = 2
 
 
 class WindowCosts(Ledger):
-    """costs: for each unit and window, by the number of the sequence, in nats a token there. weights: of each sequence.
-    repetitions: which of them repeat random tokens.
+    """costs: for each unit and window, by the number of the sequence, in nats a token there; slopes: likewise, the part
+    of first order, which there is under a plan. weights: of each sequence. repetitions: which of them repeat random
+    tokens. windows: on offer, ascending. scales: what costs on repetition are multiplied with, as they were measured.
+    emphasis: what they are multiplied with besides, whatever the unit.
 
-    windows: on offer, ascending. Costs are those without a plan: what a window costs hardly depends on other
-    treatments, but for lost retrieval, which a search measures anyway.
+    Under a plan, changes are those from what a unit sees already.
     """
 
     long = True
 
-    def __init__(self, units: Units, measure: Measure, plan: Plan | None = None) -> None:
+    def __init__(
+        self, units: Units, measure: Measure, plan: Plan | None = None, known: "WindowCosts | None" = None
+    ) -> None:
+        """known: costs without a plan, whose scales hold for these, too."""
         super().__init__(units, NAME, measure, without_plan=not plan)
+        self.scales: dict[Unit, float] = dict(known.scales) if known else {}
+        self.emphasis = 1.0
+        self.slopes: dict[tuple[Unit, int], dict[int, float]] = {}
         self.windows: tuple[int, ...] = ()
         self.costs: dict[tuple[Unit, int], dict[int, float]] = {}
         self.weights: dict[int, float] = {}
@@ -62,7 +72,7 @@ class WindowCosts(Ledger):
         self.windows = tuple(window for window in WINDOWS if sum(period > window for period in periods) >= SEVERAL)
 
     def attend(self, attended: Attended) -> None:
-        if attended.layer not in self._units or attended.slope or not self.windows:
+        if attended.layer not in self._units or not self.windows:
             return
         # Windows as wide as the layer's own save nothing there.
         own = self.units.geometry.layers[attended.layer].window
@@ -74,9 +84,10 @@ class WindowCosts(Ledger):
         for start, probabilities in attended.blocks():
             changes = changes_of(attended, start, probabilities, windows, SINKS)  # (windows, H, B)
             for unit in self._units[attended.layer]:
-                costs = changes[:, list(unit.heads)].sum(1).double().square().sum(-1) * (0.5 / scored)
+                e = changes[:, list(unit.heads)].sum(1).double()  # (windows, B)
+                costs = e.sum(-1) / scored if attended.slope else e.square().sum(-1) * (0.5 / scored)
                 for window, cost in zip(windows, costs.tolist(), strict=True):
-                    known = self.costs.setdefault((unit, window), {})
+                    known = (self.slopes if attended.slope else self.costs).setdefault((unit, window), {})
                     known[attended.sample] = known.get(attended.sample, 0.0) + cost
 
     def offers(self, unit: Unit, taken: Taken) -> Iterator[Offer]:
@@ -95,9 +106,21 @@ class WindowCosts(Ledger):
 
     def cost(self, unit: Unit, window: int, repetition: bool | None = None) -> float:
         """Of a window. repetition: of text or of repetition alone."""
-        found = self.costs.get((unit, window), {})
-        kept = (at for at in found if repetition is None or (at in self.repetitions) == repetition)
-        return sum(self.weights[at] * found[at] for at in kept)
+        found, slopes = self.costs.get((unit, window), {}), self.slopes.get((unit, window), {})
+        kept = [at for at in found if repetition is None or (at in self.repetitions) == repetition]
+        second = sum(self._weight(at) * found[at] * self._scale(unit, at) for at in kept)
+        return second + certain([self._weight(at) * slopes[at] for at in kept if at in slopes])
+
+    def emphasized(self, emphasis: float) -> "WindowCosts":
+        other = copy(self)
+        other.emphasis = emphasis
+        return other
+
+    def _weight(self, sample: int) -> float:
+        return self.weights[sample] * (self.emphasis if sample in self.repetitions else 1.0)
+
+    def _scale(self, unit: Unit, sample: int) -> float:
+        return self.scales.get(unit, 1.0) if sample in self.repetitions else 1.0
 
     def value(self, unit: Unit, offer: Offer) -> float:
         return self.cost(unit, self.window_of(offer))
@@ -108,11 +131,15 @@ class WindowCosts(Ledger):
         told: int = next(iter(offer.plan.values()))[NAME]["tokens"]
         return told
 
-    def scale(self, unit: Unit, factor: float) -> None:
-        """Multiply what a unit costs on repetition, after it was measured."""
-        for (other, _), costs in self.costs.items():
-            for at in costs.keys() & self.repetitions if other == unit else ():
-                costs[at] *= factor
+
+def certain(slopes: Sequence[float]) -> float:
+    """The sum of slopes, one of each sequence, a standard error nearer to 0: a search picks what looks best among
+    thousands of choices, which with few sequences is what is noisiest."""
+    total = sum(slopes)
+    if len(slopes) < 2:
+        return total
+    error = stdev(slopes) * len(slopes) ** 0.5
+    return copysign(max(0.0, abs(total) - error), total)
 
 
 def changes_of(

@@ -62,7 +62,7 @@ class WindowTreatment(Treatment):
     def ledger(self, units: Units, plan: Plan, measure: "Measure", known: "Ledger | None" = None) -> "Ledger":
         from sa_convert.treatments.window.cost import WindowCosts
 
-        return WindowCosts(units, measure, plan)
+        return WindowCosts(units, measure, plan, known if isinstance(known, WindowCosts) else None)
 
     def trial(self, plan: Plan) -> "Trial":
         from sa_convert.treatments.window.trying import WindowTrial
