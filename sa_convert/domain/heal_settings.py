@@ -112,9 +112,7 @@ class HealSettings(BaseModel):
         """
         wanted = self.length or (LONG if windows else LENGTH)
         if self.length is not None and positions is not None and self.length > positions:
-            raise RecipeValueError(
-                f"length {self.length} is more than the {positions} positions of the model", "length"
-            )
+            raise RecipeValueError(f"{self.length} is more than the {positions} positions of the model", "length")
         update = {
             "text": self.text or text,
             "tokens": self.budget,

@@ -25,9 +25,9 @@ from sa_convert.heal.distilled import Distilled, Teacher, head_of
 from sa_convert.heal.healing_state import HealingState, fingerprint
 from sa_convert.heal.healing_text import HealingText, healing_text
 from sa_convert.heal.healing_trainer import ENDLESS, HealingTrainer, Judging, arguments, steps_of
+from sa_convert.heal.healing_verdict import worse
 from sa_convert.heal.judge import Judge
 from sa_convert.heal.trained import prepare, trained_tensors
-from sa_convert.heal.verdict import worse
 from sa_convert.models.auto_class import prediction_task
 from sa_convert.models.load import embedded_tokens, load_base, load_converted, load_tokenizer
 from sa_convert.models.placement import Placement, placed

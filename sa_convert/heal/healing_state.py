@@ -50,7 +50,7 @@ class HealingState:
         begun = json.loads(json.dumps(begun))
         file = folder / FILE
         if not resume:
-            if file.exists():
+            if file.exists() and any(folder.glob("checkpoint-*")):
                 raise OutputError(
                     f"{folder}: holds a healing that was interrupted: use --resume to go on, or remove that folder."
                 )

@@ -16,9 +16,9 @@ from sa_convert.heal.budget_clock import Clock
 from sa_convert.heal.distilled import Distilled, Teacher
 from sa_convert.heal.healing_state import HealingState
 from sa_convert.heal.healing_text import HealingText
+from sa_convert.heal.healing_verdict import score, worse
 from sa_convert.heal.judge import Judge
 from sa_convert.heal.trained import trained_state
-from sa_convert.heal.verdict import score, worse
 
 JUDGEMENTS = 8
 """In one run, evenly over the budget."""

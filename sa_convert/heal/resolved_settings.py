@@ -11,12 +11,19 @@ if TYPE_CHECKING:
     from sa_convert.domain.recipe import Recipe
 
 
-def resolve(settings: "HealSettings", recipe: "Recipe", conversion: ConversionPlan) -> "HealSettings":
-    """With everything spelled out. Raises RecipeError for what the model cannot do."""
+def resolve(
+    settings: "HealSettings", recipe: "Recipe", conversion: ConversionPlan, *, options: bool = False
+) -> "HealSettings":
+    """With everything spelled out. options: the settings are of the command line, not of the recipe.
+
+    Raises RecipeError, naming the key or the option, for what the model cannot do.
+    """
     windows = "window" in conversion.plan.treatments
     try:
         return settings.resolved(recipe.calibration.text, windows, positions(conversion.model.checkpoint.config))
     except ValueError as error:
         path = getattr(error, "path", ())
+        if options:
+            raise RecipeError(f"--{'-'.join(map(str, path))}: {error}.") from None
         key = ".".join(map(str, ("heal", *path)))
         raise RecipeError(f"{recipe.origin.at('heal', *path)}: {key}: {error}") from None

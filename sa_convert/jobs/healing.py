@@ -76,7 +76,7 @@ def heal_folder(reference: str, output: Path, settings: "HealSettings", options:
         recipe = _recipe(checkpoint.folder, plan, base)
         conversion = conversion_of(base, plan, recipe.at)
         check_base(conversion, checkpoint)
-        settings = resolve(settings, recipe, conversion)
+        settings = resolve(settings, recipe, conversion, options=True)
 
         # 2. Room, and a place for the result.
         state = output.with_name(f"{output.name}.healing")
@@ -128,11 +128,11 @@ def _trained(
     )
     try:
         return heal(task)
-    except (KeyboardInterrupt, SystemExit):
-        if not list(state.glob("checkpoint-*")):
+    except BaseException as error:
+        if not list(state.glob("checkpoint-*")) and not options.resume:  # nothing to go on with
             shutil.rmtree(state, ignore_errors=True)
             raise
-        if not _first():
+        if not _first() or not isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise SaConvertError(
             f"Interrupted. The state at the last judgement, and the best so far, are in {state}: the same command with "

@@ -12,7 +12,7 @@ from sa_convert.heal import distilled
 from sa_convert.heal.budget_clock import Clock
 from sa_convert.heal.distilled import Distilled, HeadDivergence, Teacher, head_of, last_states
 from sa_convert.heal.healing_text import HealingRows
-from sa_convert.heal.verdict import best, worse
+from sa_convert.heal.healing_verdict import best, worse
 from support.tiny_models import save_tiny
 
 

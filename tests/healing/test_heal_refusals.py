@@ -25,7 +25,7 @@ def heal(damaged, out, *options, base=True):
 @pytest.mark.parametrize(
     ("options", "pattern"),
     [
-        (("--length", "4k"), r"4000 is more than the 512 positions"),
+        (("--length", "4k"), r"--length: 4000 is more than the 512 positions"),
         (("--text", "nowhere.txt"), r"nowhere\.txt: cannot be read"),
         (("--rows", "6"), r"--rows: 6 is no multiple of 4"),
         (("--tokens", "many"), r"--tokens: 'many' is no whole number from 1 on, such as 400000, 400k or 2M"),
