@@ -22,15 +22,17 @@ class CacheBytes(Change):
     """Bytes of the whole cache of one sequence of `at` tokens, in the dtype of the weights.
 
     measured_at: so many tokens filled a real cache; if they are fewer than `at`, the rest is computed from the plan.
-    None: all is computed.
+    None: all is computed. room: what more the converted model's cache takes, such as for tokens that come back if the
+    last ones are taken back; None if that was not measured.
     """
 
     at: int
     measured_at: int | None = None
+    room: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         sizes = {"at": self.at, "before": self.before, "after": self.after, "removed": round(self.removed, 6)}
-        return sizes | {"measured_at": self.measured_at}
+        return sizes | {"measured_at": self.measured_at, "room": self.room}
 
 
 @dataclass(frozen=True)

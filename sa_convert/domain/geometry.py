@@ -52,10 +52,14 @@ class LayerGeometry:
 
 @dataclass(frozen=True)
 class ModelGeometry:
-    """All layers; granularity is the smallest unit that can do without scores of its own: "head" or "layer"."""
+    """All layers; granularity is the smallest unit that can do without scores of its own: "head" or "layer".
+
+    turning: why keys cannot be cached before they are turned by position, or None if they can.
+    """
 
     layers: tuple[LayerGeometry, ...]
     granularity: str = "head"
+    turning: str | None = None
 
     @property
     def total_groups(self) -> int:

@@ -38,13 +38,15 @@ class Treated:
 @dataclass(frozen=True)
 class Look:
     """How the figure shows a KV group. state: a word for it. colour: "#rrggbb"; ink: of the label on it. meaning: for
-    the legend. label: in the cell, of one or two lines."""
+    the legend. label: in the cell, of one or two lines. mark: what is drawn in the ink besides, so that it is known in
+    grey, too: "edges", "floor", "diagonal" or "cross"; "": nothing."""
 
     state: str
     colour: str
     meaning: str
     label: str = ""
     ink: str = "black"
+    mark: str = ""
 
 
 @dataclass(frozen=True)

@@ -216,6 +216,8 @@ class Family:
     """A config key, the value of it that is refused, and why."""
     taken_for: tuple[str, str] | None = None
     """A config key, and the type that transformers takes the model for if config.json has it."""
+    turning: str | None = None
+    """Why keys cannot be cached before they are turned by position, if they cannot."""
     transformers_5: bool = False
     """Attention is shared in transformers 5 only: in 4 the family's code does not call the attention interface."""
 

@@ -249,7 +249,7 @@ def publish(report: Report, conversion: ConversionPlan, recipe: "Recipe", stage:
         from sa_convert.present.charts.chart_parts import save
 
         save(partial(heal_chart, report.heal), stage.folder / FILE)
-    figure.plan_figure(conversion.plan, geometry, stage.folder / figure.FILE)
+    figure.plan_figure(conversion.plan, geometry, stage.folder / figure.file_for(conversion.plan.treatments))
     card = conversion.model.checkpoint.folder / "README.md"
     write_card(report, resolved, stage.folder, card if card.exists() else None)
     stage.publish()

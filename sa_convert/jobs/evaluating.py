@@ -18,7 +18,8 @@ from sa_convert.measure.quality.divergence import Comparison, KeptLogits
 from sa_convert.measure.quality.gate import KINDS, LENGTH, SEQUENCES
 from sa_convert.measure.quality.long_questions import LongQuestions
 from sa_convert.measure.quality.perplexity import perplexity
-from sa_convert.measure.quality.questions import DECODED
+from sa_convert.measure.quality.questions import DECODED, repeated
+from sa_convert.measure.quality.walk import in_one_piece, walk, walked_length
 from sa_convert.models.load import embedded_tokens, refuse_foreign_tokens, release_memory
 from sa_convert.models.placement import most_positions, placed, positions, usable_positions
 from sa_convert.models.quiet import keep_module_cache_clean
@@ -27,6 +28,9 @@ from sa_convert.models.task import Task, task_of
 from sa_convert.models.tokens import long_sequences, token_sequences
 from sa_convert.output.signals import termination_as_exit
 from sa_convert.plan.audited import foreign_code
+from sa_convert.plan.converted import converted_parts
+from sa_convert.plan.savings import longest_window
+from sa_convert.read.open_model import open_model
 from sa_convert.texts.text import Text
 
 
@@ -185,9 +189,10 @@ class _Asked:
                 )
             check, period, far = None, 0, None
             losses: tuple[CopyingLoss, ...] = ()
-            if (decoding := self.task.decoding(model, self.tokens[0, :DECODED])) is not None:
+            sequence, pieces = self._decoded(subject)
+            if (decoding := self.task.decoding(model, sequence)) is not None:
                 rounding = rounding_without_cache(model, decoding.tokens, decoding.source)
-                check = decode_check(model, decoding.tokens, rounding, decoding.source)
+                check = decode_check(model, decoding.tokens, rounding, decoding.source, pieces)
             if self.task.copies:
                 probes = copying.Probes.of(self.tokenizer, embedded_tokens(model), self.probe_length, self.options.seed)
                 losses, period = probes.losses(model), probes.period
@@ -204,6 +209,23 @@ class _Asked:
             period=period,
             long=far,
         )
+
+    def _decoded(self, subject: Subject) -> tuple[torch.Tensor, tuple[int, ...] | None]:
+        """The sequence that is decoded, longer than the longest window of a converted model, and in which pieces."""
+        window, steps_only = _window(subject)
+        if window is None:
+            return self.tokens[0, :DECODED], None
+        sequence = repeated(self.tokens.flatten(), walked_length(window, positions(subject.config)))
+        return sequence, (in_one_piece if steps_only else walk)(len(sequence), window)
+
+
+def _window(subject: Subject) -> tuple[int | None, bool]:
+    """The most tokens that a KV group with a window caches, or None; and whether the model takes only single tokens
+    once its cache has been filled, as some with recurrent layers."""
+    if not subject.converted:
+        return None, False
+    model, plan = converted_parts(open_model(str(subject.folder)))
+    return longest_window(model, plan), any(layer.heads == 0 for layer in model.geometry.layers)
 
 
 def _length(asked: int | None, subjects: list[Subject]) -> int:

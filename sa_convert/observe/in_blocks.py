@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from sa_convert.observe.attention_call import Call
@@ -17,11 +18,16 @@ BLOCK = 256
 """Queries at a time."""
 
 
+UNLIKE = ("softcap", "s_aux", "position_bias")
+"""Arguments of attention functions that scaled dot product attention does not know."""
+
+
 class Attending:
     """One call, as trials change it.
 
     lent: what layers before have left, by their numbers. causal: no query sees a later token, so keys behind the last
-    query of a block are left out. groups: KV groups of the layer.
+    query of a block are left out. groups: KV groups of the layer. plain: no trial changes it, and torch's scaled dot
+    product attention computes the same.
     """
 
     def __init__(
@@ -33,9 +39,10 @@ class Attending:
         *,
         causal: bool,
         groups: int,
+        plain: bool = False,
     ) -> None:
         self.call, self.layer, self.trials, self.lent = call, layer, trials, lent
-        self.causal, self.groups = causal, groups
+        self.causal, self.groups, self.plain = causal, groups, plain
 
     @cached_property
     def blocks(self) -> list[tuple[int, int]]:
@@ -62,6 +69,12 @@ class Attending:
     def output(self, value: torch.Tensor) -> torch.Tensor:
         """(B, T, H, D), of values (B, G, S, D). Where gradients are wanted, probabilities are computed once more on the
         way back."""
+        if self.plain and not any(self.call.arguments.get(name) is not None for name in UNLIKE):
+            call, scale = self.call, self.call.arguments.get("scaling")
+            part = scaled_dot_product_attention(
+                call.query, call.key, value, attn_mask=call.mask, scale=scale, enable_gqa=True
+            )
+            return part.transpose(1, 2).contiguous()
         changes = torch.is_grad_enabled() and any(
             part.requires_grad for call in (self.call, *self.lent.values()) for part in (call.query, call.key, value)
         )

@@ -18,8 +18,9 @@ from sa_convert.models.arguments import first_argument
 from sa_convert.observe import own_attention
 from sa_convert.observe.attention_call import Call, eager_of
 from sa_convert.observe.in_blocks import Attending
+from sa_convert.observe.turning import Turning
 from sa_convert.treatments.registry import used_in
-from sa_convert.treatments.trial import Trial
+from sa_convert.treatments.trial import Trial, Turned
 
 NAME = "sa_convert_probe"
 """Of our attention function in the attention interface of transformers."""
@@ -33,7 +34,7 @@ class Seen:
     """One layer's attention in one forward pass.
 
     probabilities: (B, H, T, T) of the layer's own heads; used: the same, as a plan changes them; value: (B, G, T, D);
-    output: (B, T, H, D), used times value.
+    output: (B, T, H, D), used times value. query: (B, H, T, D), scaled; key: (B, G, T, D); their products are scores.
     """
 
     layer: int
@@ -41,6 +42,8 @@ class Seen:
     used: torch.Tensor
     value: torch.Tensor
     output: torch.Tensor
+    query: torch.Tensor
+    key: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +87,11 @@ class Probe:
         self._loans: Loans = {}
         self._keep_probabilities = True
         self._in_blocks = False
+        self._touched: frozenset[int] = frozenset()
+        # What transformers itself runs by scaled dot product attention, if it is asked to.
+        self._like_sdpa = family.modules.interface and not family.modules.sinks and _supports_sdpa(model)
         self._causal: list[bool] = []
+        self._turning = Turning(model, family)
         model.requires_grad_(False)
         paths = dict.fromkeys(stack.layers for stack in family.all_stacks if _has_stack(model, family, stack))
         for path in paths:
@@ -115,6 +122,7 @@ class Probe:
                     output = (layer if modules.output_outside else attention).get_submodule(modules.output)
                 self.attentions.append(attention)
                 self._causal.append(stack.caches and not stack.cross)
+                self._turning.add(attention)
                 self.output_projections.append(output)
         self.blocks += [Block(layer, tuple(order)) for layer, order in zip(layers, numbers, strict=True)]
 
@@ -133,7 +141,8 @@ class Probe:
     @contextmanager
     def trying(self, plan: Plan) -> Iterator[None]:
         """While open, attention is changed as this plan has it."""
-        before = self._trials, self._lenders
+        before = self._trials, self._lenders, self._touched
+        self._touched = frozenset(plan.layers)
         self._trials = tuple(treatment.trial(plan) for treatment in used_in(plan))
         self._lenders = frozenset(layer for trial in self._trials for layer in trial.lenders)
         whole = [(trial, layer) for trial in self._trials for layer in trial.whole_layers]
@@ -144,7 +153,7 @@ class Probe:
         try:
             yield
         finally:
-            self._trials, self._lenders = before
+            self._trials, self._lenders, self._touched = before
             for handle in handles:
                 handle.remove()
 
@@ -197,7 +206,8 @@ class Probe:
         """The output (B, T, H, D) of one layer, as the plan has it and told to the observer."""
         layer = call.module.sa_convert_layer
         for trial in self._trials:
-            call, value = replace(call, key=trial.key(layer, call.key)), trial.value(layer, value)
+            key = trial.key(layer, call.key, self.turner(layer))
+            call, value = replace(call, key=key), trial.value(layer, value)
         if self._in_blocks:
             return self._attend_in_blocks(call, value), None
         used = probabilities = call.probabilities()
@@ -210,7 +220,9 @@ class Probe:
         grouped = used.reshape(batch, value.shape[1], -1, length)
         output = torch.matmul(grouped, value).view(batch, total, tokens, -1).transpose(1, 2)
         if self._observer is not None:
-            self._observer(Seen(layer=layer, probabilities=probabilities, used=used, value=value, output=output))
+            query = call.query * (call.arguments.get("scaling") or call.query.shape[-1] ** -0.5)
+            seen = {"probabilities": probabilities, "used": used, "value": value, "output": output}
+            self._observer(Seen(layer=layer, **seen, query=query, key=call.key))
         return output.contiguous(), None
 
     def _attend_in_blocks(self, call: Call, value: torch.Tensor) -> torch.Tensor:
@@ -220,12 +232,17 @@ class Probe:
             self._loans[layer] = call.lasting()
         lent = {lender: loan for lender, loan in self._loans.items() if isinstance(loan, Call)}
         causal, groups = self._causal[layer], value.shape[1]
-        attending = Attending(call, layer, self._trials, lent, causal=causal, groups=groups)
+        plain = self._like_sdpa and layer not in self._touched
+        attending = Attending(call, layer, self._trials, lent, causal=causal, groups=groups, plain=plain)
         output = attending.output(value)
         if self._observer is not None:
             blocks = attending.all_probabilities
             self._observer(SeenInBlocks(layer=layer, value=value, output=output, blocks=blocks))
         return output
+
+    def turner(self, layer: int) -> Turned:
+        """Turns keys of a layer by position as in the pass that runs, or that has run last."""
+        return partial(self._turning.turned, layer)
 
     def _lent(self, layer: int) -> torch.Tensor:
         loan = self._loans[layer]
@@ -258,6 +275,13 @@ def _submodule(model: Any, path: str) -> Any:
     from sa_convert.runtime.modeling_shared_attention import path_in
 
     return model.get_submodule(path_in(model, path) or path)
+
+
+def _supports_sdpa(model: Any) -> bool:
+    """Of the model and of all models in it."""
+    from transformers import PreTrainedModel
+
+    return all(module._supports_sdpa for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
 def _has_stack(model: Any, family: Family, stack: Stack) -> bool:

@@ -22,4 +22,4 @@ def cache_used(model: Model, plan: Plan, at: int, validation: Validation | None)
     if measured.at < at:
         before += cache_at(model, Plan(), at) - cache_at(model, Plan(), measured.at)
         after += cache_at(model, plan, at) - cache_at(model, plan, measured.at)
-    return CacheBytes(before, after, at, min(measured.at, at))
+    return CacheBytes(before, after, at, min(measured.at, at), measured.room)

@@ -59,7 +59,21 @@ def geometry_of(checkpoint: Checkpoint, family: Family, reusing: Container[str] 
                 layers.append(LayerGeometry(0, 0, 0, "none", stack=stack.name))
                 continue
             layers.append(replace(layer, attention=kind, window=window, rotary=rotary, stack=stack.name, cached=cached))
-    return ModelGeometry(tuple(layers), family.granularity)
+    return ModelGeometry(tuple(layers), family.granularity, turning_problem(config, family))
+
+
+def turning_problem(config: Mapping[str, Any], family: Family) -> str | None:
+    """Why keys cannot be cached before they are turned by position, or None if they can."""
+    if family.turning is not None:
+        return family.turning
+    found = [config.get(key) for key in ("rope_parameters", "rope_scaling")]
+    for told in [each for each in found if isinstance(each, Mapping)]:
+        for each in (told, *(inner for inner in told.values() if isinstance(inner, Mapping))):
+            if each.get("rope_type", each.get("type")) in ("dynamic", "longrope"):
+                return "how much its keys are turned changes as the text grows longer"
+            if "mrope_section" in each:
+                return "positions of its tokens have several parts"
+    return None
 
 
 def _depth(checkpoint: Checkpoint, config: Mapping[str, Any], stack: Stack) -> int:

@@ -93,8 +93,12 @@ class Exchange:
     replays one by one on inputs that it caught (as GPTQ does). Then loans are kept, and a replayed lender lends anew.
     """
 
-    def __init__(self):
+    def __init__(self, stack=None, given=None):
+        """stack, given: the module whose pass it is, and the arguments that it was called with, by name."""
         self.over, self.loans, self._inputs, self._mixed, self._again = False, {}, {}, set(), None
+        self.stack, self.given, self.notes = stack, given or {}, {}
+        cache = next((item for item in self.given.values() if hasattr(item, "get_seq_length")), None)
+        self.past = 0 if cache is None else cache.get_seq_length() + 0  # before the pass; a static cache counts on
 
     def lend(self, place, loan):
         if place not in self.loans or not computing_again():  # the first loan of a checkpointed layer is in the graph
@@ -106,7 +110,8 @@ class Exchange:
         """What layers borrow from if they are computed again and cannot keep their exchange: these loans, apart from
         the graph that the layers' inputs are in, which else would keep itself alive."""
         if self._again is None:
-            self._again = Exchange()
+            self._again = Exchange(self.stack, self.given)
+            self._again.past = self.past
             self._again.over, self._again._again = True, self._again
             self._again.loans = {place: loan.apart() for place, loan in self.loans.items()}
         return self._again
@@ -146,6 +151,11 @@ def states_in(args, kwargs):
     return next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim == 3), None)
 
 
+def named(module, args, kwargs):
+    """All arguments of a call by their names in the module's forward."""
+    return {**dict(zip(signature(module.forward).parameters, args, strict=False)), **kwargs} if args else kwargs
+
+
 def _see_input(place, layer, args, kwargs):
     for value in kwargs.values():
         for item in value if isinstance(value, tuple) else (value,):
@@ -165,10 +175,11 @@ _QUANTIZED = _classes("BaseQuantizedLayer", "QuantizedLayer")
 
 
 class CacheView:
-    """A cache as a layer sees it that keeps `own` heads of keys; see the drawing at the top."""
+    """A cache as a layer sees it that keeps `own` heads of keys; see the drawing at the top. codec: None, or what makes
+    of keys (B, own, T, D) those that are cached, (B, 1, T, width), and of these the keys again."""
 
-    def __init__(self, cache, own):
-        self.cache, self.own = cache, own
+    def __init__(self, cache, own, codec=None):
+        self.cache, self.own, self.codec = cache, own, codec
 
     def __getattr__(self, name):
         return getattr(self.__dict__["cache"], name)
@@ -209,14 +220,15 @@ class CacheView:
         layer = layers[layer_idx] if layer_idx < len(layers) else None
         kind = getattr(cache, "layer_class_to_replicate", None) if layer is None else type(layer)
         way = getattr(kind, "update", None)
-        slots = (key, value) if own else (value, value[..., :0])
+        coded = key if self.codec is None or not own else self.codec.encode(key)
+        slots = (coded, value) if own else (value, value[..., :0])
         if way in _GROW:
             held = (getattr(layer, "keys", None), getattr(layer, "values", None))
             for states, new in zip(held, slots, strict=True):
                 if states is not None and states.ndim == 4 and states[:, :, :0].shape[1:] != new[:, :, :0].shape[1:]:
                     raise self._foreign(layer_idx, held[0].shape[1])
             keys, values = self._append(layer, *slots, layer_idx, *args, **kwargs)
-            return (keys, values) if own else (None, keys)
+            return (self._decoded(keys), values) if own else (None, keys)
         fresh = layer is not None and not getattr(layer, "is_initialized", True)
         known = layer is None or fresh or torch.compiler.is_compiling() or hasattr(layer, "shared_attention")
         if not known and int(layer.get_seq_length()) > 0:  # slots of the base's shape may be empty, or full of its keys
@@ -227,18 +239,21 @@ class CacheView:
             slots = slots if own else value.chunk(2, dim=-1)
             self._fit(layer, slots)
             keys, values = cache.update(*slots, layer_idx, *args, **kwargs)
-            return (keys, values) if own else (None, torch.cat([keys, values], dim=-1))
+            return (self._decoded(keys), values) if own else (None, torch.cat([keys, values], dim=-1))
         if way in _STATIC and fresh:
             self._make(layer, *slots)
         if way in _STATIC and all(
             a[:, :, :0].shape == b[:, :, :0].shape for a, b in zip(slots, (layer.keys, layer.values), strict=True)
         ):
             keys, values = cache.update(*slots, layer_idx, *args, **kwargs)
-            return (keys, values) if own else (None, keys)
+            return (self._decoded(keys), values) if own else (None, keys)
         room = layer.keys.shape[1] if way in _STATIC else groups
         slots = [self._filled(states, max(room, groups)) for states in (key if own else value, value)]
         keys, values = cache.update(*slots, layer_idx, *args, **kwargs)
         return (keys[:, :own] if own else None), values[:, :groups]
+
+    def _decoded(self, keys):
+        return keys if self.codec is None else self.codec.decode(keys)
 
     def _foreign(self, number, found):
         return ValueError(
@@ -319,8 +334,13 @@ class LayerPlan:
 
     @property
     def packs(self):
-        """A layer that owns every key caches as its family does."""
-        return len(self.own_groups) < self.heads // self.group
+        """A layer that owns every key, all of them as they are, caches as its family does."""
+        return len(self.own_groups) < self.heads // self.group or self.coder is not None
+
+    @property
+    def coder(self):
+        """The treatment that caches keys in another form, or None."""
+        return next((treatment for treatment in self.treatments if hasattr(treatment, "codec")), None)
 
     @property
     def whole(self):
@@ -481,7 +501,8 @@ class TreatedAttention(nn.Module):
 
     checkpoint_options: dict = {}
     sizes = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")  # attributes with the head size
-    exchange_class, unlike, is_paged = Exchange, staticmethod(unlike), staticmethod(is_paged)
+    exchange_class, named = Exchange, staticmethod(named)
+    unlike, is_paged = staticmethod(unlike), staticmethod(is_paged)
 
     def prepare(self):
         """Called once, when the module has its plan."""
@@ -498,7 +519,7 @@ class TreatedAttention(nn.Module):
 
     @staticmethod
     def begin(stack, args, kwargs):
-        return args, {EXCHANGE: Exchange(), **kwargs}
+        return args, {EXCHANGE: Exchange(stack, named(stack, args, kwargs)), **kwargs}
 
     @staticmethod
     def end(stack, args, kwargs, output):
@@ -511,19 +532,23 @@ class TreatedAttention(nn.Module):
             states, held = states_in(args, kwargs), next(filter(_is_cache, given), None)
             return self.stand_in(states, held, *(() if position is None else ({"cache_position": position},))), None
         if self.plan.packs:
-            args, kwargs = [self._seen(value) for value in args], {key: self._seen(kwargs[key]) for key in kwargs}
+            exchange = kwargs.get(EXCHANGE)
+            args = [self._seen(value, exchange) for value in args]
+            kwargs = {key: self._seen(kwargs[key], exchange) for key in kwargs}
         outputs = super().forward(*args, **kwargs)
         if len(outputs) != 2:
             raise RuntimeError(unlike(f"{type(self).__name__} returns {len(outputs)} values instead of 2"))
         return outputs
 
-    def _seen(self, value):
+    def _seen(self, value, exchange):
         """An argument as the family's forward gets it. A cache is known by what it does: releases rename arguments."""
         is_cache = hasattr(value, "update") and hasattr(value, "get_seq_length")
-        return self.view(value) if is_cache or is_paged(value) else value
+        return self.view(value, exchange) if is_cache or is_paged(value) else value
 
-    def view(self, cache):
-        return CacheView(cache, len(self.plan.own_groups))
+    def view(self, cache, exchange):
+        coder = self.plan.coder
+        codec = None if coder is None or exchange is None else coder.codec(self, exchange)
+        return CacheView(cache, len(self.plan.own_groups), codec)
 
     def attend(self, query, key, value, mask, arguments, exchange):
         """The attention function. query: (B, O, T, D); key: (B, own groups, S, D), both without meaning if nothing is
@@ -740,12 +765,13 @@ def _treat_stack(model, names, stack, chosen, described, treatments, ours):
         if any(number in getattr(treatment, "lenders", ()) for treatment in mine):
             layer.register_forward_pre_hook(partial(_see_input, (stack.name, number)), with_kwargs=True)
         attention.prepare()
-        if attention.plan.whole:
-            attention.plan.whole.enter(attention)
-        elif len(own) < heads:
+        if attention.plan.whole is None and len(own) < heads:
             attention.shrink()
             if not own and stack.query_input:
                 _freeze(layer.get_submodule(stack.query_input))
+        for treatment in mine:
+            if hasattr(treatment, "enter"):
+                treatment.enter(attention)
     return active
 
 

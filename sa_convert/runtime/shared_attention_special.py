@@ -162,13 +162,17 @@ class PlainAttention:
             query, key = self.turn(query, key, positions)
         if call.cache is not None:
             rest = (call.rest,) if self.is_paged(call.cache) else self.extra(call)
-            key, value = self.view(call.cache).update(key, value, self.plan.layer, *rest)
+            key, value = self.view(call.cache, self.exchange_of(call)).update(key, value, self.plan.layer, *rest)
         output, weights = self.attend_call(query, key, value, mask, call)
         return self.finish(output, call.states, gate), weights
 
-    def view(self, cache):
+    def view(self, cache, exchange):
         """Of a cache that also keeps cross-attention, which decoders made of encoders get: its part for this one."""
-        return super().view(getattr(cache, "self_attention_cache", cache))
+        return super().view(getattr(cache, "self_attention_cache", cache), exchange)
+
+    @staticmethod
+    def exchange_of(call):
+        return call.exchange or current_exchange()
 
     def extra(self, call):
         """What a cache's update takes besides: in transformers 4 the positions, for static caches; later it counts."""
@@ -182,7 +186,7 @@ class PlainAttention:
             rate = next((getattr(self, name) for name in names if hasattr(self, name)), 0.0)
             rate = rate.p if isinstance(rate, nn.Dropout) else rate
             arguments |= {"scaling": self.scale(), "dropout": rate if self.training else 0.0}
-        return self.attend(query, key, value, mask, arguments, call.exchange or current_exchange())
+        return self.attend(query, key, value, mask, arguments, self.exchange_of(call))
 
     def scale(self):
         return getattr(self, "scaling", self.size**-0.5)
@@ -357,7 +361,7 @@ class ThreadedAttention(PlainAttention):
 
     @classmethod
     def begin(cls, stack, args, kwargs):
-        _enter(cls.exchange_class())
+        _enter(cls.exchange_class(stack, cls.named(stack, args, kwargs)))
         return args, kwargs
 
     @staticmethod
@@ -457,11 +461,12 @@ class EncoderDecoderAttention(ThreadedAttention):
         filled = getattr(call.cache, "is_updated", {}) if cross else {}
         if cache is not None and filled.get(plan.layer):
             query = self.split(getattr(self, self.names.query)(call.states)) if plan.own else None
-            key, value = self.view(cache).read(plan.layer, plan.heads // plan.group)
+            key, value = self.view(cache, self.exchange_of(call)).read(plan.layer, plan.heads // plan.group)
         else:
             query, key, value, _ = self.project(call.states, call.source)
             if cache is not None:
-                key, value = self.view(cache).update(key, value, plan.layer, *(() if cross else self.extra(call)))
+                view = self.view(cache, self.exchange_of(call))
+                key, value = view.update(key, value, plan.layer, *(() if cross else self.extra(call)))
                 filled[plan.layer] = True
         if callable(mask):
             mask = mask(query if query is not None else value, value.shape[-2])

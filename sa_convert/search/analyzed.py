@@ -18,6 +18,7 @@ from sa_convert.plan.savings import key_cache_removed
 from sa_convert.present.files.report_file import installed_versions
 from sa_convert.search.budget import check_search, more_than_the_cache, treatments_of
 from sa_convert.search.budgets import PARTS, frontier_of
+from sa_convert.search.fitting import learn
 from sa_convert.search.scoring import Ledgers
 from sa_convert.search.whole_cache import priced
 from sa_convert.treatments.registry import lenders
@@ -34,6 +35,7 @@ def frontier_analysis(model: Model, recipe: "Recipe", run: RunOptions, *, seed: 
     assert search.cache is not None
     check_search(model, recipe)
     with open_session(model, recipe.calibration, run, seed, treatments, search.at) as session:
+        learn(session, None)
         attention = attention_statistics(session.probe, session.units, _samples(session))
         found = priced(session, search.at)
         frontier = frontier_of(session, found, sorted({*PARTS, search.cache}))

@@ -19,7 +19,7 @@ from sa_convert.treatments.ledger import Attended, Ledger, Observed
 Ledgers = Mapping[str, Ledger]
 """One for each treatment, by its name."""
 
-_SCREENED = 4
+SCREENED = 4
 """Sequences (of text, and one of repetition) that are shown beforehand to ledgers that ask for it."""
 
 
@@ -35,17 +35,19 @@ def collect(
     description: str = "costs",
     known: Ledgers | None = None,
     long: Sequence[Sample] = (),
+    screened: int = SCREENED,
 ) -> dict[str, Ledger]:
     """Costs of every unit under a plan, for each treatment.
 
     Sequences count by their `weight`. known: the ledgers that were filled without a plan. long: the sequences of
-    ledgers that ask for long ones. Raises CheckpointError if a loss or an activation is not finite.
+    ledgers that ask for long ones. screened: see SCREENED. Raises CheckpointError if a loss or an activation is not
+    finite.
     """
     known = known or {}
     ledgers = {found.name: found.ledger(units, plan, measure, known.get(found.name)) for found in treatments}
     short, far = ([one for one in ledgers.values() if one.long == kind] for kind in (False, True))
     screening = [ledger for ledger in short if ledger.screens]
-    screen = _screen(samples) if screening else []
+    screen = _screen(samples, screened) if screening else []
     samples, long = samples if short else (), long if far else ()
     generator = torch.Generator().manual_seed(seed)
     states = any(ledger.reads_states for ledger in short)
@@ -81,9 +83,9 @@ def collect(
     return ledgers
 
 
-def _screen(samples: Sequence[Sample]) -> list[Sample]:
+def _screen(samples: Sequence[Sample], count: int) -> list[Sample]:
     text = [sample for sample in samples if not sample.repetition]
-    return text[:: max(1, len(text) // _SCREENED)][:_SCREENED] + [s for s in samples if s.repetition][:1]
+    return text[:: max(1, len(text) // count)][:count] + [s for s in samples if s.repetition][:1]
 
 
 def _in_all(long: Sequence[Sample]) -> float:
@@ -186,4 +188,7 @@ def observe(
                     repetition=sample.repetition,
                     weight=sample.weight / total / sample.tokens_scored,
                     states=told.get(index),
+                    query=layer.query.detach()[0],
+                    key=layer.key.detach()[0],
+                    turned=probe.turner(index),
                 )

@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from sa_convert.domain.recipe import Origin, Recipe
     from sa_convert.observe.session import Session
 
-SAMPLES = 8
-"""Short sequences whose costs are measured, for treatments that do not ask for long ones."""
+SAMPLES, SCREENED = 6, 2
+"""Short sequences whose costs are measured, for treatments that do not ask for long ones, and those of text that are
+shown to them beforehand."""
 
 ROUND = 0.25
 """Part of the cache, about, after which a plan is measured."""
@@ -108,6 +109,7 @@ def _costs(session: "Session", plan: Plan = NOTHING, number: int = 0, known: Led
         description="costs under the plan so far" if plan else "costs",
         known=known,
         long=session.long.fit if session.long else (),
+        screened=SCREENED,
     )
 
 
@@ -237,8 +239,7 @@ def search_cache(session: "Session", recipe: "Recipe") -> Step:
 
 def most_copying(recipe: "Recipe") -> float | None:
     """Nats by which the loss of copying may rise at any distance; None: there is no limit."""
-    limit: float | None = getattr(recipe.gate, "max_copying_increase", None)
-    return limit
+    return recipe.gate.max_copying_increase
 
 
 def cache_within(priced: Priced, limit: float, most_copying: float | None, origin: "Origin") -> Step:

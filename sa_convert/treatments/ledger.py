@@ -12,6 +12,8 @@ from sa_convert.domain.units import Unit, Units
 if TYPE_CHECKING:
     import torch
 
+    from sa_convert.treatments.trial import Turned
+
 Taken = frozenset[Unit]
 """Units to which something is done so that no other may use their scores."""
 
@@ -26,6 +28,9 @@ class Observed:
     comes first, or that of labels which the model has drawn. scored: (T,) bool, the tokens whose loss counts.
     repetition: whether the sequence repeats random tokens. weight: of the sequence, over the tokens scored, so that
     sums are per token. states: (T, hidden), what goes into the layer's attention; None if no ledger asks for them.
+
+    query: (H, T, D), scaled, and key: (G, S, D), whose products are scores, turned by position. turned: turns keys
+    (., S, D) by their positions, or back.
     """
 
     layer: int
@@ -38,6 +43,9 @@ class Observed:
     repetition: bool
     weight: float
     states: "torch.Tensor | None" = None
+    query: "torch.Tensor | None" = None
+    key: "torch.Tensor | None" = None
+    turned: "Turned | None" = None
 
 
 @dataclass(frozen=True, kw_only=True)

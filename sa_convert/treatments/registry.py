@@ -10,11 +10,13 @@ from sa_convert.domain.plan import Plan
 from sa_convert.treatments.base import Treatment
 from sa_convert.treatments.drop.treatment import DropTreatment
 from sa_convert.treatments.linear.treatment import LinearTreatment
+from sa_convert.treatments.low_rank.treatment import LowRankTreatment
 from sa_convert.treatments.share.treatment import ShareTreatment
 from sa_convert.treatments.window.treatment import WindowTreatment
 
 _TREATMENTS: tuple[Treatment, ...] = (
     WindowTreatment(),
+    LowRankTreatment(),
     ShareTreatment(),
     LinearTreatment(),
     DropTreatment(),

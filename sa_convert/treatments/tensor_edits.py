@@ -25,7 +25,8 @@ def plan_edits(model: Model, plan: Plan) -> dict[str, TensorEdit]:
     edits: dict[str, TensorEdit] = {}
     for index in plan.layers:
         heads = own_heads(plan, model.geometry, index)
-        edits |= _score_edits(model, index, heads)
+        if len(heads) < model.geometry.layers[index].heads:  # else a fused projection keeps its order
+            edits |= _score_edits(model, index, heads)
     for treatment in used_in(plan):
         edits = combined(edits, treatment.edits(model, plan), treatment.name)
     return edits

@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+Turned = Callable[["torch.Tensor", bool], "torch.Tensor"]
+"""Turns keys (B, G, S, D) by their positions, or, if the second is true, back."""
+
 Lent = Callable[[int], "torch.Tensor"]
 """The probabilities (B, H, T, S) of a layer that has run before, of those that a trial names as lenders."""
 
@@ -22,8 +25,8 @@ class Trial:
     whole_layers: frozenset[int] = frozenset()
     """Layers whose attention as a whole is changed: `output` is asked for these."""
 
-    def key(self, layer: int, key: "torch.Tensor") -> "torch.Tensor":
-        """Keys (B, G, S, D), rotated already."""
+    def key(self, layer: int, key: "torch.Tensor", turned: Turned) -> "torch.Tensor":
+        """Keys (B, G, S, D), turned by position already. turned: turns other keys as the layer does in this pass."""
         return key
 
     def probabilities(self, layer: int, own: "torch.Tensor", lent: Lent, groups: int) -> "torch.Tensor":

@@ -68,13 +68,14 @@ class WholeLayerTreatment(Treatment):
     def treated(self, plan: Plan, geometry: ModelGeometry) -> Treated:
         layers = plan.layers_of(self.name)
         names, total = layer_names(plan.stacks, layers), sum(bool(layer.heads) for layer in geometry.layers)
-        count = f"{len(layers)} of {total} {'layer' if total == 1 else 'layers'}"
+        done = self.done.replace("have", "has", 1) if len(layers) == 1 else self.done
+        count = f"{len(layers)} of {total} layers {done}"
         return Treated(
             name=self.name,
             label=self.name.capitalize(),
-            summary=f"{count} {self.done}: {names or 'none'}",
+            summary=f"{count}: {names or 'none'}",
             rows=((f"layers that {self.done}", names or "none"),),
-            lead=f"{count} {self.done}",
+            lead=count,
             heading=f"Layers that {self.done}",
             caption=f"Which layers {self.done}",
             table=("| layers | instead of attention |", "|---|---|", f"| {names or 'none'} | {self.look.meaning} |"),

@@ -140,7 +140,7 @@ def test_report_card_and_figure_tell_of_it(converted):
     card = (folder / "README.md").read_text()
     assert "converted so that 3 of 24 KV groups are treated by `zero`" in card
     assert "| 2 | 1, 3 |\n| 4 | 2 |" in card
-    with Image.open(folder / "figures" / "sharing.png") as image:
+    with Image.open(folder / "figures" / "plan.png") as image:
         colours = {colour: count for count, colour in image.getcolors(1 << 20)}
     assert colours[ImageColor.getrgb("#202020")] > 3 * 30 * 30
 

@@ -15,7 +15,7 @@ from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
 from sa_convert.domain.report import BaseModel
 from sa_convert.present.charts import plan_figure
 from sa_convert.present.charts.plan_figure import CELL, OWN, _font, drawings_of
-from sa_convert.present.charts.plan_figure import FILE as FIGURE
+from sa_convert.present.charts.plan_figure import SHARING as FIGURE
 from sa_convert.present.files.card import write_card
 from sa_convert.treatments.share.drawing import LOOKS, told
 from sa_convert.treatments.share.plans import plan_of

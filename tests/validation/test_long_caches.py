@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 
 from sa_convert.domain.change import CacheBytes, Change
-from sa_convert.measure.quality.cache_bytes import bytes_of, cache_bytes
+from sa_convert.measure.quality.cache_bytes import Held, bytes_of, cache_bytes, held
 from sa_convert.measure.quality.decode import continues_in, decode_check
 from sa_convert.measure.quality.walk import CROSSING, STEPS, in_one_piece, walk, walked_length
 from sa_convert.models.arguments import cache_keyword, last_logits_only
@@ -93,16 +93,16 @@ def test_bytes_of_a_cache_that_grows():
     growing = model()
     assert last_logits_only(growing) == {"logits_to_keep": 1}
     for length in (16, 100):
-        assert cache_bytes(growing, tokens(length)) == length * TOKEN
-        assert cache_bytes(growing, tokens(length), torch.bfloat16) == length * TOKEN // 2
+        assert cache_bytes(growing, tokens(length)) == Held(length * TOKEN)
+        assert cache_bytes(growing, tokens(length), torch.bfloat16) == Held(length * TOKEN // 2)
 
 
 def test_bytes_of_a_cache_with_sliding_layers():
     torch.manual_seed(0)
     sliding = AutoModelForCausalLM.from_config(tiny_config("mistral", sliding_window=8)).eval()
     # transformers keeps one token fewer than the window, since the next one belongs to it.
-    assert cache_bytes(sliding, tokens(5)) == 5 * TOKEN
-    assert cache_bytes(sliding, tokens(100)) == 7 * TOKEN
+    assert cache_bytes(sliding, tokens(5)).needed == 5 * TOKEN
+    assert cache_bytes(sliding, tokens(100)).needed == 7 * TOKEN
 
 
 def test_bytes_of_an_encoder_decoder(tmp_path):
@@ -110,7 +110,7 @@ def test_bytes_of_an_encoder_decoder(tmp_path):
     decoding = task.decoding(several, rows[0])
     written, read = decoding.tokens[:7], decoding.source[:11]
     # 2 layers of 4 heads of 8 elements, key and value, of what was written and of what was read.
-    assert cache_bytes(several, written, None, read) == 2 * (7 + 11) * 4 * 8 * 2 * 4
+    assert cache_bytes(several, written, None, read).needed == 2 * (7 + 11) * 4 * 8 * 2 * 4
 
 
 class Part:
@@ -135,6 +135,14 @@ def test_tensors_count_once_and_by_what_they_show():
     assert bytes_of(nested) == 2 * 10 * 4 * 4 + 6
 
 
+def test_a_layer_with_room_says_what_it_needs():
+    keys = torch.zeros(1, 2, 10, 4)
+    layer = Part(keys=keys, values=keys.clone(), nbytes=2 * 2 * 7 * 4 * 4)
+    cache = Part(layers=[layer, Part(keys=keys.clone())])
+    assert held(cache) == Held(needed=448 + keys.nbytes, room=192)
+    assert held(cache, torch.float16) == Held(needed=224 + keys.nbytes // 2, room=96)
+
+
 def test_bytes_of_a_cache_that_was_filled_by_hand():
     cache = DynamicCache()
     for layer in range(3):
@@ -144,6 +152,6 @@ def test_bytes_of_a_cache_that_was_filled_by_hand():
 
 def test_a_change_of_a_cache_as_json():
     assert CacheBytes(200, 50, 4096, 2048).to_json() == {
-        "at": 4096, "before": 200, "after": 50, "removed": 0.75, "measured_at": 2048
+        "at": 4096, "before": 200, "after": 50, "removed": 0.75, "measured_at": 2048, "room": None
     }  # fmt: skip
     assert CacheBytes(200, 50, 1).removed == Change(200, 50).removed

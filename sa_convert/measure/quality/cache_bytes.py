@@ -1,6 +1,7 @@
 """Bytes that a model caches, measured on a cache that it has filled."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,10 +33,36 @@ def cache_bytes_per_token(
 
 def cache_bytes(
     model: Any, tokens: torch.Tensor, dtype: torch.dtype | None = None, source: torch.Tensor | None = None
-) -> int:
-    """Bytes of the whole cache of one sequence of `tokens` (T), states of fixed size included; the rest as for
+) -> "Held":
+    """The whole cache of one sequence of `tokens` (T), states of fixed size included; the rest as for
     `cache_bytes_per_token`."""
-    return bytes_of(filled(model, tokens, source), dtype)
+    return held(filled(model, tokens, source), dtype)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of a cache. needed: of the keys, values and states that the next token needs. room: what more is there,
+    such as tokens that come back if the last ones are taken back."""
+
+    needed: int
+    room: int = 0
+
+
+NOTHING = Held(0)
+
+
+def held(cache: Any, dtype: torch.dtype | None = None) -> Held:
+    """From all tensors that a cache holds, see `bytes_of`. A layer that has room tells what it needs, as `nbytes`."""
+    everything = bytes_of(cache, dtype)
+    layers = (layer for part in caches_in(cache) for layer in getattr(part, "layers", ()))
+    room = sum(bytes_of(layer, dtype) - _needed(layer, dtype) for layer in layers if hasattr(layer, "nbytes"))
+    return Held(everything - room, room)
+
+
+def _needed(layer: Any, dtype: torch.dtype | None) -> int:
+    """What a layer says that it needs, which it counts in the dtype that it has."""
+    size = next((states.element_size() for states in tensors_in(layer) if states.is_floating_point()), 1)
+    return int(layer.nbytes) * (dtype.itemsize if dtype is not None else size) // size
 
 
 def bytes_of(cache: Any, dtype: torch.dtype | None = None) -> int:

@@ -120,7 +120,7 @@ def validate(
         cache_bytes_per_token=Change(before.cache_per_token, after.cache_per_token),
         copying=_copying(before, after),
         agreement=asked.predictions.agreement,
-        cache=CacheBytes(before.cache, after.cache, asked.cached, asked.cached) if before.cache else None,
+        cache=_cache(asked.cached, before, after),
         long=LongChange(before.long, after.long) if before.long and after.long else None,
     )
     return judged(validation, max_perplexity_increase, max_copying_increase)
@@ -184,6 +184,12 @@ def _measure_converted(
     load = partial(load_converted, folder, unexpected=base.unexpected)
     again = stored.in_stored_dtype(load, placement, tokens=asked.tokens, task=asked.task, who="converted")
     return answered, stored.compared(placement, (base.few, answered.few), (base_stored, again))
+
+
+def _cache(tokens: int, before: Answered, after: Answered) -> CacheBytes | None:
+    if not before.cache.needed:
+        return None
+    return CacheBytes(before.cache.needed, after.cache.needed, tokens, tokens, after.cache.room)
 
 
 def _copying(before: Answered, after: Answered) -> CopyingReport | None:

@@ -9,7 +9,7 @@ from sa_convert.domain.evaluation import CopyingLoss
 from sa_convert.domain.long_context import LongContext
 from sa_convert.domain.report import DecodeCheck
 from sa_convert.measure.quality import stored_dtype as stored
-from sa_convert.measure.quality.cache_bytes import cache_bytes, cache_bytes_per_token
+from sa_convert.measure.quality.cache_bytes import NOTHING, Held, cache_bytes, cache_bytes_per_token
 from sa_convert.measure.quality.copying import Probes, copying_loss
 from sa_convert.measure.quality.decode import continues_in, decode_check, rounding_difference
 from sa_convert.measure.quality.divergence import Predictions
@@ -64,14 +64,14 @@ class Questions:
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
-    """What was measured of one model. cache_per_token, cache: bytes; cache: of `Questions.cached` tokens. copying: at
+    """What was measured of one model. cache_per_token: bytes. cache: of `Questions.cached` tokens. copying: at
     the distance of the probe, and of long context. few: perplexity of the first sequences, if both models are loaded in
     the dtype of their files, too. Of the base: rounding and pieces, for the decode check of the converted model, whose
     result is `check`. unexpected: tensors in the files that the model does not know."""
 
     perplexity: Perplexity
     cache_per_token: int = 0
-    cache: int = 0
+    cache: Held = NOTHING
     copying: tuple[CopyingLoss, ...] = ()
     period: int = 0
     long: LongContext | None = None

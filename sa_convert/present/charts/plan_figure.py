@@ -3,7 +3,7 @@
 Pillow draws it. Matplotlib takes 0.7 s to load, and the kernel copies gigabytes of weights in that time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
     from PIL.ImageFont import FreeTypeFont
 
-FILE = Path("figures") / "sharing.png"
+SHARING, PLAN = Path("figures") / "sharing.png", Path("figures") / "plan.png"
+"""The figure in a converted model's folder, of a plan that shares and does nothing else, and of any other one."""
 
 BAND = 40
 """Layers side by side; deeper stacks go on below."""
@@ -50,8 +51,14 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """In one or two lines."""
-        return next((look.label for look in self.looks if look.label), "")
+        """In one or two lines: that of the only look that has one, or one of each."""
+        labels = [look.label for look in self.looks if look.label]
+        return labels[0] if len(labels) == 1 else "\n".join(label.partition("\n")[0] for label in labels[:2])
+
+
+def file_for(treatments: Iterable[str]) -> Path:
+    """Where the figure of a plan of these treatments is, in the folder of a converted model."""
+    return SHARING if set(treatments) <= {"share"} else PLAN
 
 
 def cells(drawings: Sequence[Drawing], geometry: ModelGeometry) -> tuple[Cell, ...]:
@@ -150,10 +157,27 @@ def _tile(cell: Cell) -> "Image":
     side = CELL - 2
     tile = Image.new("RGB", (side, side), cell.looks[0].colour)
     canvas = ImageDraw.Draw(tile)
-    for at, look in enumerate(cell.looks[1:], start=1):
-        canvas.rectangle((side * at // len(cell.looks), 0, side, side), look.colour)
+    for at, look in enumerate(cell.looks):
+        left, right = side * at // len(cell.looks), side * (at + 1) // len(cell.looks) - 1
+        canvas.rectangle((left, 0, right, side), look.colour)
+        _mark(canvas, look, (left, 0, right, side - 1))
     _number(canvas, cell)
     return tile
+
+
+def _mark(canvas: "ImageDraw", look: Look, box: tuple[int, int, int, int]) -> None:
+    """What tells a look from others in grey. box: left, top, right and bottom."""
+    left, top, right, bottom = box
+    gap = 4
+    if look.mark == "edges":  # with room for three digits between them
+        for x in (left + 1, right - 2):
+            canvas.rectangle((x, top + gap, x + 1, bottom - gap), look.ink)
+    elif look.mark == "floor":
+        canvas.rectangle((left + gap, bottom - gap - 2, right - gap, bottom - gap), look.ink)
+    if look.mark in ("diagonal", "cross"):
+        canvas.line((left + gap, bottom - gap, right - gap, top + gap), look.ink, 2)
+    if look.mark == "cross":
+        canvas.line((left + gap, top + gap, right - gap, bottom - gap), look.ink, 2)
 
 
 def _notes(drawings: Sequence[Drawing]) -> list[str]:
@@ -189,7 +213,9 @@ def _legend(canvas: "ImageDraw", drawings: Sequence[Drawing], looks: Sequence[Lo
     for index, look in enumerate(looks):
         row, column = divmod(index, 2)
         x, y = MARGIN + column * ENTRY, MARGIN + LINE * (len(lines) + row)
-        canvas.rectangle((x, y + 5, x + CELL - 1, y + LINE - 6), look.colour)
+        box = x, y + 5, x + CELL - 1, y + LINE - 6
+        canvas.rectangle(box, look.colour)
+        _mark(canvas, look, box)
         _text(canvas, (x + CELL + 8, y + LINE / 2), look.meaning, "lm", TEXT, "black")
 
 
@@ -208,4 +234,5 @@ def _axes(canvas: "ImageDraw", band: Band) -> None:
 
 def _number(canvas: "ImageDraw", cell: Cell) -> None:
     size, y = (SMALL, CELL / 2 - 3) if "\n" in cell.label else (TEXT, CELL / 2 - 1)
+    size = SMALL if len(cell.label) > 2 else size
     _text(canvas, (CELL / 2 - 1, y), cell.label, "mm", size, cell.looks[0].ink)

@@ -27,7 +27,9 @@ def write_card(report: Report, recipe_yaml: str, folder: Path, base_card: Path |
     base = report.base_model
     base_metadata, remark = inherited(base_card, f"{HUB}/{base.id}" if base.on_hub else None, folder)
     data = metadata(report, name, base_metadata)
-    body = "\n\n".join(_sections(report, name, recipe_yaml, remark, (folder / figure.FILE).is_file()))
+    drawn = figure.file_for(treated.name for treated in report.used)
+    shown = drawn.as_posix() if (folder / drawn).is_file() else None
+    body = "\n\n".join(_sections(report, name, recipe_yaml, remark, shown))
     path = folder / FILE
     # As huggingface_hub.ModelCard writes it, which takes as long to load as a gigabyte to copy.
     path.write_text(f"---\n{data.to_yaml()}\n---\n\n{body}\n", encoding="utf-8", newline="\n")
@@ -40,7 +42,7 @@ def for_repository(text: str, repo_id: str, revision: str | None = None) -> str:
     return text.replace(f'"{PLACEHOLDER}"', f'"{repo_id}"{branch}')
 
 
-def _sections(report: Report, name: str, recipe: str, remark: str | None, drawn: bool) -> Iterator[str]:
+def _sections(report: Report, name: str, recipe: str, remark: str | None, drawn: str | None) -> Iterator[str]:
     base = report.base_model
     shown = f"[{base.id}]({HUB}/{base.id})" if base.on_hub else f"`{base.id}`"
     revision = f" (revision `{base.revision}`)" if base.revision else ""
@@ -68,7 +70,7 @@ def _sections(report: Report, name: str, recipe: str, remark: str | None, drawn:
     for number, treated in enumerate(report.used):
         yield f"## {treated.heading}"
         if drawn and number == 0:
-            yield f"![{treated.caption}]({figure.FILE.as_posix()})"
+            yield f"![{treated.caption}]({drawn})"
         yield "\n".join(treated.table)
     yield "## What it saves"
     yield "\n".join(savings_table(report))

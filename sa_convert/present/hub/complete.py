@@ -19,8 +19,8 @@ from sa_convert.read.folder import INDEX, open_folder, read_json
 from sa_convert.read.inside import check_inside
 
 RECIPE_FILE = "recipe.yaml"
-_WRITTEN = (card.FILE, RECIPE_FILE, report.FILE, figure.FILE.as_posix())
-"""What publishing adds to the model."""
+_WRITTEN = (card.FILE, RECIPE_FILE, report.FILE)
+"""What publishing adds to the model, besides its figure."""
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,20 @@ def complete_conversion(folder: Path, allow_unvalidated: bool = False) -> Conver
     if its gate did not pass.
     """
     checkpoint = open_folder(folder)
-    sections = _check_model(checkpoint)
-    root = folder.resolve()
-    for name in _WRITTEN:
+    sections, drawn = _check_model(checkpoint)
+    root, written = folder.resolve(), (*_WRITTEN, drawn.as_posix())
+    for name in written:
         check_inside(folder / name, root, "a file that every conversion has")
     _check_report(folder, checkpoint, read_json(folder / report.FILE), sections, allow_unvalidated)
-    files = tuple(sorted(set(_files(checkpoint, root))))
+    files = tuple(sorted({*_files(checkpoint, root), *map(Path, written)}))
     present = {path.relative_to(root) for path in root.rglob("*") if path.is_file()}
     shown = {path for path in present if not any(part.startswith(".") for part in path.parts)}
     size = sum((root / path).stat().st_size for path in files)
     return Conversion(root, files, tuple(sorted(shown - set(files))), size)
 
 
-def _check_model(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """Configuration, plan and code. Returns what report.json should say of the plan."""
+def _check_model(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], Path]:
+    """Configuration, plan and code. Returns what report.json should say of the plan, and where its figure should be."""
     folder, config = checkpoint.folder, checkpoint.config
     if not str(config.get("model_type")).startswith(PREFIX) or not isinstance(config.get("shared_attention"), dict):
         raise CheckpointError(
@@ -72,7 +72,8 @@ def _check_model(checkpoint: Checkpoint) -> Mapping[str, Any]:
         raise CheckpointError(
             f"{folder}: {fault}, not what this version of sa-convert writes; convert the model again."
         )
-    return {key: value for treated in treated_by(plan, model) for key, value in treated.section.items()}
+    sections = {key: value for treated in treated_by(plan, model) for key, value in treated.section.items()}
+    return sections, figure.file_for(plan.treatments)
 
 
 def _check_report(
@@ -127,7 +128,6 @@ def _files(checkpoint: Checkpoint, root: Path) -> Iterator[Path]:
     if checkpoint.index is not None:
         yield Path(INDEX)
     yield Path("config.json")
-    yield from map(Path, _WRITTEN)
     for code in audit_code(checkpoint):
         check_inside(root / code.name, root, "the code")
         yield Path(code.name)

@@ -24,7 +24,7 @@ class DropTreatment(WholeLayerTreatment):
 
     name = "drop"
     file = __file__
-    look = Look("drop", "#ffffff", "no attention at all", label="×")
+    look = Look("drop", "#333333", "no attention at all", ink="white", mark="cross")
     done = "have no attention"
 
     def ledger(self, units: Units, plan: Plan, measure: "Measure", known: "Ledger | None" = None) -> "Ledger":

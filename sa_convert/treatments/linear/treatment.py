@@ -35,7 +35,7 @@ class LinearTreatment(WholeLayerTreatment):
     name = "linear"
     file = __file__
     fits = True
-    look = Look("linear", "#cc79a7", "a linear map in the place of attention", label="L")
+    look = Look("linear", "#cc79a7", "a linear map in the place of attention", mark="diagonal")
     done = "have a linear map in the place of attention"
 
     def check(self, plan: Plan, geometry: ModelGeometry) -> None:

@@ -13,9 +13,11 @@ from sa_convert.domain.answers import Answers
 from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
 from sa_convert.domain.plan import Arguments, Plan, frozen
 from sa_convert.domain.recipe_map import RecipeValueError
+from sa_convert.domain.treated import Drawing, Inspected, Treated
 from sa_convert.domain.units import Unit, Units
 from sa_convert.errors import PlanError
 from sa_convert.treatments.base import Treatment
+from sa_convert.treatments.window import drawing
 from sa_convert.treatments.window.rules import refusal
 
 if TYPE_CHECKING:
@@ -63,6 +65,15 @@ class WindowTreatment(Treatment):
         from sa_convert.treatments.window.cost import WindowCosts
 
         return WindowCosts(units, measure, plan, known if isinstance(known, WindowCosts) else None)
+
+    def treated(self, plan: Plan, geometry: ModelGeometry) -> Treated:
+        return drawing.treated(plan, geometry)
+
+    def drawing(self, plan: Plan, geometry: ModelGeometry) -> Drawing:
+        return drawing.drawing(plan, geometry)
+
+    def inspected(self, geometry: ModelGeometry | None, plan: Plan | None, reason: str | None) -> Inspected:
+        return drawing.inspected(geometry, plan, reason)
 
     def trial(self, plan: Plan) -> "Trial":
         from sa_convert.treatments.window.trying import WindowTrial
