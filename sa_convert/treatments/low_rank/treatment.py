@@ -34,6 +34,7 @@ class LowRankTreatment(Treatment):
     name = "low_rank"
     file = __file__
     fits = True
+    keeps_shapes = True
     impossible = "No layer of this model caches keys that could be cached in fewer numbers."
 
     def parse(self, arguments: Any) -> Arguments:
