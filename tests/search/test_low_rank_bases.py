@@ -180,6 +180,7 @@ def test_what_is_tried_is_what_is_written(family, tmp_path):
         ("{keys: 0}", "keys is a whole number from 1"),
         ("{rank: 4}", "low_rank takes keys"),
         ("8", "low_rank takes keys"),
+        ("{keys: 8, values: 8}", "values cannot be cached"),
     ],
 )
 def test_ranks_that_cannot_be_are_refused(base, told, message):
