@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sa_convert.observe.sequences import REPETITION, Sample
+from sa_convert.observe.sequences import FACTS, Sample
 
 WORDS = {
     "calibration": ("\nRoom {} is kept by", ".\n"),
@@ -23,7 +23,7 @@ WORDS = {
 CODE = 4
 """Random tokens of a code."""
 
-FACTS = 16
+MOST = 16
 """In one sequence, at the most."""
 
 FIRST, LAST = 0.02, 0.85
@@ -46,7 +46,7 @@ def recalled(
     are scored. start: tokens at the beginning that stay there."""
     length = len(text)
     before, after = (_tokens(tokenizer, part) for part in (words[0].format(100), words[1]))
-    count = min(FACTS, int(ROOM * length) // (len(before) + CODE + len(after)))
+    count = min(MOST, int(ROOM * length) // (len(before) + CODE + len(after)))
     if count == 0:
         return None
     names = torch.randperm(900, generator=generator)[:count] + 100
@@ -55,12 +55,10 @@ def recalled(
     questions = [token for opening, code, closing in asked for token in (*opening, *code, *closing)]
     filler = text[start:].tolist()
     room = length - start - len(questions) - sum(len(o) + len(c) + len(e) for o, c, e in facts)
-    tokens, done, distances = text[:start].tolist(), 0, []
+    tokens, done = text[:start].tolist(), 0
     for number, (opening, code, closing) in enumerate(facts):
         place = int(room * (FIRST + (LAST - FIRST) * number / max(1, count - 1)))
-        tokens += [*filler[done:place], *opening]
-        distances.append(length - len(tokens))
-        tokens += [*code, *closing]
+        tokens += [*filler[done:place], *opening, *code, *closing]
         done = place
     tokens += filler[done:room]
     scored = torch.zeros(length, dtype=torch.bool)
@@ -68,8 +66,7 @@ def recalled(
     for opening, code, closing in asked:
         scored[at + len(opening) : at + len(opening) + len(code)] = True
         at += len(opening) + len(code) + len(closing)
-    middle = sorted(distances)[count // 2]
-    return Sample(torch.tensor(tokens + questions), REPETITION, scored, kept=True, period=middle)
+    return Sample(torch.tensor(tokens + questions), FACTS, scored, kept=True)
 
 
 def _fact(

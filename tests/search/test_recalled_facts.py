@@ -4,7 +4,8 @@ import torch
 
 from sa_convert.measure.quality.needle import NAMES, STATEMENT
 from sa_convert.observe.long_sequences import long_set
-from sa_convert.observe.recalled_facts import CODE, FACTS, WORDS, recalled
+from sa_convert.observe.recalled_facts import CODE, MOST, WORDS, recalled
+from sa_convert.observe.sequences import FACTS
 from sa_convert.texts.text import load_text
 from support.tiny_models import save_tokenizer
 
@@ -26,7 +27,7 @@ def test_each_code_that_is_asked_for_stands_in_the_text_once_before(tmp_path):
     assert sample.tokens[:2].tolist() == [7, 7]
     places = sample.scored.nonzero()[:, 0].tolist()
     runs = [places[at : at + CODE] for at in range(0, len(places), CODE)]
-    assert 1 < len(runs) <= FACTS
+    assert 1 < len(runs) <= MOST
     tokens = sample.tokens.tolist()
     first_asked = min(places)
     for run in runs:
@@ -48,9 +49,9 @@ def test_a_text_that_is_too_short_has_none(tmp_path):
 def test_long_sequences_hold_facts_in_both_parts_and_never_the_words_of_the_validation(tmp_path):
     long = long_set(_tokenizer(tmp_path), 300, load_text("builtin"), 512)
     for part in (long.fit, long.held_out):
-        few = [sample for sample in part if sample.repetition and sample.tokens_scored <= FACTS * CODE]
+        few = [sample for sample in part if sample.kind == FACTS]
         assert few
-        assert all(sample.weight > 0 for sample in few)
+        assert all(sample.repetition and sample.weight > 0 and sample.period == 0 for sample in few)
     words = [word.replace("{}", "").strip() for word, _ in WORDS.values()]
     assert len(set(words)) == 2
     assert not any(word in STATEMENT[0] or name in word for word in words for name in NAMES)
