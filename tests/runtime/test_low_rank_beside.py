@@ -61,7 +61,7 @@ def test_steps_are_those_of_one_pass(case, chunks, static):
 
 
 def test_generation(case):
-    found, _, ids, model = case
+    _, _, ids, model = case
     wanted = model.generate(ids, max_new_tokens=10, do_sample=False, use_cache=False)
     for options in ({}, {"cache_implementation": "static"}, {"num_beams": 3}):
         plain = model.generate(ids, max_new_tokens=10, do_sample=False, use_cache=False, num_beams=3)
