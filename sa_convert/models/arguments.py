@@ -24,11 +24,12 @@ def cache_keyword(model: Any) -> str:
     raise SaConvertError(f"{type(model).__name__} takes no cache: no argument of its forward is declared as one.")
 
 
-def last_logits_only(model: Any) -> dict[str, Any]:
-    """Arguments with which the model computes logits for the last token alone, if it knows such an argument."""
+def last_logits_only(model: Any, number: int = 1) -> dict[str, Any]:
+    """Arguments with which the model computes logits for the last tokens alone, if it knows such an argument: then its
+    logits are of so many positions, and otherwise of all."""
     inherited = [vars(cls)["forward"] for cls in type(model).__mro__ if "forward" in vars(cls)]
     known = any(_LAST in signature(forward).parameters for forward in inherited)
-    return {_LAST: 1} if known else {}
+    return {_LAST: number} if known else {}
 
 
 def cache_of(output: Any) -> Any:

@@ -33,12 +33,13 @@ def is_carried(name: str) -> bool:
 def carried_files(family: Family, treatments: Mapping[str, Path], classes: Iterable[str]) -> dict[str, bytes]:
     """Name and content of every code file that a converted model carries.
 
-    treatments: the runtime file of each treatment in the plan. classes: the base's model classes that auto_map names.
+    treatments: the runtime file of each treatment in the plan, the outermost first, which is the order in which they
+    run. classes: the base's model classes that auto_map names.
     """
     special = family.modules.special_class
     files = {
         MODELING: (HOME / MODELING).read_text(encoding="utf-8")
-        + _modeling(family, special, sorted(treatments), sorted(set(classes))),
+        + _modeling(family, special, list(treatments), sorted(set(classes))),
     }
     files |= {f"shared_attention_{name}.py": path.read_text(encoding="utf-8") for name, path in treatments.items()}
     if special:

@@ -50,7 +50,7 @@ def rewrite_checkpoint(
             shutil.copyfile(TOKENIZERS, folder / TOKENIZERS.name)
     for name, content in processor_configs(checkpoint, family).items():
         (folder / name).write_text(as_json(content), encoding="utf-8")
-    used = {name: runtimes[name] for name in plan.treatments}
+    used = {name: path for name, path in runtimes.items() if name in plan.treatments}
     for name, code in carried_files(family, used, classes_in(checkpoint, family).values()).items():
         (folder / name).write_bytes(code)
     config = as_json(converted_config(checkpoint, family, plan))

@@ -25,7 +25,7 @@ size. *Own* are heads that compute their attention themselves.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial, wraps
 from inspect import signature
 from types import SimpleNamespace
@@ -97,6 +97,7 @@ class Exchange:
         """stack, given: the module whose pass it is, and the arguments that it was called with, by name."""
         self.over, self.loans, self._inputs, self._mixed, self._again = False, {}, {}, set(), None
         self.stack, self.given, self.notes = stack, given or {}, {}
+        self.cached = {}  # by place: what a cache of parts holds for the layer that is about to attend
         cache = next((item for item in self.given.values() if hasattr(item, "get_seq_length")), None)
         self.past = 0 if cache is None else cache.get_seq_length() + 0  # before the pass; a static cache counts on
 
@@ -176,17 +177,22 @@ _QUANTIZED = _classes("BaseQuantizedLayer", "QuantizedLayer")
 
 class CacheView:
     """A cache as a layer sees it that keeps `own` heads of keys; see the drawing at the top. codec: None, or what makes
-    of keys (B, own, T, D) those that are cached, (B, 1, T, width), and of these the keys again."""
+    of keys (B, own, T, D) those that are cached, (B, 1, T, width), and of these the keys again. parted: if treatments
+    cache some KV groups themselves, the layer's plan, the exchange of the pass, and the codec of any KV groups."""
 
-    def __init__(self, cache, own, codec=None):
-        self.cache, self.own, self.codec = cache, own, codec
+    def __init__(self, cache, own, codec=None, parted=None):
+        self.cache, self.own, self.codec, self.parted = cache, own, codec, parted
 
     def __getattr__(self, name):
         return getattr(self.__dict__["cache"], name)
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Add (B, own, T, D), not read if own is 0, and (B, G, T, D); return both with all that was cached. Without
-        own keys the first is of no meaning. Raises ValueError if another model filled the cache."""
+        own keys the first is of no meaning. With a cache of parts only the new ones are returned, and the exchange has
+        all. Raises ValueError if another model filled the cache."""
+        if self.parted is not None:
+            self._part(key_states, value_states, layer_idx, args, kwargs)
+            return key_states, value_states
         put = self._put_paged if is_paged(self.cache) else self._put
         keys, values = put(key_states if self.own else None, value_states, layer_idx, *args, **kwargs)
         return (values if keys is None else keys), values
@@ -252,6 +258,58 @@ class CacheView:
         keys, values = cache.update(*slots, layer_idx, *args, **kwargs)
         return (keys[:, :own] if own else None), values[:, :groups]
 
+    def _part(self, key, value, number, args, kwargs):
+        """Cache what treatments do not cache themselves, and leave a `Cached` in the exchange."""
+        plan, exchange, codec = self.parted
+        if exchange is None:
+            raise RuntimeError(
+                f"shared_attention: layer {plan.layer} has a cache of parts, so it runs within its model only."
+            )
+        layer, tokens = self._parted_layer(number, plan), value.shape[-2]
+        # Until 5.3 positions stand for the number of tokens.
+        columns, offset = layer.get_mask_sizes(torch.arange(tokens) if layer.by_position else tokens)
+        start = layer.seen(value.device)
+        held, taken, keys, values = plan.held_after(layer.held, *layer.reach(start, tokens)), {}, None, None
+        if held != layer.held:
+            taken = layer.let_go(plan, held)
+        if held or getattr(self.cache, "offloading", False):
+            own = [place for place, group in enumerate(plan.own_groups) if group in held]
+            view = CacheView(self.cache, len(own), codec(tuple(plan.own_groups[place] for place in own)))
+            keys, values = view._put(pick(key, own) if own else None, pick(value, held), number, *args, **kwargs)
+        else:
+            layer.advance(key, value, tokens)
+        if layer.count is not None:
+            start = start.clone() if torch.compiler.is_compiling() else int(start)
+            layer.count.add_(tokens)
+        exchange.cached[plan.place] = Cached(layer, start, columns, offset, held, keys, values, taken)
+
+    def _parted_layer(self, number, plan):
+        """The layer of the cache with this number, as one of parts. Raises ValueError if it cannot be one."""
+        cache, layers = self.cache, getattr(self.cache, "layers", None)
+        make = getattr(cache, "layer_class_to_replicate", None)
+        while make is not None and len(layers) <= number:
+            layers.append(make())
+        if is_paged(cache) or not isinstance(layers, list) or number >= len(layers):
+            raise ValueError(
+                f"shared_attention: layer {plan.layer} caches some KV groups in a way of its own, for which "
+                f"{type(cache).__name__} has no room. Choose a dynamic, static or quantised cache."
+            )
+        layer = layers[number]
+        if isinstance(layer, PartedLayer):
+            return layer
+        kind = type(layer)
+        if kind.update not in _GROW | _STATIC and not issubclass(kind, _QUANTIZED):
+            raise ValueError(
+                f"shared_attention: layer {plan.layer} caches some KV groups in a way of its own, which a cache with "
+                f"layers of {kind.__name__} cannot do. Choose a dynamic, static or quantised cache."
+            )
+        if int(layer.get_seq_length()) > 0:
+            raise self._foreign(number, None)
+        layer.__class__ = parted_class(kind)
+        layer.every = layer.held = tuple(range(plan.heads // plan.group))
+        layer.parts, layer.count, layer.shared_attention = {}, None, True
+        return layer
+
     def _decoded(self, keys):
         return keys if self.codec is None else self.codec.decode(keys)
 
@@ -285,7 +343,7 @@ class CacheView:
 
     def _append(self, layer, keys, values, layer_idx, *args, **kwargs):
         """As `Cache.update`, without the copy of everything cached that a plain dynamic layer makes at every step."""
-        plain = type(layer) in _classes("DynamicLayer") and getattr(layer, "is_initialized", False)
+        plain = getattr(type(layer), "whole", type(layer)) in _classes("DynamicLayer") and layer.is_initialized
         lent = getattr(self.cache, "offloading", False) or torch.is_grad_enabled() or torch.compiler.is_compiling()
         if not plain or lent:
             return self.cache.update(keys, values, layer_idx, *args, **kwargs)
@@ -316,10 +374,190 @@ def _grown(layer, slot, new):
     return whole
 
 
+def pick(states, places):
+    """Those of the heads (B, heads, ...) that are listed, in this order. A view, if they lie side by side."""
+    runs = runs_of(tuple(places))
+    pieces = [states if stop - start == states.shape[1] else states[:, start:stop] for start, stop in runs]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1) if pieces else states[:, :0]
+
+
+@cache
+def runs_of(places):
+    """Numbers as runs of consecutive ones: ((first, last + 1), ...)"""
+    runs = []
+    for place in places:
+        if runs and runs[-1][1] == place:
+            runs[-1][1] += 1
+        else:
+            runs.append([place, place + 1])
+    return tuple(map(tuple, runs))
+
+
+@dataclass(frozen=True)
+class Cached:
+    """What a cache of parts holds for a layer that attends. layer: that of the cache. start: tokens that it had seen
+    before this pass. columns, offset: how many places the mask has, and which the first is. held: the KV groups that
+    the layer of the cache holds itself, with their own keys and their values, the new ones included. taken: by KV
+    group, the key and the value (B, 1, S, D) of earlier tokens that it has given up just now."""
+
+    layer: Any
+    start: Any
+    columns: int
+    offset: int
+    held: tuple
+    keys: Any
+    values: Any
+    taken: dict
+
+
+class PartedLayer(cache_utils.CacheLayerMixin):
+    """In front of the class of a layer of a cache, some of whose KV groups treatments cache in a way of their own.
+
+    held: the KV groups that are cached as ever. parts: by treatment, what it keeps of the others. A part has
+    `rows(index or None)`, a copy of itself with these rows of the batch; `crop(removed)`, itself without the last
+    tokens, which raises ValueError if what came before them is gone; `reset()`, in place, of a static one; `batch`; and
+    `nbytes`. A static layer counts tokens itself, since those of transformers 4 do not.
+    """
+
+    whole: type
+    by_position: bool
+    static: bool
+
+    def seen(self, device):
+        """How many tokens were cached: of a static layer a tensor, whose address stays."""
+        if not self.static:
+            return self.get_seq_length()
+        if self.count is None:
+            self.count = torch.zeros((), dtype=torch.long, device=device)
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(self.count)
+        return self.count
+
+    def reach(self, start, tokens):
+        """How many tokens this layer will hold at the most before the next pass, None: there is no telling; and at the
+        most ever, or None."""
+        limit = self.max_cache_len if self.static else getattr(self, "sliding_window", None)
+        if type(self).update in _GROW:
+            return start + tokens, limit
+        return (None if self.is_sliding else limit), (limit if self.is_sliding else None)
+
+    def advance(self, key, value, tokens):
+        """Count tokens without holding any: as if there were no head."""
+        key, value = key[:, :0], value[:, :0]
+        if not self.is_initialized:
+            if self.static:
+                CacheView._make(self, key, value)
+            else:
+                needed = (key, value)[: len(signature(self.lazy_initialization).parameters)]
+                self.lazy_initialization(*needed)
+                self.keys, self.values = key[..., :0, :], value[..., :0, :]
+        for name in ("cumulative_length", "cumulative_length_int"):
+            if hasattr(self, name):
+                setattr(self, name, getattr(self, name) + tokens)
+        if not self.static:
+            self.keys, self.values = torch.cat([self.keys, key], dim=-2), torch.cat([self.values, value], dim=-2)
+
+    def let_go(self, plan, held):
+        """Hold only these KV groups from now on. Returns, by KV group, the keys and the values of the others."""
+        before, self.held = self.held, held
+        if not self.is_initialized or getattr(self.keys, "ndim", 0) != 4 or not self.keys.shape[-2]:
+            return {}
+        own = [group for group in before if group in plan.own_groups]
+        key, value = (self.keys, self.values) if own else (None, self.keys)
+        taken = {
+            group: (pick(key, [own.index(group)]), pick(value, [before.index(group)]))
+            for group in before
+            if group not in held
+        }
+        value = pick(value, [before.index(group) for group in held])
+        left = [place for place, group in enumerate(own) if group in held]
+        self.keys, self.values = (pick(key, left), value) if left or not held else (value, value[..., :0])
+        self.__dict__.pop("shared_attention_rooms", None)
+        return taken
+
+    def get_seq_length(self):
+        if self.held or not self.is_initialized or hasattr(self, "cumulative_length"):
+            return super().get_seq_length()
+        return self.count if self.static else self.keys.shape[-2]
+
+    def reorder_cache(self, beam_idx):
+        super().reorder_cache(beam_idx)
+        self._rows(beam_idx)
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self._rows(indices)
+
+    def batch_repeat_interleave(self, repeats):
+        super().batch_repeat_interleave(repeats)
+        if self.parts:
+            rows = next(iter(self.parts.values())).batch
+            self._rows(torch.arange(rows).repeat_interleave(repeats))
+
+    def _rows(self, index):
+        self.parts = {name: part.rows(index) for name, part in self.parts.items()}
+
+    def crop(self, tokens):
+        removed = -tokens if tokens <= 0 else max(int(self.get_seq_length()) - tokens, 0)
+        parts = {name: part.crop(removed) for name, part in self.parts.items()}
+        super().crop(tokens)
+        self.parts = parts
+
+    def reset(self):
+        super().reset()
+        if self.static:
+            self.count = None if self.count is None else self.count.zero_()
+            for part in self.parts.values():
+                part.reset()
+        else:
+            self.keys, self.values, self.is_initialized, self.held, self.parts = None, None, False, self.every, {}
+
+    @property
+    def nbytes(self):
+        """Bytes that the next token needs."""
+        whole = [states for states in (self.keys, self.values) if states is not None]
+        return sum(states.nbytes for states in whole) + sum(part.nbytes for part in self.parts.values())
+
+    def __copy__(self):
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._rows(None)
+        return other
+
+
+@cache
+def parted_class(whole):
+    """A class of cache layers with ours in front."""
+    members = {
+        **{"__module__": __name__, "whole": whole, "static": whole.update in _STATIC},
+        "by_position": "cache_position" in signature(whole.get_mask_sizes).parameters,
+        "__reduce__": lambda self: (_unparted, (whole,), self.__dict__),
+    }
+    return type(f"Parted{whole.__name__}", (PartedLayer, whole), members)
+
+
+def _unparted(whole):
+    """A layer of parts, before pickle or copy give it its attributes."""
+    ours = parted_class(whole)
+    return ours.__new__(ours)
+
+
+@dataclass(frozen=True)
+class View:
+    """A layer as one of its treatments sees it: as if it had only the KV groups that treatments before it left. heads:
+    the numbers that its query heads have in the layer. own: those that compute their attention, numbered as the
+    treatment sees them. places: where the layer's own queries have these; None: they are all of them."""
+
+    heads: tuple
+    own: tuple
+    places: tuple | None
+
+
 @dataclass(frozen=True)
 class LayerPlan:
     """What one layer has, and which treatments it runs, the first outermost. own, own_groups: query heads, and KV
-    groups, that compute their attention, all of them or fewer."""
+    groups, that compute their attention, all of them or fewer. views: the layer as each treatment sees it, and as the
+    kernel does at last."""
 
     stack: str
     layer: int
@@ -327,6 +565,29 @@ class LayerPlan:
     group: int  # query heads in a KV group
     own: tuple
     treatments: tuple
+    views: tuple = ()
+
+    @property
+    def place(self):
+        return self.stack, self.layer
+
+    @property
+    def caching(self):
+        """Whether a treatment caches KV groups itself."""
+        return any(hasattr(treatment, "outgrown") for treatment in self.treatments)
+
+    def held_after(self, held, total, limit):
+        """Of the KV groups that a layer of a cache holds, those that it still does with so many tokens; None: there is
+        no telling. The others are cached by treatments. limit: the tokens that it holds at the most, or None."""
+        total = None if self.coder is not None else total  # what is cached in another form stays together
+        for treatment, view in zip(self.treatments, self.views, strict=False):
+            if hasattr(treatment, "outgrown"):
+                gone = {
+                    view.heads[group * self.group] // self.group
+                    for group in treatment.outgrown(self.layer, total, limit)
+                }
+                held = tuple(group for group in held if group not in gone)
+        return held
 
     @property
     def own_groups(self):
@@ -334,8 +595,9 @@ class LayerPlan:
 
     @property
     def packs(self):
-        """A layer that owns every key, all of them as they are, caches as its family does."""
-        return len(self.own_groups) < self.heads // self.group or self.coder is not None
+        """A layer that owns every key, all of them as they are, caches as its family does, unless treatments cache some
+        of them."""
+        return self.caching or len(self.own_groups) < self.heads // self.group or self.coder is not None
 
     @property
     def coder(self):
@@ -477,20 +739,40 @@ AttentionInterface.register(EXCHANGE, _dispatch)
 @dataclass(frozen=True)
 class Call:
     """One call of the attention function, as treatments see it. implementation: what the user chose, such as "sdpa".
-    arguments: what the family hands to its kernel besides (scaling, window, softcap, sinks, dropout)."""
+    arguments: what the family hands to its kernel besides (scaling, window, softcap, sinks, dropout). cached: of a
+    cache of parts, or None. view: the layer as the treatment sees it, or the kernel if no treatment is left."""
 
     attention: Any
     implementation: str
     exchange: Any
     arguments: dict
+    cached: Any = None
+    view: Any = None
+    pick = staticmethod(pick)
 
     @property
     def layer(self):
         return self.attention.plan.layer
 
+    def seen(self, view):
+        """This call, of all heads, as a treatment of this view gets it."""
+        return replace(self, view=view, arguments=self._arguments(view.places))
+
+    def only(self, places):
+        """This call for some of the view's own heads, by their places among these."""
+        every = range(len(self.view.own)) if self.view.places is None else self.view.places
+        view = View((), tuple(range(len(places))), tuple(every[place] for place in places))
+        return replace(self, view=view, arguments=self._arguments(places))
+
+    def _arguments(self, places):
+        sinks = self.arguments.get("s_aux")
+        return self.arguments if sinks is None or places is None else {**self.arguments, "s_aux": sinks[list(places)]}
+
     def kernel(self, query, key, value, mask, group=None, arguments=None, sinks=None):
         """The family's attention, of heads that lie `group` to a key: output (B, T, H, D), probabilities or None."""
-        eager = self.implementation == "eager"
+        eager, view = self.implementation == "eager", self.view
+        if sinks is None and view is not None and view.places is not None and self.attention.names.sinks:
+            sinks = getattr(self.attention, self.attention.names.sinks)[list(view.places)]
         function = self.attention.family_eager if eager else ALL_ATTENTION_FUNCTIONS[self.implementation]
         module = KernelModule(self.attention, group or self.attention.plan.group, sinks)
         return function(module, query, key, value, mask, **(self.arguments if arguments is None else arguments))
@@ -534,21 +816,25 @@ class TreatedAttention(nn.Module):
         if self.plan.packs:
             exchange = kwargs.get(EXCHANGE)
             args = [self._seen(value, exchange) for value in args]
-            kwargs = {key: self._seen(kwargs[key], exchange) for key in kwargs}
+            kwargs = {key: self._seen(value, exchange) for key, value in kwargs.items()}
         outputs = super().forward(*args, **kwargs)
         if len(outputs) != 2:
             raise RuntimeError(unlike(f"{type(self).__name__} returns {len(outputs)} values instead of 2"))
         return outputs
 
     def _seen(self, value, exchange):
-        """An argument as the family's forward gets it. A cache is known by what it does: releases rename arguments."""
-        is_cache = hasattr(value, "update") and hasattr(value, "get_seq_length")
-        return self.view(value, exchange) if is_cache or is_paged(value) else value
+        """An argument as the family's forward gets it."""
+        return self.view(value, exchange) if _is_cache(value) or is_paged(value) else value
 
     def view(self, cache, exchange):
-        coder = self.plan.coder
-        codec = None if coder is None or exchange is None else coder.codec(self, exchange)
-        return CacheView(cache, len(self.plan.own_groups), codec)
+        plan = self.plan
+
+        def codec(groups):
+            return None if plan.coder is None or exchange is None else plan.coder.codec(self, exchange, groups)
+
+        if plan.caching:
+            return CacheView(cache, len(plan.own_groups), parted=(plan, exchange, codec))
+        return CacheView(cache, len(plan.own_groups), codec(plan.own_groups))
 
     def attend(self, query, key, value, mask, arguments, exchange):
         """The attention function. query: (B, O, T, D); key: (B, own groups, S, D), both without meaning if nothing is
@@ -556,17 +842,19 @@ class TreatedAttention(nn.Module):
         implementation = (self.model_config._attn_implementation or "eager").replace("paged|eager", "eager")
         paged = next((name for name, item in arguments.items() if is_paged(item)), None)
         if paged is not None:  # until 5.23 the attention function writes the cache of continuous batching
-            view = CacheView(arguments.pop(paged), len(self.plan.own_groups))
-            key, value = view.update(key, value, self.plan.layer, arguments)
+            key, value = self.view(arguments.pop(paged), exchange).update(key, value, self.plan.layer, arguments)
         if exchange is None and self.plan.treatments:
             raise RuntimeError(
                 f"shared_attention: layer {self.plan.layer} lends to other layers, or borrows from them, so it runs "
                 "only within its model's forward: run the whole model (checkpointing needs use_reentrant=False)."
             )
-        call = Call(self, implementation, exchange, arguments)
-        then = call.kernel
-        for treatment in reversed(self.plan.treatments):
-            then = partial(treatment.attend, call, then=then)
+        cached = exchange.cached.pop(self.plan.place, None) if exchange is not None and self.plan.caching else None
+        whole = View(tuple(range(self.plan.heads)), self.plan.own, None)
+        call = Call(self, implementation, exchange, arguments, cached, whole)
+        *views, last = self.plan.views
+        then = call.seen(last).kernel
+        for treatment, view in zip(reversed(self.plan.treatments), reversed(views), strict=True):
+            then = partial(treatment.attend, call.seen(view), then=then)
         return then(query, key, value, mask) if self.plan.own else then(None, None, value, mask)
 
     @staticmethod
@@ -743,20 +1031,38 @@ def _treat_stack(model, names, stack, chosen, described, treatments, ours):
         (0, 1, 0) if attention is None else ours.shape_of(attention, names, getattr(config, stack.heads, None))
         for attention, config in zip(attentions, configs, strict=True)
     ]
-    active = []
-    for name, layers in chosen.items():
+    active, left = [], {number: tuple(range(heads)) for number, (heads, _, _) in enumerate(shapes)}
+    before = {number: [] for number in left}  # the treatments of each layer, and the heads that reach them
+    for name in [name for name in treatments if name in chosen]:  # in the order of the literal, the first outermost
         # A model may be made of its first layers alone (`num_hidden_layers`), whose sources come before them.
-        layers = {layer: groups for layer, groups in layers.items() if layer < len(attentions)}
-        view = SimpleNamespace(name=stack.name, shapes=dict(enumerate(shapes)), layers=layers, options=described)
-        active.append(treatments[name](view))
+        layers = {
+            number: _renumbered(chosen[name][number], left[number], *shapes[number][:2])
+            for number in sorted(chosen[name])
+            if number < len(attentions)
+        }
+        reach = {number: (len(left[number]), *shape[1:]) for number, shape in enumerate(shapes)}
+        view = SimpleNamespace(name=stack.name, shapes=reach, heads=dict(left), layers=layers, options=described)
+        treatment = treatments[name](view)
+        active.append(treatment)
+        for number in filter(treatment.touches, left):
+            before[number].append((treatment, left[number]))
+            group, taken = shapes[number][1], getattr(treatment, "takes", lambda number: ())(number)
+            left[number] = tuple(head for place, head in enumerate(left[number]) if place // group not in taken)
     for number, attention in enumerate(attentions):
-        mine = tuple(treatment for treatment in active if treatment.touches(number))
+        mine = tuple(treatment for treatment, _ in before[number])
         if attention is None or not (mine or (active and names.exchange == "positions")):
             continue
         heads, group, size = shapes[number]
-        own = tuple(head for head in range(heads) if all(head in treatment.own_heads(number) for treatment in mine))
+        lost = {
+            head
+            for treatment, reached in before[number]
+            for place, head in enumerate(reached)
+            if place not in treatment.own_heads(number)
+        }
+        own = tuple(head for head in range(heads) if head not in lost)
+        views = tuple(_view(reached, own) for reached in (*(reached for _, reached in before[number]), left[number]))
         attention.__class__ = treated_class(type(attention), ours)
-        attention.plan = LayerPlan(stack.name, number, heads, group, own, mine)
+        attention.plan = LayerPlan(stack.name, number, heads, group, own, mine, views)
         attention.names, attention.size, attention.model_config = names, size, configs[number]
         attention.config = ConfigView(configs[number])
         if not hasattr(attention, "is_causal"):  # kernels take it for granted if a module does not say
@@ -773,6 +1079,25 @@ def _treat_stack(model, names, stack, chosen, described, treatments, ours):
             if hasattr(treatment, "enter"):
                 treatment.enter(attention)
     return active
+
+
+def _renumbered(groups, left, heads, group):
+    """What a treatment is told of KV groups, by their numbers among those of which heads are left. A number that the
+    layer does not have stays, for the treatment to refuse."""
+    told = {}
+    for number, arguments in groups.items():
+        if number is None or not 0 <= number * group < heads:
+            told[number] = arguments
+        elif number * group in left:
+            told[left.index(number * group) // group] = arguments
+    return told
+
+
+def _view(heads, own):
+    """The view of these heads of a layer that owns those."""
+    mine = tuple(place for place, head in enumerate(heads) if head in own)
+    places = tuple(own.index(heads[place]) for place in mine)
+    return View(heads, mine, None if len(places) == len(own) else places)
 
 
 def _freeze(module):

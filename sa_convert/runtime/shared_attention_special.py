@@ -469,7 +469,9 @@ class EncoderDecoderAttention(ThreadedAttention):
                 key, value = view.update(key, value, plan.layer, *(() if cross else self.extra(call)))
                 filled[plan.layer] = True
         if callable(mask):
-            mask = mask(query if query is not None else value, value.shape[-2])
+            exchange = self.exchange_of(call)
+            parts = None if exchange is None else exchange.cached.get(plan.place)
+            mask = mask(query if query is not None else value, value.shape[-2] if parts is None else parts.columns)
         return self.attend_call(query, key, value, mask, call)
 
 

@@ -1,14 +1,19 @@
 """report.json and what the terminal shows."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 
+from sa_convert.domain.change import CacheBytes
+from sa_convert.domain.long_context import LongChange, LongContext, NeedleLosses, PositionLosses
+from sa_convert.domain.losses import LossChange, Losses
 from sa_convert.domain.report import (
     BaseModel,
     CopyingReport,
     DecodeCheck,
+    GateResult,
 )
 from sa_convert.present.files.report_file import installed_versions, write_report
 from sa_convert.present.terminal.report_text import render_report
@@ -55,6 +60,41 @@ def test_without_validation_what_it_measures_is_null():
 def test_copying_loss_that_is_not_finite_is_null():
     report = replace(MEASURED, copying=CopyingReport(128, 3072, 1.5, float("inf"))).to_json()
     assert report["copying"]["loss"] == {"before": 1.5, "after": None}
+
+
+def test_keys_of_long_context():
+    lost = LossChange(Losses((2.0, 2.2)), Losses((2.1, 2.4)))
+    contexts = [
+        LongContext(2048, losses, (PositionLosses(1024, 2048, losses),), (NeedleLosses(0.1, losses),))
+        for losses in (lost.before, lost.after)
+    ]
+    report = replace(
+        MEASURED,
+        long=LongChange(*contexts),
+        cache=CacheBytes(200, 100, 4096, 2048, 7),
+        copying=replace(MEASURED.copying, distances=((128, lost), (1024, lost))),
+        savings=replace(MEASURED.savings, cache_over=4096),
+        gate=GateResult(0.03, True, 0.1),
+    ).to_json()
+    nats = {"before": 2.1, "after": 2.25, "error": pytest.approx(0.05)}
+    assert report["copying"]["128"] == report["copying"]["1024"] == nats
+    assert report["copying"]["period"] == 128  # beside the distances
+    assert report["needle"] == {"10%": nats}
+    perplexity = {
+        "before": pytest.approx(math.exp(2.1), rel=1e-5),
+        "after": pytest.approx(math.exp(2.25), rel=1e-5),
+        "increase": pytest.approx(math.exp(0.15) - 1, rel=1e-5),
+        "error": pytest.approx(math.exp(0.15) * 0.05, rel=1e-4),
+    }  # fmt: skip
+    text = report["long_text"]
+    assert text.pop("by_position") == [{"from": 1024, "to": 2048, **perplexity}]
+    assert text == {"length": 2048, "sequences": 2, **perplexity}
+    assert report["cache_bytes"] == {
+        "at": 4096, "before": 200, "after": 100, "removed": 0.5, "measured_at": 2048, "room": 7
+    }  # fmt: skip
+    assert report["savings"]["cache_bytes_per_token"]["average_over"] == 4096
+    assert report["gate"] == {"max_perplexity_increase": 0.03, "max_copying_increase": 0.1, "passed": True}
+    assert [MEASURED.to_json()[key] for key in ("long_text", "needle", "cache_bytes")] == [None] * 3
 
 
 def test_written_file_is_json_and_the_same_each_time(tmp_path):

@@ -17,7 +17,7 @@ from support.processes import ROOT
 # forward, with fused, gated and grouped projections; exchanges beside positions and by thread; encoder-decoders.
 OWN = ["llama", "cohere", "gpt_oss", "mixtral", "lfm2", "gemma3", "olmo2"]
 SPECIAL = ["gpt2", "qwen3_next", "stablelm", "bert", "falcon", "bloom", "gptj", "bart", "t5"]
-LIMITS = {"own": (3, 830), "special": (4, 1180)}
+LIMITS = {"own": (3, 1180), "special": (4, 1570)}
 """Files, and lines of code (blank lines, comments and docstrings not counted)."""
 
 

@@ -11,6 +11,7 @@ from sa_convert.errors import PlanError
 from sa_convert.jobs.converting import ConvertOptions, convert, plan
 from sa_convert.observe.session import open_session
 from sa_convert.plan.recipe_file import parse_recipe
+from sa_convert.present.terminal.plan_text import plan_json, render_plan
 from sa_convert.read.model_of import model_of
 from sa_convert.read.open_model import open_model
 from sa_convert.search.fitting import fit, learn
@@ -96,6 +97,9 @@ def test_a_dry_run_knows_the_sizes_before_anything_is_fitted(base):
     hidden, heads = 64, 8 * 16
     gone = (heads + 64 + 64) * hidden + heads * hidden + (heads + 64 + 64) + hidden  # q, k, v, o and biases
     assert found.savings.parameters.before - found.savings.parameters.after == gone - hidden * hidden - hidden
+    assert "8 dropped, 0 sliced, 2 added" in render_plan(found)
+    start = "model.layers.1.self_attn.linear"
+    assert plan_json(found)["tensors"]["added"] == [f"{start}.bias", f"{start}.weight"]
 
 
 def test_cross_attention_cannot_be_linear(tmp_path):

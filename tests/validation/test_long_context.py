@@ -88,6 +88,7 @@ def test_loss_by_position_equals_a_loop(base):
     by_hand = losses_by_hand(model, rows)
     losses = token_losses(model, rows, "text")
     assert losses.numpy() == pytest.approx(by_hand, rel=1e-4)
+    assert token_losses(model, rows, "text", last=20).numpy() == pytest.approx(by_hand[:, -20:], rel=1e-4)
     assert edges(130) == [0, 16, 32, 65, 130]
     for at, (start, stop) in zip(by_position(losses), ((0, 16), (16, 32), (32, 65), (65, 130)), strict=True):
         assert (at.start, at.stop) == (start, stop)

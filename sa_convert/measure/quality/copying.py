@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from sa_convert.console.progress import progress
 from sa_convert.domain.evaluation import CopyingLoss
+from sa_convert.models.arguments import last_logits_only
 from sa_convert.models.device import input_device
 from sa_convert.models.tokens import ordinary_tokens, start_tokens
 
@@ -119,12 +120,14 @@ def copying_loss(model: Any, probes: torch.Tensor, period: int, description: str
     if not len(repeats):
         raise ValueError(f"no token of the probes occurs again after {period} tokens")
     begin = int(repeats[0]) + period  # the second occurrence
+    few = last_logits_only(model, length - begin + 1)
     losses = torch.zeros(len(probes), length - begin, dtype=torch.float64)
     with torch.inference_mode(), progress(len(probes), description, unit="probe") as bar:
         for number, probe in enumerate(probes):
-            logits = model(input_ids=probe[None].to(input_device(model)), use_cache=False).logits[0]
+            logits = model(input_ids=probe[None].to(input_device(model)), use_cache=False, **few).logits[0]
+            logits = logits[begin - 1 - length : -1]
             targets = probe[begin:].to(logits.device)
-            losses[number] = functional.cross_entropy(logits[begin - 1 : -1].float(), targets, reduction="none")
+            losses[number] = functional.cross_entropy(logits.float(), targets, reduction="none")
             bar.update()
     means = losses.mean(dim=0)
     return CopyingLoss(

@@ -9,6 +9,7 @@ from torch.nn import functional
 from sa_convert.console.progress import progress
 from sa_convert.domain.long_context import PositionLosses
 from sa_convert.domain.losses import Losses
+from sa_convert.models.arguments import last_logits_only
 from sa_convert.models.device import input_device
 
 BUCKETS = 4
@@ -18,19 +19,21 @@ ROWS = 512
 """Positions whose losses are computed at once, in float32."""
 
 
-def token_losses(model: Any, sequences: torch.Tensor, description: str) -> torch.Tensor:
+def token_losses(model: Any, sequences: torch.Tensor, description: str, last: int | None = None) -> torch.Tensor:
     """Losses (N, L - 1) of the tokens of sequences (N, L) but for the first, float64 on the CPU, without a cache.
 
-    One sequence at a time; the log-probabilities are computed in float32.
+    One sequence at a time; the log-probabilities are computed in float32. last: only of so many tokens at the end.
     """
-    rows = []
+    rows, wanted = [], sequences.shape[1] - 1 if last is None else last
+    few = {} if last is None else last_logits_only(model, last + 1)
     with torch.inference_mode(), progress(len(sequences), description, unit="seq") as bar:
         for sequence in sequences:
-            logits = model(input_ids=sequence[None].to(input_device(model)), use_cache=False).logits[0, :-1]
-            targets = sequence[1:].to(logits.device)
+            inputs = sequence[None].to(input_device(model))
+            logits = model(input_ids=inputs, use_cache=False, **few).logits[0, -wanted - 1 : -1]
+            targets = sequence[-wanted:].to(logits.device)
             parts = [
-                functional.cross_entropy(some.float(), wanted, reduction="none").cpu().double()
-                for some, wanted in zip(logits.split(ROWS), targets.split(ROWS), strict=True)
+                functional.cross_entropy(some.float(), true, reduction="none").cpu().double()
+                for some, true in zip(logits.split(ROWS), targets.split(ROWS), strict=True)
             ]
             rows.append(torch.cat(parts))
             bar.update()

@@ -41,8 +41,9 @@ class Needles:
 
     def losses(self, model: Any, description: str = "needle") -> tuple[NeedleLosses, ...]:
         """By depth, the mean loss of the tokens of each row's code word, in nats."""
-        losses = token_losses(model, self.tokens, description)
-        found = losses.gather(1, self.places.flatten(1) - 1).view(self.places.shape).mean(dim=2)
+        first = int(self.places.min())
+        losses = token_losses(model, self.tokens, description, last=self.tokens.shape[1] - first)
+        found = losses.gather(1, self.places.flatten(1) - first).view(self.places.shape).mean(dim=2)
         return tuple(
             NeedleLosses(depth, Losses(tuple(column.tolist())))
             for depth, column in zip(self.depths, found.T, strict=True)

@@ -26,4 +26,6 @@ class Drop:
 
     def output(self, attention, states):
         """What comes in the place of attention over states (B, T, hidden), of the same shape."""
+        if torch.is_grad_enabled():  # data-parallel training waits for a gradient of the norm before, if only of zero
+            return states * 0
         return torch.zeros_like(states)

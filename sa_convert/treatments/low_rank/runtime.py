@@ -32,8 +32,8 @@ class LowRank:
     divisible = False
 
     def __init__(self, stack):
-        self.layers, self.shapes = stack.layers, stack.shapes
-        for layer, groups in self.layers.items():
+        self.layers, self.shapes = {}, stack.shapes
+        for layer, groups in stack.layers.items():
             heads, group, size = stack.shapes[layer]
             for number, told in groups.items():
                 if number not in range(heads // group) or not 0 < told["keys"] < size:
@@ -41,6 +41,9 @@ class LowRank:
                         f"shared_attention: layer {layer} KV group {number} has keys of rank {told['keys']}, but the "
                         f"model has {heads // group} groups with {size} numbers a key."
                     )
+            # By the numbers that the groups have in the layer, some of which other treatments may have taken.
+            heads = stack.heads[layer]
+            self.layers[layer] = {heads[number * group] // group: told for number, told in groups.items()}
 
     def touches(self, layer):
         return layer in self.layers
@@ -62,20 +65,40 @@ class LowRank:
         if short:
             attention.replace(names.key, ShortProjection(getattr(attention, names.key), attention.low_rank))
 
-    def codec(self, attention, exchange):
-        return Codec(attention.low_rank, exchange)
+    def codec(self, attention, exchange, groups):
+        return Codec(attention.low_rank, exchange, groups)
 
     def attend(self, call, query, key, value, mask, then):
         """Keys that were not cached, so that nothing has reduced them, are reduced here."""
         bases = call.attention.low_rank
         if key is not None and bases.encoder is not None and key.shape[-2] == query.shape[-2]:
-            key = Codec(bases, call.exchange).reduced(key)
+            size = call.attention.plan.group
+            groups = tuple(sorted({call.view.heads[head] // size for head in call.view.own}))
+            key = Codec(bases, call.exchange, groups).reduced(key)
         return then(query, key, value, mask)
 
 
 def is_short(names):
     """Whether the projection of keys in a checkpoint has as many rows as numbers are cached: if it alone makes keys."""
     return not (names.fused or names.transposed or names.key_norm or names.value_limit)
+
+
+class Layout:
+    """How keys of some KV groups lie in what is cached: those of full groups, then those of the treated ones."""
+
+    def __init__(self, groups, ranks, size):
+        self.full = [group for group in groups if group not in ranks]
+        self.numbers = len(self.full) * size
+        self.width = self.numbers + sum(ranks.values())
+        # Where each own group's key is among the full ones and the treated ones after them.
+        order = [*self.full, *ranks]
+        self.places = [order.index(group) for group in groups]
+        self.treated = [groups.index(group) for group in ranks]
+        self.whole = [groups.index(group) for group in self.full]
+
+    def joined(self, full, treated):
+        """Keys of the full groups and of the treated ones, in the order of the groups. (B, ., S, D) each."""
+        return treated if full is None or not full.shape[1] else torch.cat([full, treated], dim=1)[:, self.places]
 
 
 class Bases(nn.Module):
@@ -87,7 +110,7 @@ class Bases(nn.Module):
 
     def __init__(self, ranks, groups, size, like, encodes):
         super().__init__()
-        self.ranks, self.groups, self.size = ranks, groups, size
+        self.ranks, self.size, self.layout = ranks, size, Layout(groups, ranks, size)
         total = sum(ranks.values())
 
         def made(*shape):
@@ -95,13 +118,6 @@ class Bases(nn.Module):
 
         self.basis, self.offset = made(total, size), made(len(ranks), size)
         self.register_parameter("encoder", made(total, size) if encodes else None)
-        self.full = [group for group in groups if group not in ranks]
-        self.width = len(self.full) * size + total
-        # Where each own group's key is among the full ones and the treated ones after them.
-        order = [*self.full, *ranks]
-        self.places = [order.index(group) for group in groups]
-        self.treated = [groups.index(group) for group in ranks]
-        self.whole = [groups.index(group) for group in self.full]
 
     def coded(self, keys):
         """(B, treated groups, T, D), not turned -> (B, T, sum of ranks)"""
@@ -121,10 +137,6 @@ class Bases(nn.Module):
             keys = torch.stack([part @ rows for part, rows in pairs], dim=1)
         return keys + self.offset[:, None]
 
-    def joined(self, full, treated):
-        """Keys of the full groups and of the treated ones, in the order of the groups. (B, ., S, D) each."""
-        return treated if full is None or not full.shape[1] else torch.cat([full, treated], dim=1)[:, self.places]
-
 
 class ShortProjection(nn.Module):
     """A projection of keys with r rows for a treated group: (B, T, hidden) -> (B, T, own groups * D)."""
@@ -133,16 +145,16 @@ class ShortProjection(nn.Module):
         super().__init__()
         weight, bias = projection.weight, projection.bias
         self.down = nn.Linear(
-            weight.shape[1], bases.width, bias=bias is not None, dtype=weight.dtype, device=weight.device
+            weight.shape[1], bases.layout.width, bias=bias is not None, dtype=weight.dtype, device=weight.device
         )
         self.down.requires_grad_(weight.requires_grad)
         self.__dict__["bases"] = bases  # the attention module's own, and no part of this one
 
     def forward(self, states):
-        bases, made = self.bases, self.down(states)
-        full, codes = made.split([len(bases.full) * bases.size, made.shape[-1] - len(bases.full) * bases.size], dim=-1)
+        bases, layout, made = self.bases, self.bases.layout, self.down(states)
+        full, codes = made.split([layout.numbers, layout.width - layout.numbers], dim=-1)
         full = full.unflatten(-1, (-1, bases.size)).transpose(1, 2)
-        return bases.joined(full, bases.expanded(codes)).transpose(1, 2).flatten(2)
+        return layout.joined(full, bases.expanded(codes)).transpose(1, 2).flatten(2)
 
 
 class Turner:
@@ -192,38 +204,38 @@ def rotates(attention, rule):
 
 
 class Codec:
-    """What of a layer's keys is cached in one pass, and the keys again; see `CacheView` in the file beside."""
+    """What of a layer's keys is cached in one pass, and the keys again; see `CacheView` in the file beside. groups: the
+    KV groups that have these keys, all treated ones among them; others may be cached elsewhere."""
 
-    def __init__(self, bases, exchange):
-        self.bases, self.exchange = bases, exchange
+    def __init__(self, bases, exchange, groups):
+        self.bases, self.exchange, self.layout = bases, exchange, Layout(groups, bases.ranks, bases.size)
 
     def codes(self, keys):
         """Turned keys (B, own groups, T, D) of new tokens -> the treated groups' (B, T, sum of ranks)."""
         bases, turner = self.bases, self.bases.turner
-        keys = keys[:, bases.treated].float()
+        keys = keys[:, self.layout.treated].float()
         back = turner.turn(keys, self.turns(keys), back=True)
         return bases.coded(back)
 
     def keys(self, codes, full, turns):
         """What `codes` were made of, and the keys of the full groups (B, ., S, D): (B, own groups, S, D)."""
-        return self.bases.joined(full, self.bases.turner.turn(self.bases.expanded(codes), turns))
+        return self.layout.joined(full, self.bases.turner.turn(self.bases.expanded(codes), turns))
 
     def reduced(self, keys):
         """Turned keys of new tokens as they would come out of a cache."""
         codes = self.codes(keys).to(keys.dtype)
-        return self.keys(codes, keys[:, self.bases.whole], self.turns(keys))
+        return self.keys(codes, keys[:, self.layout.whole], self.turns(keys))
 
     def encode(self, keys):
         """(B, own groups, T, D) -> (B, 1, T, W)"""
-        full = keys[:, self.bases.whole].transpose(1, 2).flatten(2)
+        full = keys[:, self.layout.whole].transpose(1, 2).flatten(2)
         self.tokens = keys.shape[-2]
         return torch.cat([full, self.codes(keys).to(keys.dtype)], dim=-1)[:, None]
 
     def decode(self, slot):
         """(B, 1, S, W) -> (B, own groups, S, D)"""
-        bases = self.bases
-        numbers = len(bases.full) * bases.size
-        full = slot[:, 0, :, :numbers].unflatten(-1, (-1, bases.size)).transpose(1, 2) if numbers else None
+        numbers = self.layout.numbers
+        full = slot[:, 0, :, :numbers].unflatten(-1, (-1, self.bases.size)).transpose(1, 2) if numbers else None
         return self.keys(slot[:, 0, :, numbers:], full, self.turns(slot, slot.shape[-2]))
 
     def turns(self, like, slots=None):

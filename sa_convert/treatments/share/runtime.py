@@ -64,6 +64,16 @@ class Run:
     stop: int
 
 
+def _left_of(stack, layer, at, head):
+    """A source, by its number among the heads that are left of its layer."""
+    if head not in stack.heads.get(at, ()):
+        raise ValueError(
+            f"shared_attention: layer {layer} reuses layer {at} head {head}, which is not an own head of an earlier "
+            "layer."
+        )
+    return at, stack.heads[at].index(head)
+
+
 def _runs(places):
     """Join consecutive places (layer, index) of one layer."""
     keyed = groupby(enumerate(places), key=lambda item: (item[1][0], item[1][1] - item[0]))
@@ -139,7 +149,7 @@ class Share:
                     f"shared_attention: layer {layer} lists {len(sources)} heads in KV group {number}, the model has "
                     f"{heads // group} groups of {group} heads."
                 )
-            row[first : first + group] = [source and (int(source[0]), int(source[1])) for source in sources]
+            row[first : first + group] = [source and _left_of(stack, layer, *map(int, source)) for source in sources]
         return tuple(row)
 
     @staticmethod
