@@ -253,7 +253,8 @@ def test_long_sequences_repeat_after_longer_than_the_windows_and_hold_periods_ap
     save_tokenizer(tmp_path)
     made = [long_set(AutoTokenizer.from_pretrained(tmp_path), 120, load_text("builtin"), 400, seed) for seed in (0, 0)]
     assert [one.tokens.tolist() for one in made[0].fit] == [one.tokens.tolist() for one in made[1].fit]
-    fit, held = ([one for one in part if one.repetition] for part in (made[0].fit, made[0].held_out))
+    parts = (made[0].fit, made[0].held_out)
+    fit, held = ([one for one in part if one.kind == REPETITION] for part in parts)
     assert not {one.period for one in fit} & {one.period for one in held}
     for one in (*fit, *held):
         tokens = one.tokens

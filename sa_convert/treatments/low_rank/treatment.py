@@ -34,9 +34,15 @@ class LowRankTreatment(Treatment):
     name = "low_rank"
     file = __file__
     fits = True
+    keeps_shapes = True
     impossible = "No layer of this model caches keys that could be cached in fewer numbers."
 
     def parse(self, arguments: Any) -> Arguments:
+        if isinstance(arguments, Mapping) and "values" in arguments:
+            raise RecipeValueError(
+                "values cannot be cached in fewer numbers: that costs twenty times what the same bytes of keys cost",
+                "values",
+            )
         if not isinstance(arguments, Mapping) or set(arguments) != {"keys"}:
             raise RecipeValueError(f"low_rank takes keys, such as {{keys: 32}}, not {arguments!r}")
         rank = arguments["keys"]
