@@ -11,7 +11,7 @@ from sa_convert.domain.treated import Drawing, Inspected, Look, Treated
 NAME = "low_rank"
 PAPER = "https://arxiv.org/abs/2408.05646"
 
-LOOK = Look("low rank", "#35b18a", "keys cached in fewer numbers", mark="floor")
+LOOK = Look("low rank", "#4fc3a1", "keys cached in fewer numbers", mark="floor")
 
 
 def treated(plan: Plan, geometry: ModelGeometry) -> Treated:
