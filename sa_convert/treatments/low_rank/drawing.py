@@ -37,9 +37,7 @@ def treated(plan: Plan, geometry: ModelGeometry) -> Treated:
         heading="What has low-rank keys",
         caption="What is done to which KV groups",
         table=("| numbers of a key that are cached | KV groups | in layers |", "|---|---|---|", *table),
-        remarks=(
-            "Low-rank keys are expanded whenever they are used: they save memory, and cost time.",
-        ),
+        remarks=("Low-rank keys are expanded whenever they are used: they save memory, and cost time.",),
     )
 
 
