@@ -14,7 +14,7 @@ from sa_convert.domain.fitted import Fitted
 from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
 from sa_convert.domain.plan import Arguments, Plan, frozen
 from sa_convert.domain.recipe_map import RecipeValueError
-from sa_convert.domain.treated import Drawing
+from sa_convert.domain.treated import Drawing, Inspected, Treated
 from sa_convert.domain.units import Unit, Units
 from sa_convert.errors import PlanError
 from sa_convert.treatments.base import Treatment
@@ -102,5 +102,11 @@ class LowRankTreatment(Treatment):
 
         return LowRankCosts(units, measure, plan)
 
+    def treated(self, plan: Plan, geometry: ModelGeometry) -> Treated:
+        return drawing.treated(plan, geometry)
+
     def drawing(self, plan: Plan, geometry: ModelGeometry) -> Drawing:
-        return drawing.drawing(plan.groups_of(self.name), geometry)
+        return drawing.drawing(plan, geometry)
+
+    def inspected(self, geometry: ModelGeometry | None, plan: Plan | None, reason: str | None) -> Inspected:
+        return drawing.inspected(geometry, plan, reason)
