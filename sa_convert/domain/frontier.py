@@ -19,8 +19,8 @@ class FrontierPoint:
     """A plan that a search came by.
 
     treatments: those that the search could use. cache: bytes of one sequence. loss: rise of the mean loss on held-out
-    text, in nats a token, with its standard error. copying: rise of the loss on held-out repetition by its period, and by
-    0 on facts that are asked for at the end of a long text. recipe: the file that holds the plan.
+    text, in nats a token, with its standard error. copying: rise of the loss on held-out repetition by its period, and
+    on facts that are asked for at the end of a long text under 0. recipe: the file that holds the plan.
     """
 
     treatments: tuple[str, ...]

@@ -20,9 +20,6 @@ from sa_convert.heal.healing_verdict import score, worse
 from sa_convert.heal.judge import Judge
 from sa_convert.heal.trained import trained_state
 
-JUDGEMENTS = 8
-"""In one run, evenly over the budget."""
-
 ENDLESS = 1_000_000
 """Steps of a run that only time ends."""
 
@@ -72,6 +69,14 @@ def steps_of(settings: HealSettings) -> int | None:
     assert settings.length is not None
     per_step = settings.rows * settings.length
     return None if settings.tokens is None else max(1, -(-settings.tokens // per_step))
+
+
+def judgements(settings: HealSettings) -> int:
+    """In one run, evenly over the budget. One costs about as much as training on 2,000 tokens, so a short run has few
+    of them; a long run has more, since what came after the last one is lost if it is interrupted."""
+    if settings.tokens is None:
+        return max(8, min(40, round((settings.minutes or 0) / 4)))
+    return max(2, min(8, settings.tokens // 16_384), min(40, settings.tokens // 100_000))
 
 
 class HealingTrainer(Trainer):
@@ -131,6 +136,7 @@ class Judging(TrainerCallback):
         assert settings.length is not None
         self.state, self.judge, self.clock = state, judge, clock
         self.step_tokens = settings.rows * settings.length
+        self.judgements = judgements(settings)
         self.trainer: HealingTrainer | None = None
         self._bar: Any = None
 
@@ -148,7 +154,7 @@ class Judging(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         used = self.clock.used(state.global_step)
-        if used * JUDGEMENTS >= len(self.state.curve) or used >= 1:
+        if used * self.judgements >= len(self.state.curve) or used >= 1:
             self._judge(args, state.global_step)
             control.should_save = True
         control.should_training_stop = control.should_training_stop or used >= 1

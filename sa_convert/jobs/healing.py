@@ -104,7 +104,13 @@ def heal_folder(reference: str, output: Path, settings: "HealSettings", options:
             overwrite_tensors(checkpoint, stage.folder, healed.tensors)
 
             # 5. Both models run, and the folder appears.
-            report = _finish(conversion, checkpoint, recipe.with_heal(settings), healed, options, stage)
+            try:
+                report = _finish(conversion, checkpoint, recipe.with_heal(settings), healed, options, stage)
+            except GateRefused as error:
+                raise GateRefused(
+                    f"{error} What was trained is kept in {state}: the same command with --resume and another gate "
+                    "writes it."
+                ) from None
         shutil.rmtree(state, ignore_errors=True)
     return report
 

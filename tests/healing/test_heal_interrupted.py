@@ -18,6 +18,14 @@ def slow(*arguments, **named):
 HealingTrainer.compute_loss = slow
 """
 
+REFUSING = """
+from sa_convert.errors import GateRefused
+from sa_convert.measure.quality import verdict
+def refuse(validation):
+    raise GateRefused("The gate refused.")
+verdict.refuse_if_failed = refuse
+"""
+
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory):
@@ -64,6 +72,19 @@ def test_resumed_run_gives_the_same_weights(damaged, tmp_path):
 def test_an_ended_process_leaves_what_it_had(damaged, tmp_path):
     _, told = interrupted(damaged, tmp_path / "ended", signal.SIGTERM)
     assert "Traceback" not in told
+
+
+def test_the_gate_may_be_widened_without_training_again(damaged, tmp_path):
+    """What was trained waits beside the place that stays empty."""
+    arguments = (damaged.folder, "--against", damaged.base, "-o", tmp_path / "out", *QUICK)
+    refusing = heal_process(*arguments, prelude=REFUSING)
+    _, told = refusing.communicate(timeout=200)
+    assert refusing.returncode == 3, told
+    assert "The gate refused. What was trained is kept in" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["out.healing"]
+    done = run_cli("heal", *arguments, "--max-perplexity-increase", "90%", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_nothing_to_go_on_with(damaged, tmp_path):

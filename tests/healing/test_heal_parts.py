@@ -1,6 +1,7 @@
 """The loss, the rows, the verdict and the learning rate, each against a computation of its own."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -8,11 +9,14 @@ from torch import nn
 
 from sa_convert.domain.heal_settings import HealSettings
 from sa_convert.domain.healed import Judgement
+from sa_convert.errors import SaConvertError
 from sa_convert.heal import distilled
 from sa_convert.heal.budget_clock import Clock
 from sa_convert.heal.distilled import Distilled, HeadDivergence, Teacher, head_of, last_states
 from sa_convert.heal.healing_text import HealingRows
+from sa_convert.heal.healing_trainer import judgements
 from sa_convert.heal.healing_verdict import best, worse
+from sa_convert.heal.trained import _with_additions
 from support.tiny_models import save_tiny
 
 
@@ -231,6 +235,19 @@ def test_whatever_ends_first_counts():
     clock.note(torch.device("cpu"))
     assert clock.used(20) == pytest.approx(0.5, abs=0.05)
     assert clock.used(80) == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "times"), [(20_000, 2), (100_000, 6), (400_000, 8), (2_000_000, 20), (20_000_000, 40)]
+)
+def test_longer_runs_are_judged_more_often(tokens, times):
+    assert judgements(HealSettings(tokens=tokens)) == times
+
+
+def test_low_rank_additions_need_an_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SaConvertError, match=r"pip install 'sa-convert\[lora\]'"):
+        _with_additions(None, None, {}, HealSettings(train="lora"))
 
 
 def test_settings_are_spelled_out():
