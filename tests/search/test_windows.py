@@ -366,6 +366,18 @@ def test_a_plan_that_copies_badly_is_refused_and_others_go_on():
     assert 0 in step.plan.layers[0]
 
 
+def test_if_no_plan_copies_well_the_best_of_those_that_save_enough_is_taken():
+    units = Units(ModelGeometry((LayerGeometry(4, 2, 16),) * 6))
+    account = WholeCache(units, 16, lambda layer: 16)
+    reference = Copying({(layer, group) for layer in range(6) for group in range(2)})
+    found = Priced({"window": Known(units, [0.5, *[0.1] * 5, *[0.9] * 6])}, {}, account, reference)
+    (step,) = cache_path(found, [0.2], 0.1)
+    assert step.removed >= 0.2
+    assert step.removed == pytest.approx(account.removed(step.plan))
+    assert step.plan == reference.plans[0]
+    assert len(reference.plans) > 2
+
+
 def test_repetition_counts_more_in_the_costs_of_every_treatment_that_knows_it_apart(tmp_path):
     model, subject, units = opened(tmp_path, "llama")
     tokens, unit = torch.randint(3, 120, (TOKENS,)), units.all[9]
