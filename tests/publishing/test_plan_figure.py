@@ -13,6 +13,7 @@ from sa_convert.present.charts import plan_figure as figure
 from sa_convert.present.files.card import write_card
 from sa_convert.treatments.drop.treatment import DropTreatment
 from sa_convert.treatments.linear.treatment import LinearTreatment
+from sa_convert.treatments.low_rank import drawing as low_rank
 from sa_convert.treatments.registry import used_in
 from sa_convert.treatments.share.drawing import LOOKS
 from sa_convert.treatments.window import drawing as windows
@@ -83,7 +84,7 @@ def test_a_cell_with_two_treatments_shows_both(tmp_path):
 
 def all_looks():
     shades = [replace(windows.LOOK, colour=colour) for colour in (*windows.SHADES.values(), windows.LONGEST)]
-    return [figure.OWN, *LOOKS.values(), *shades, DropTreatment.look, LinearTreatment.look]
+    return [figure.OWN, *LOOKS.values(), *shades, low_rank.LOOK, DropTreatment.look, LinearTreatment.look]
 
 
 # How people without one kind of cones see a colour (Machado et al. 2009, severity 1); and grey.
