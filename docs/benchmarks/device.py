@@ -138,6 +138,7 @@ def speed(folder: Path, device: str, small: bool) -> list[dict]:
         options = ["--contexts", context, "--batches", batch, "--new-tokens", 16, "--repeats", 3, "--device", device]
         found = json.loads(run("bench", converted, "--against", base, *options, "--json"))
         rows.append({"batch": batch, "context": context, "bench": found})
+        print(f"batch {batch}, context {context}: {json.dumps(found)}", flush=True)  # a lent machine may be taken back
     return rows
 
 
@@ -161,8 +162,6 @@ def main() -> None:
         print(f"\n{time.perf_counter() - start:.0f} s\n", flush=True)
     if options.only != "correctness":
         found["speed"] = speed(options.folder, options.device, options.small)
-        for row in found["speed"]:
-            print(json.dumps(row["bench"]))
     (options.folder / "device.json").write_text(json.dumps(found, indent=1))
 
 

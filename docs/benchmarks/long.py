@@ -120,15 +120,16 @@ def measure(reader: Reader, tokenizer: Any, length: int, options: argparse.Names
 
 def cache_bytes(model: Any, length: int) -> int:
     """Of a real cache of one sequence, filled by the model in chunks."""
-    from sa_convert.models.cache_size import cache_size
     from transformers import DynamicCache
+
+    from sa_convert.measure.quality.cache_bytes import held
 
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     tokens = torch.ones(1, length, dtype=torch.long, device=model.get_input_embeddings().weight.device)
     with torch.inference_mode():
         for at in range(0, length, 512):
             model(tokens[:, at : at + 512], past_key_values=cache, logits_to_keep=1)
-    return cache_size(cache)
+    return held(cache).needed
 
 
 def quantised(model: Any, bits: int) -> Any:

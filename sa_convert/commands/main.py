@@ -22,6 +22,7 @@ COMMANDS = {
     "inspect": "sa_convert.commands.inspect",
     "analyze": "sa_convert.commands.analyze",
     "convert": "sa_convert.commands.convert",
+    "heal": "sa_convert.commands.heal",
     "evaluate": "sa_convert.commands.evaluate",
     "bench": "sa_convert.commands.bench",
     "audit": "sa_convert.commands.audit",

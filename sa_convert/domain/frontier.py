@@ -19,8 +19,8 @@ class FrontierPoint:
     """A plan that a search came by.
 
     treatments: those that the search could use. cache: bytes of one sequence. loss: rise of the mean loss on held-out
-    text, in nats a token, with its standard error. copying: rise of the loss on held-out repetition by its period.
-    recipe: the file that holds the plan.
+    text, in nats a token, with its standard error. copying: rise of the loss on held-out repetition by its period, and
+    on facts that are asked for at the end of a long text under 0. recipe: the file that holds the plan.
     """
 
     treatments: tuple[str, ...]
@@ -61,7 +61,7 @@ class Frontier:
             yield (
                 *("+".join(point.treatments), self.at, point.cache.before, point.cache.after),
                 *(round(point.cache.removed, 6), digits(point.loss), digits(expm1(point.loss)), digits(copying)),
-                *(distance, point.recipe),
+                *("facts" if distance == 0 else distance, point.recipe),
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -71,7 +71,9 @@ class Frontier:
                 "cache_bytes": {"before": point.cache.before, "after": point.cache.after},
                 "cache_removed": round(point.cache.removed, 6),
                 "loss_rise": {"mean": digits(point.loss), "error": digits(point.error)},
-                "copying_rise": {str(period): digits(rise) for period, rise in sorted(point.copying.items())},
+                "copying_rise": {
+                    str(period or "facts"): digits(rise) for period, rise in sorted(point.copying.items())
+                },
                 "recipe": point.recipe or None,
             }
             for point in self.points

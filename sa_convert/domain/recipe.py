@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from sa_convert.console.amounts import format_percent, parse_percent
+from sa_convert.domain.heal_settings import HealSettings
 from sa_convert.domain.layer_range import LayerRange
 from sa_convert.domain.recipe_map import HeadSource, RecipeValueError, parse_map, parse_plan
 
@@ -163,6 +164,10 @@ class Gate(_Frozen):
     at: Annotated[StrictInt, Field(ge=1)] | None = None
 
 
+def _none(value: object) -> object:
+    return None if value == "none" else value
+
+
 class Recipe(_Frozen):
     """A whole recipe. `origin` tells where it was written."""
 
@@ -172,6 +177,7 @@ class Recipe(_Frozen):
     plan: dict[int | str, dict[int, dict[str, Any]] | str] | None = None
     treatments: Annotated[tuple[StrictStr, ...], Field(min_length=1)] | None = None
     refit: Literal["none", "ridge"] = "none"
+    heal: Annotated[HealSettings | None, BeforeValidator(_none)] = None
     calibration: Calibration = Calibration()
     gate: Gate = Gate()
     _origin: Origin = PrivateAttr(default_factory=Origin)
@@ -209,6 +215,10 @@ class Recipe(_Frozen):
         return frozenset(["search"] if self.searches else []) | frozenset(
             ["ridge refit"] if self.refit == "ridge" else []
         )
+
+    def with_heal(self, settings: HealSettings) -> "Recipe":
+        """The same recipe with a healing."""
+        return self.model_copy(update={"heal": settings})
 
     def with_gate(self, max_perplexity_increase: float) -> "Recipe":
         """The same recipe with another limit of the perplexity, a fraction (0.05 is 5%)."""

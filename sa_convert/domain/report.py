@@ -9,6 +9,7 @@ from typing import Any, Literal
 from sa_convert.domain.agreement import Agreement
 from sa_convert.domain.calibrated import RefitReport
 from sa_convert.domain.change import CacheBytes, Change, Savings
+from sa_convert.domain.healed import HealReport
 from sa_convert.domain.long_context import LongChange
 from sa_convert.domain.losses import LossChange
 from sa_convert.domain.stacks import Stacks
@@ -169,10 +170,13 @@ class Report:
     cache: CacheBytes | None = None
     long: LongChange | None = None
     refit: RefitReport | None = None
+    heal: HealReport | None = None
     recipe: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     auto_class: str = "AutoModelForCausalLM"
     stacks: Stacks = ()
+    kept: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of report.json as an earlier report of the same conversion has them."""
 
     @property
     def sections(self) -> dict[str, Any]:
@@ -207,7 +211,9 @@ class Report:
             "needle": self.long and self.long.needle_json(),
             "agreement": self.agreement and self.agreement.to_json(),
             "refit": self.refit and self.refit.to_json(self.stacks),
+            **({"heal": self.heal.to_json()} if self.heal else {}),
             "versions": dict(sorted(self.versions.items())),
+            **self.kept,
         }
 
 

@@ -1,12 +1,13 @@
 """What `sa-convert convert` does: plan, calibrate, rewrite, validate, publish."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from sa_convert.console.amounts import human_bytes
-from sa_convert.console.progress import announce, notes, peak_memory
+from sa_convert.console.progress import announce, note, notes, peak_memory
 from sa_convert.domain.change import Change
 from sa_convert.domain.model import Model, RunOptions
 from sa_convert.domain.plan import Plan
@@ -16,17 +17,21 @@ from sa_convert.models.trust import trusting
 from sa_convert.output.staging import Stage, staging
 from sa_convert.plan.cache_used import cache_used
 from sa_convert.plan.conversion import ConversionPlan, plan_conversion, resolved_recipe
+from sa_convert.plan.converted import converted_parts
 from sa_convert.plan.savings import depends_on_length, longest_window
 from sa_convert.present.files.report_file import installed_versions, write_report
+from sa_convert.read.folder import open_folder
 from sa_convert.read.remote_code import left_out
 from sa_convert.read.work_on import bytes_to_read, describe, source_of, with_weights
 from sa_convert.rewrite.fitted_edits import fitted_edits
+from sa_convert.rewrite.overwrite import overwrite_tensors
 from sa_convert.rewrite.refitted import check_refittable, refit_edits
 from sa_convert.rewrite.rewrite import needed_bytes, rewrite_checkpoint
 from sa_convert.rewrite.shards import Written
 from sa_convert.treatments.registry import runtime_files, used_in
 
 if TYPE_CHECKING:
+    from sa_convert.domain.healed import HealReport
     from sa_convert.domain.recipe import Recipe
     from sa_convert.search.calibration import Calibrated
 
@@ -111,13 +116,17 @@ def convert(
             model.checkpoint, model.family, conversion.plan, edits, stage.folder, runtimes=runtimes
         )
 
-        # 7. Both models run; the gate may refuse the result.
-        validation = _validate(conversion, recipe, options, stage) if options.validate else None
+        # 7. A little training, if the recipe asks for it; then both models run, and the gate may refuse the result.
+        healed = None
+        if recipe.heal is not None:
+            healed, recipe = _heal(conversion, recipe, options, stage)
+        validation = validated(conversion, recipe, options, stage) if options.validate else None
 
         # 8. What people read of it. The folder appears.
-        report = _report(conversion, written, validation, recipe_name)
-        report = replace(report, refit=calibrated.refit.report if calibrated and calibrated.refit else None)
-        _publish(report, conversion, recipe, stage)
+        report = report_of(conversion, written, validation, recipe_name)
+        refit = calibrated.refit.report if calibrated and calibrated.refit else None
+        report = replace(report, refit=refit, heal=healed)
+        publish(report, conversion, recipe, stage)
     return report
 
 
@@ -147,7 +156,30 @@ def _calibrate(
     return calibrated
 
 
-def _validate(conversion: ConversionPlan, recipe: "Recipe", options: ConvertOptions, stage: Stage) -> Validation:
+def _heal(
+    conversion: ConversionPlan, recipe: "Recipe", options: ConvertOptions, stage: Stage
+) -> tuple["HealReport", "Recipe"]:
+    """Heal what was written, and say so in the recipe. If that does not help on held-out text and copying, the weights
+    stay as they are."""
+    from sa_convert.heal.distillation import HealingTask, heal
+    from sa_convert.heal.resolved_settings import resolve
+
+    assert recipe.heal is not None
+    recipe = recipe.with_heal(resolve(recipe.heal, recipe, conversion))
+    assert recipe.heal is not None
+    base, folder = conversion.model.checkpoint, stage.workspace / "healing"
+    converted, found = converted_parts(open_folder(stage.folder))
+    task = HealingTask(converted=converted, plan=found, base=base, settings=recipe.heal, run=options, state=folder)
+    announce("loading both models to heal the converted one")
+    with trusting(base.folder, base.trusted):
+        healed = heal(task)
+    if healed.report.kept is None:
+        note(f"healing was left out, since it made the model worse: {'; '.join(healed.report.refused)}")
+    overwrite_tensors(converted.checkpoint, stage.folder, healed.tensors)
+    return healed.report, recipe
+
+
+def validated(conversion: ConversionPlan, recipe: "Recipe", options: RunOptions, stage: Stage) -> Validation:
     from sa_convert.measure.quality.gate import validate
     from sa_convert.measure.quality.questions import Use
     from sa_convert.measure.quality.verdict import refuse_if_failed
@@ -172,7 +204,7 @@ def _validate(conversion: ConversionPlan, recipe: "Recipe", options: ConvertOpti
     return validation
 
 
-def _report(
+def report_of(
     conversion: ConversionPlan, written: Written, validation: Validation | None, recipe_name: str | None
 ) -> Report:
     """Sizes are those of the files as written, and of a real cache if one was measured."""
@@ -203,7 +235,7 @@ def _report(
     )
 
 
-def _publish(report: Report, conversion: ConversionPlan, recipe: "Recipe", stage: Stage) -> None:
+def publish(report: Report, conversion: ConversionPlan, recipe: "Recipe", stage: Stage) -> None:
     from sa_convert.plan.recipe_file import dump_recipe
     from sa_convert.present.charts import plan_figure as figure
     from sa_convert.present.files.card import write_card
@@ -212,6 +244,11 @@ def _publish(report: Report, conversion: ConversionPlan, recipe: "Recipe", stage
     resolved = dump_recipe(resolved_recipe(recipe, conversion.plan, geometry))
     (stage.folder / RECIPE_FILE).write_text(resolved, encoding="utf-8")
     write_report(report, stage.folder)
+    if report.heal is not None:
+        from sa_convert.present.charts.chart_heal import FILE, heal_chart
+        from sa_convert.present.charts.chart_parts import save
+
+        save(partial(heal_chart, report.heal), stage.folder / FILE)
     figure.plan_figure(conversion.plan, geometry, stage.folder / figure.file_for(conversion.plan.treatments))
     card = conversion.model.checkpoint.folder / "README.md"
     write_card(report, resolved, stage.folder, card if card.exists() else None)

@@ -18,8 +18,8 @@ from sa_convert.measure.quality.divergence import Comparison, KeptLogits
 from sa_convert.measure.quality.gate import KINDS, LENGTH, SEQUENCES
 from sa_convert.measure.quality.long_questions import LongQuestions
 from sa_convert.measure.quality.perplexity import perplexity
-from sa_convert.measure.quality.questions import DECODED, repeated
-from sa_convert.measure.quality.walk import in_one_piece, walk, walked_length
+from sa_convert.measure.quality.questions import decoded
+from sa_convert.measure.quality.walk import in_one_piece, walk
 from sa_convert.models.load import embedded_tokens, refuse_foreign_tokens, release_memory
 from sa_convert.models.placement import most_positions, placed, positions, usable_positions
 from sa_convert.models.quiet import keep_module_cache_clean
@@ -189,8 +189,10 @@ class _Asked:
                 )
             check, period, far = None, 0, None
             losses: tuple[CopyingLoss, ...] = ()
-            sequence, pieces = self._decoded(subject)
-            if (decoding := self.task.decoding(model, sequence)) is not None:
+            window, pieces_of = _window(subject)
+            decoding = decoded(self.task, model, self.tokens, window, positions(subject.config))
+            if decoding is not None:
+                pieces = None if window is None else pieces_of(len(decoding.tokens), window)
                 rounding = rounding_without_cache(model, decoding.tokens, decoding.source)
                 check = decode_check(model, decoding.tokens, rounding, decoding.source, pieces)
             if self.task.copies:
@@ -210,22 +212,15 @@ class _Asked:
             long=far,
         )
 
-    def _decoded(self, subject: Subject) -> tuple[torch.Tensor, tuple[int, ...] | None]:
-        """The sequence that is decoded, longer than the longest window of a converted model, and in which pieces."""
-        window, steps_only = _window(subject)
-        if window is None:
-            return self.tokens[0, :DECODED], None
-        sequence = repeated(self.tokens.flatten(), walked_length(window, positions(subject.config)))
-        return sequence, (in_one_piece if steps_only else walk)(len(sequence), window)
 
-
-def _window(subject: Subject) -> tuple[int | None, bool]:
-    """The most tokens that a KV group with a window caches, or None; and whether the model takes only single tokens
-    once its cache has been filled, as some with recurrent layers."""
+def _window(subject: Subject) -> tuple[int | None, Callable[[int, int], tuple[int, ...]]]:
+    """The most tokens that a KV group with a window caches, or None; and in which pieces to give a sequence to the
+    model: some with recurrent layers take only single tokens once their cache has been filled."""
     if not subject.converted:
-        return None, False
+        return None, walk
     model, plan = converted_parts(open_model(str(subject.folder)))
-    return longest_window(model, plan), any(layer.heads == 0 for layer in model.geometry.layers)
+    steps_only = any(layer.heads == 0 for layer in model.geometry.layers)
+    return longest_window(model, plan), in_one_piece if steps_only else walk
 
 
 def _length(asked: int | None, subjects: list[Subject]) -> int:

@@ -13,6 +13,7 @@ import torch
 from sa_convert.errors import DataError
 from sa_convert.models.task import NEXT_TOKEN
 from sa_convert.models.tokens import ordinary_tokens, start_tokens, token_sequences
+from sa_convert.observe.recalled_facts import WORDS, recalled
 from sa_convert.observe.sequences import REPETITION, REPETITION_WEIGHT, Sample
 from sa_convert.texts.text import Text
 
@@ -32,6 +33,12 @@ PERIODS: dict[str, tuple[tuple[float, ...], ...]] = {
     "held out": ((0.6,), (0.3, 0.12)),
 }
 """Of each sequence of repetition, as parts of its length. A sequence of several periods has a passage of each."""
+
+RECALLED = {"calibration": 2, "held out": 1}
+"""Sequences of text with facts that are asked for at the end."""
+
+RECALL_WEIGHT = 0.5
+"""What all of these count beside all text."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,16 @@ def long_set(tokenizer: Any, embeddings: int, text: Text, length: int, seed: int
         ]
         weight = REPETITION_WEIGHT * len(plain) / len(periods)
         repeated = [_repetition(vocabulary, start, shares, length, generator) for shares in periods]
-        parts[part] = (*plain, *(replace(sample, weight=weight) for sample in repeated))
+        facts = [
+            recalled(tokenizer, sample.tokens, vocabulary, generator, WORDS[part], start=len(start))
+            for sample in plain[: RECALLED[part]]
+        ]
+        told = RECALL_WEIGHT * len(plain) / max(1, len(facts))
+        parts[part] = (
+            *plain,
+            *(replace(sample, weight=weight) for sample in repeated),
+            *(replace(sample, weight=told) for sample in facts if sample is not None),
+        )
     return LongSet(length, parts["calibration"], parts["held out"])
 
 

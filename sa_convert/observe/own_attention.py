@@ -34,6 +34,9 @@ def replace(probe: "Probe") -> None:
         attention.prepare()
 
 
+PROBED = "Probed"
+"""Before the name of a family's attention class in that of ours."""
+
 _PROBE = object()
 """Stands for the treatments of a probed layer: the probe."""
 
@@ -46,7 +49,7 @@ def _probed(ours: type, own: type) -> type:
         call = Call(module=self, query=query, key=key, mask=added, arguments=arguments)
         return self.sa_convert_probe.attend(call, value)
 
-    return type(f"Probed{own.__name__}", (type("Probed", (ours,), {"attend": attend}), own), {})
+    return type(f"{PROBED}{own.__name__}", (type(PROBED, (ours,), {"attend": attend}), own), {})
 
 
 def _eager_mask(mask: Any, query: Any, key: Any) -> Any:

@@ -14,7 +14,6 @@ import torch
 
 from sa_convert.domain.plan import Plan
 from sa_convert.families.family import Family, Stack
-from sa_convert.models.arguments import first_argument
 from sa_convert.observe import own_attention
 from sa_convert.observe.attention_call import Call, eager_of
 from sa_convert.observe.in_blocks import Attending
@@ -261,10 +260,13 @@ def _changing(change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None
     too."""
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        states, _ = first_argument(module, args, kwargs)
-        given = dict(zip(list(signature(module.forward).parameters), args, strict=False)) | kwargs
+        kind = type(module)
+        if kind.__name__.startswith(own_attention.PROBED):  # its own forward takes anything
+            kind = kind.__bases__[1]
+        names = list(signature(kind.forward).parameters)[1:]
+        given = dict(zip(names, args, strict=False)) | kwargs
         residual = given.get("residual", 0)
-        changed = change(states, output[0] - residual)
+        changed = change(given[names[0]], output[0] - residual)
         return None if changed is None else (changed + residual, *output[1:])
 
     return hook

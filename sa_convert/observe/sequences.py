@@ -15,6 +15,9 @@ from sa_convert.texts.text import Text
 REPETITION = "random repetition"
 """Kind of the samples of random tokens said several times over."""
 
+FACTS = "facts asked for"
+"""Kind of the samples of text in which facts are told that are asked for at the end."""
+
 REPETITION_WEIGHT = 0.25
 """What all samples of random repetition count in costs, all others counting 1. Less than for text, since what it costs
 to copy random tokens weighs on few texts; without it, copying is lost (docs/quality.md)."""
@@ -48,7 +51,8 @@ class Sample:
 
     @property
     def repetition(self) -> bool:
-        return self.kind == REPETITION
+        """Whether what is scored was said before, and random then."""
+        return self.kind in (REPETITION, FACTS)
 
     @property
     def tokens_scored(self) -> int:

@@ -51,8 +51,13 @@ def plan_conversion(model: Model, recipe: "Recipe", plan: Plan | None = None) ->
             f"{recipe.origin.at('sharing')}: no head borrows from another, so there is nothing to convert; "
             "name at least one source."
         )
+    return conversion_of(model, plan, recipe.at)
+
+
+def conversion_of(model: Model, plan: Plan, at: int | None = None) -> ConversionPlan:
+    """What a plan that was checked does to a model. at: as in a recipe."""
     edits = plan_edits(model, plan)
-    at = used_at(model, recipe.at)
+    at = used_at(model, at)
     return ConversionPlan(model, plan, edits, plan_savings(model, plan, edits, at), at)
 
 

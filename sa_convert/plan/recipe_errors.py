@@ -27,6 +27,7 @@ def explain(error: "ValidationError", origin: "Origin") -> str:
     """One line about the first problem in the file; an unknown key comes first, since it may explain a missing one."""
     from pydantic import BaseModel
 
+    from sa_convert.domain.heal_settings import HealSettings
     from sa_convert.domain.recipe import CacheSearch, Calibration, Gate, Recipe, Search, Sharing, Span
 
     models: dict[tuple[str, ...], type[BaseModel]] = {
@@ -36,6 +37,7 @@ def explain(error: "ValidationError", origin: "Origin") -> str:
         ("sharing", "spans"): Span,
         ("sharing", "search"): Search,
         ("calibration",): Calibration,
+        ("heal",): HealSettings,
         ("gate",): Gate,
     }
     found = []

@@ -155,10 +155,14 @@ def dump_recipe(recipe: "Recipe") -> str:
         del content["treatments"]
     else:
         content["treatments"] = OneLine(recipe.treatments)
+    if recipe.heal is None:
+        del content["heal"]
+    else:
+        content["heal"] = Inline(recipe.heal.model_dump(exclude_defaults=True))
     content["gate"] = Inline(recipe.gate.model_dump(exclude_none=True))
     if not recipe.description:
         del content["description"]
-    if recipe.needs or _fits(recipe):
+    if recipe.needs or _fits(recipe) or recipe.heal is not None:
         content["calibration"] = Inline(content["calibration"])
     else:
         del content["calibration"]

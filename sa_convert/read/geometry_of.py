@@ -109,7 +109,9 @@ def _layer(
     if family.mixed and f"{start}{projection(family, 'query')}" not in checkpoint.modules:
         return None
     rows, modules = {}, family.modules
-    for side in ("query", "key", "value"):
+    # Keys of a converted model that are cached in fewer numbers have as many KV groups as there are values.
+    short = not modules.fused and f"{start}{modules.key}.down.weight" in tensors
+    for side in ("query", "value") if short else ("query", "key", "value"):
         module = projection(family, side)
         if (part := part_of_quantised(f"{start}{module}.", checkpoint)) is not None:
             raise quantised(checkpoint, part)
@@ -132,6 +134,7 @@ def _layer(
         raise CheckpointError(
             f"config.json: 'head_dim' is {config['head_dim']}, but '{query}' has {head_dim} rows a head."
         )
+    rows.setdefault("key", rows["value"])
     groups = rows["key"] // head_dim
     if not groups or rows["key"] % head_dim or heads % groups:
         raise CheckpointError(f"'{key}' has {rows['key']} rows; they do not fit {heads} query heads of {head_dim}.")

@@ -1,9 +1,8 @@
 """The search for a part of the whole cache: treatments of all kinds compete for what each KV group saves at a length.
 
 Costs are estimated once for all offers, and measured where the estimate is known to fail: the units that retrieve most
-are treated one by one, each kind of treatment as a whole. Then every round's plan is measured on held-out long text and
-on held-out repetition. One that raises the loss of copying beyond the limit is refused: the units that are to blame
-get back what they had, and others go on.
+are treated one by one, each kind of treatment as a whole. Then plans are measured on held-out long text and
+on held-out repetition. One that raises the loss of copying beyond the limit is refused, and others are tried.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -38,9 +37,6 @@ SAMPLES, SCREENED = 6, 2
 """Short sequences whose costs are measured, for treatments that do not ask for long ones, and those of text that are
 shown to them beforehand."""
 
-ROUND = 0.25
-"""Part of the cache, about, after which a plan is measured."""
-
 TRIED = 0.08
 """Part of the cache that a kind of treatment saves when its factor is measured, at the most."""
 
@@ -50,12 +46,16 @@ FACTORS = (0.5, 8.0)
 SHARE = 0.7
 """Part of the limit on copying that a plan of the search may take, since validation copies at other distances."""
 
-EMPHASES = (1.0, 16.0)
-"""What repetition counts in costs of long sequences beside what it counts in those of short ones: at first, and once a
-plan was refused. The more it counts, the more text costs: at a quarter of the cache ten times as much."""
+EMPHASES = (1.0, 4.0)
+"""What repetition counts in costs of long sequences beside what it counts in those of short ones: at first, and after a
+plan that was refused. The more it counts, the more text costs: with 16, the divergence of SmolLM2-135M at half of the
+cache is twice that with 1, and copying is no better for it."""
 
-ATTEMPTS = 5
-"""Plans that are measured in a round at the most."""
+BACK_OFFS = 3
+"""How often units get back what they had."""
+
+AGAIN = 0.25
+"""Part of the cache before its budget at which costs are measured again."""
 
 FINEST = 0.01
 """Part of the cache by which plans differ that are measured for a limit on perplexity."""
@@ -136,29 +136,22 @@ def cost_of(distance: Distance) -> float:
     return (distance.divergence + repeated) / (1 + REPETITION_WEIGHT)
 
 
-def steps_to(part: float) -> list[float]:
-    """Equal steps of about ROUND up to `part`."""
-    count = max(1, round(part / ROUND))
-    return [part * (number + 1) / count for number in range(count)]
-
-
 def cache_path(priced: Priced, parts: list[float], most_copying: float | None) -> Iterator[Step]:
-    """Plans that save `parts` of the cache, ascending; each starts from the one before. Ends early if no more can be
-    saved. most_copying: nats by which the loss of copying may rise; None: whatever the text costs.
-    """
-    state, taken = priced.state(), Step(NOTHING, 0.0, 0.0)
+    """Plans that save `parts` of the cache, ascending. Ends early if no more can be saved. most_copying: nats by which
+    the loss of copying may rise; None: whatever the text costs."""
+    taken = Step(NOTHING, 0.0, 0.0)
     allowed = inf if most_copying is None else SHARE * most_copying
     for part in parts:
         if taken.plan and taken.removed >= part - 1e-9:  # the plan before saves as much already
             yield taken
             continue
-        attempts = list(_attempts(priced, state, part, allowed))
+        attempts = list(_attempts(priced, part, allowed))
         over, state, measured = min(attempts, key=lambda attempt: attempt[0])
         if over > 0:
             announce(
                 f"at {state.removed:.1%} of the cache copying costs {over + allowed:.2f} nats, more than it should"
             )
-        if state.plan == taken.plan:
+        if state.removed <= taken.removed:
             return
         taken = Step(state.plan, state.removed, priced.state(state.plan).estimate, measured)
         yield taken
@@ -166,33 +159,49 @@ def cache_path(priced: Priced, parts: list[float], most_copying: float | None) -
             return
 
 
-def _attempts(priced: Priced, before: State, part: float, allowed: float) -> Iterator[tuple[float, State, Distance]]:
+def _attempts(priced: Priced, part: float, allowed: float) -> Iterator[tuple[float, State, Distance]]:
     """States that save `part` of the cache, until one copies well enough: by how much it does not, and what was
-    measured of it. before: the plan that was taken in the round before.
+    measured of it.
 
-    First repetition counts in costs as usual. If copying is lost, it counts for more. If it is lost still, costs are
-    measured again under the plan before. At last the units that are to blame get back what they had.
+    First repetition counts in costs as usual, then for more. If copying is lost still, the units that are to blame get
+    back what they had, and others go on. At last costs are measured again under a plan that saves less.
     """
-    known, emphasis, barred = None, EMPHASES[0], before
-    for attempt in range(ATTEMPTS):
-        start = priced.state(before.plan, known, emphasis)
-        start.bar_as(barred)
+    start, tried = priced.state(), 0
+    for emphasis in EMPHASES:
+        start = priced.state(emphasis=emphasis)
         found = start.copy()
-        if not found.extend(part) and attempt:
+        reached = found.extend(part)
+        tried += 1
+        over, measured = _over(priced, found, allowed, f"plan for {part:.0%}, attempt {tried}")
+        yield over, found, measured
+        if over <= 0 or not reached:
             return
-        measured = priced.reference.measure(found.plan, f"plan for {part:.0%}, attempt {attempt + 1}")
-        over = max(0.0, copying_rise(measured, priced.reference.base) - allowed)
+    for _ in range(BACK_OFFS):
+        back = found.copy()
+        if not give_back(back, start.chosen):
+            break
+        start.bar_as(back)
+        found = start.copy()
+        if not found.extend(part):
+            break
+        tried += 1
+        over, measured = _over(priced, found, allowed, f"plan for {part:.0%}, attempt {tried}")
         yield over, found, measured
         if over <= 0:
             return
-        if attempt == 0:
-            emphasis = EMPHASES[1]
-        elif attempt == 1 and priced.again is not None and before.plan:
-            known = priced.again(before.plan, 1)
-        elif give_back(found, start.chosen):
-            barred = found
-        else:
-            return
+    less = start.copy()
+    if priced.again is not None and part > AGAIN and less.extend(part - AGAIN):
+        found = priced.state(less.plan, priced.again(less.plan, 1), EMPHASES[-1])
+        found.bar_as(less)
+        if found.extend(part):
+            over, measured = _over(priced, found, allowed, f"plan for {part:.0%}, attempt {tried + 1}")
+            yield over, found, measured
+
+
+def _over(priced: Priced, state: State, allowed: float, description: str) -> tuple[float, Distance]:
+    """By how much a state's plan raises the loss of copying beyond what is allowed, and what was measured of it."""
+    measured = priced.reference.measure(state.plan, description)
+    return max(0.0, copying_rise(measured, priced.reference.base) - allowed), measured
 
 
 def give_back(state: State, accepted: Mapping[Unit, Offer], count: int = GIVEN_BACK) -> bool:
@@ -228,7 +237,7 @@ def search_cache(session: "Session", recipe: "Recipe") -> Step:
     found, copying = priced(session, search.at), most_copying(recipe)
     if search.cache is not None:
         last = None
-        for step in cache_path(found, steps_to(search.cache), copying):
+        for step in cache_path(found, [search.cache], copying):
             last = step
         if last is None or last.removed < search.cache - 1e-9:
             raise more_than_the_cache(search.cache, last.removed if last else 0.0, recipe.origin)

@@ -48,7 +48,7 @@ class Treatment:
     """Whether other heads may use the scores of a KV group that is treated so."""
 
     keeps_shapes = False
-    """Whether all tensors of a treated layer have the shapes that they have in the base."""
+    """Whether queries, values and outputs of a treated layer are as many as in the base."""
 
     fits = False
     """Whether some of its tensors are fitted on calibration text."""

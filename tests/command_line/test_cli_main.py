@@ -25,6 +25,11 @@ SURFACE = {
         "MODEL", "-o", "--key-cache", "--calibration", "--sequences", "--length", "--seed", "--dtype", "--device",
         "--overwrite", "--trust-remote-code", "--json",
     ],
+    "heal": [
+        "DIR", "-o", "--against", "--tokens", "--minutes", "--text", "--train", "--length", "--rows", "--rate",
+        "--rank", "--seed", "--accumulate", "--gradient-checkpointing", "--resume", "--max-perplexity-increase",
+        "--no-validate", "--overwrite", "--dtype", "--device", "--trust-remote-code", "--json",
+    ],
     "evaluate": [
         "MODEL", "--against", "--text", "--sequences", "--length", "--seed", "--dtype", "--device",
         "--trust-remote-code", "--json",
@@ -64,6 +69,7 @@ def test_surface_is_frozen():
         "inspect",
         "analyze",
         "convert",
+        "heal",
         "evaluate",
         "bench",
         "audit",

@@ -13,6 +13,7 @@ from sa_convert.present.charts import plan_figure as figure
 from sa_convert.present.files.card import write_card
 from sa_convert.treatments.drop.treatment import DropTreatment
 from sa_convert.treatments.linear.treatment import LinearTreatment
+from sa_convert.treatments.low_rank import drawing as low_rank
 from sa_convert.treatments.registry import used_in
 from sa_convert.treatments.share.drawing import LOOKS
 from sa_convert.treatments.window import drawing as windows
@@ -83,7 +84,7 @@ def test_a_cell_with_two_treatments_shows_both(tmp_path):
 
 def all_looks():
     shades = [replace(windows.LOOK, colour=colour) for colour in (*windows.SHADES.values(), windows.LONGEST)]
-    return [figure.OWN, *LOOKS.values(), *shades, DropTreatment.look, LinearTreatment.look]
+    return [figure.OWN, *LOOKS.values(), *shades, low_rank.LOOK, DropTreatment.look, LinearTreatment.look]
 
 
 # How people without one kind of cones see a colour (Machado et al. 2009, severity 1); and grey.
@@ -164,3 +165,13 @@ def test_inspect_tells_windows():
 def test_a_drawing_without_looks_draws_nothing_of_its_own():
     drawing = Drawing("t", "n", {}, ("x",))
     assert {cell.looks for cell in figure.cells([drawing], MODEL)} == {(figure.OWN,)}
+
+
+def test_low_rank_keys_in_plain_words():
+    plan = Plan({1: {0: {"low_rank": {"keys": 8}}, 1: {"low_rank": {"keys": 12}}}, 3: {0: {"low_rank": {"keys": 8}}}})
+    told = low_rank.treated(plan, MODEL)
+    assert told.summary == "3 of 24 KV groups, in 2 layers: 2 in 8 numbers, 1 in 12 numbers"
+    assert told.table[2:] == ("| 8 | 2 | 1, 3 |", "| 12 | 1 | 1 |")
+    assert low_rank.drawing(plan, MODEL).looks[1, 1].label == "r12"
+    assert low_rank.inspected(MODEL, plan, None).rows == (("Low-rank keys", told.summary),)
+    assert low_rank.inspected(MODEL, Plan(), None).rows == ()

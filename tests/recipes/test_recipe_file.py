@@ -63,7 +63,7 @@ REFUSED = {
     SPANS + "calibraton: {}": "line 2: unknown key 'calibraton'; did you mean 'calibration'?",
     SPANS
     + "zzz: 1": "line 2: unknown key 'zzz'; the keys here are description, search, sharing, plan, treatments, refit, "
-    "calibration, gate",
+    "heal, calibration, gate",
     SPANS + "1: 3": "line 2: unknown key '1'; the keys here",
     SPANS + "\nsharing: 3": "line 3: key 'sharing' is written twice",
     "refit: none": "line 1: the key 'search' is missing; or give a 'plan', or 'sharing'",

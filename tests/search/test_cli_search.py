@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from support.cli_cases import digests, refused
-from support.planted import found_map, save_planted
+from support.planted import found_map, save_planted, save_reader
 
 CALIBRATION = {"text": "builtin", "sequences": 8, "length": 48}
 
@@ -218,3 +218,22 @@ def test_a_whole_layer_family_shares_whole_layers(cli, write, tmp_path):
     assert len(found) == 2
     assert all(None not in row for row in found.values())
     shutil.rmtree(tmp_path / "out")
+
+
+def test_a_search_by_the_whole_cache_is_told_before_anything_is_written(cli, tmp_path):
+    base, recipe = save_reader(tmp_path / "base", 3, 2), tmp_path / "r.yaml"
+    keys = "calibration: {sequences: 4, length: 32}\ntreatments: [window]\n"
+    recipe.write_text(f"search: {{cache: 30%, at: 300}}\n{keys}")
+    result = cli("convert", base, "--recipe", recipe, "-o", tmp_path / "out", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert "KV groups with windows" in result.stdout
+    assert not (tmp_path / "out").exists()
+    recipe.write_text(f"search:\n  cache: 30%\n  at: 1000\n{keys}")
+    refused(cli("convert", base, "--recipe", recipe, "-o", tmp_path / "out"), 1, "r.yaml, line 3: the model has posit")
+    recipe.write_text(f"search: {{cache: 99%, at: 300}}\n{keys}")
+    refused(
+        cli("convert", base, "--recipe", recipe, "-o", tmp_path / "out"),
+        1,
+        "99% of the cache is more than these treatments can save .* write 7.% or less",
+        tmp_path / "out",
+    )

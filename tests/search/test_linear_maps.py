@@ -8,15 +8,18 @@ from safetensors.torch import load_file, save_file
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.recipe import Calibration
 from sa_convert.errors import PlanError
+from sa_convert.families.table import FAMILIES
 from sa_convert.jobs.converting import ConvertOptions, convert, plan
 from sa_convert.observe.session import open_session
 from sa_convert.plan.recipe_file import parse_recipe
+from sa_convert.present.terminal.plan_text import plan_json, render_plan
 from sa_convert.read.model_of import model_of
 from sa_convert.read.open_model import open_model
 from sa_convert.search.fitting import fit, learn
+from sa_convert.treatments.linear.learned import learned
 from sa_convert.treatments.linear.maps import STRENGTHS, Moments, fitted
-from support.tiny_models import load_converted, save_tiny, save_tokenizer
-from support.whole_layers import LENGTH, recipe_text
+from support.tiny_models import attentions_of, load_converted, save_tiny, save_tokenizer
+from support.whole_layers import LENGTH, overruled, recipe_text
 
 
 def test_the_map_is_that_of_ridge_regression_by_hand():
@@ -96,6 +99,9 @@ def test_a_dry_run_knows_the_sizes_before_anything_is_fitted(base):
     hidden, heads = 64, 8 * 16
     gone = (heads + 64 + 64) * hidden + heads * hidden + (heads + 64 + 64) + hidden  # q, k, v, o and biases
     assert found.savings.parameters.before - found.savings.parameters.after == gone - hidden * hidden - hidden
+    assert "8 dropped, 0 sliced, 2 added" in render_plan(found)
+    start = "model.layers.1.self_attn.linear"
+    assert plan_json(found)["tensors"]["added"] == [f"{start}.bias", f"{start}.weight"]
 
 
 def test_cross_attention_cannot_be_linear(tmp_path):
@@ -103,3 +109,34 @@ def test_cross_attention_cannot_be_linear(tmp_path):
     recipe = parse_recipe("plan: {decoder.cross.1: linear}", "r.yaml")
     with pytest.raises(PlanError, match="attends to what an encoder has read, which no map of its own input knows"):
         plan(str(tmp_path / "base"), recipe, ConvertOptions())
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "gptj", "falcon", "gpt2", "gemma2"])
+def test_every_kind_of_family_is_fitted_and_tried(model_type, tmp_path):
+    """Also those whose attention runs by our own code while it is probed, or puts out the residual as well."""
+    base = save_tiny(model_type, tmp_path)
+    save_tokenizer(tmp_path)
+    wanted = Plan({1: "linear", 2: "drop"})
+    tokens = torch.randint(3, 120, (1, 16), generator=torch.Generator().manual_seed(1))
+    with open_session(model_of(open_model(str(tmp_path))), Calibration(sequences=6, length=LENGTH)) as session:
+        learn(session, wanted)
+        found = learned().maps[1]
+        with session.probe.trying(wanted), torch.no_grad():
+            tried = session.probe.model(tokens, use_cache=False).logits
+        sequences = [sample.tokens[None] for sample in session.samples.fit]
+    seen = []
+
+    def note(module, args, kwargs, output):
+        states = args[0] if args else kwargs["hidden_states"]
+        seen.append((states, output[0] - (args[1] if model_type == "bloom" else 0)))
+
+    handle = attentions_of(base, FAMILIES[model_type])[1].register_forward_hook(note, with_kwargs=True)
+    with torch.no_grad():
+        for sequence in sequences:
+            base(sequence, use_cache=False)
+    handle.remove()
+    with torch.no_grad():
+        left = sum((output - (states @ found.weight.T + found.bias)).square().sum() for states, output in seen)
+        assert left < 0.8 * sum((output - output.mean((0, 1))).square().sum() for _, output in seen)
+        with overruled(base, model_type, {1: lambda states: states @ found.weight.T + found.bias, 2: None}):
+            torch.testing.assert_close(tried, base(tokens, use_cache=False).logits, atol=2e-5, rtol=1e-4)

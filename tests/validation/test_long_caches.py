@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 from sa_convert.domain.change import CacheBytes, Change
 from sa_convert.measure.quality.cache_bytes import Held, bytes_of, cache_bytes, held
 from sa_convert.measure.quality.decode import continues_in, decode_check
+from sa_convert.measure.quality.questions import decoded
 from sa_convert.measure.quality.walk import CROSSING, STEPS, in_one_piece, walk, walked_length
 from sa_convert.models.arguments import cache_keyword, last_logits_only
 from support.task_models import opened, save
@@ -87,6 +88,18 @@ def test_prompts_in_pieces_are_checked_if_the_base_takes_them():
     assert not continues_in(steps, sequence, pieces)
     assert not decode_check(steps, sequence, pieces=pieces).passed
     assert decode_check(steps, sequence, pieces=in_one_piece(length, 60)).passed
+
+
+def test_a_decoder_with_an_encoder_crosses_the_window(tmp_path):
+    several, _, task, rows = opened(save(tmp_path / "t5", "t5"))
+    assert len(task.decoding(several, rows[0]).tokens) < 50
+    decoding = decoded(task, several, rows, 50, None)
+    assert len(decoding.tokens) == walked_length(50, None)
+    pieces = walk(len(decoding.tokens), 50)
+    assert continues_in(several, decoding.tokens, pieces, decoding.source)
+    assert decode_check(several, decoding.tokens, source=decoding.source, pieces=pieces).passed
+    short = decoded(task, several, rows, None, None)
+    assert torch.equal(short.tokens, task.decoding(several, rows[0]).tokens)
 
 
 def test_bytes_of_a_cache_that_grows():

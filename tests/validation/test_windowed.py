@@ -134,3 +134,21 @@ def test_evaluate_crosses_the_window(converted, base):
     positions = found["change"]["long_text"]["by_position"]
     assert [at["increase"] for at in positions[:2]] == [0, 0]
     assert positions[-1]["increase"] != 0
+
+
+def test_a_real_cache_of_all_treatments_is_as_computed(base, tmp_path):
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    plan = {
+        1: {0: {"low_rank": {"keys": 6}}, 1: {"window": {"sinks": 2, "tokens": 30}}},
+        2: "drop",
+        3: {0: {"share": [[0, 0], [0, 1]]}, 1: {"window": {"sinks": 4, "tokens": 60}}},
+    }
+    recipe.write_text(yaml.safe_dump({"plan": plan, "gate": {"max_perplexity_increase": "100%"}}))
+    # Of ten KV groups' keys and values of 16 elements: four stay, and what the plan leaves of the others.
+    whole = 4 * AT * 2 * 16 + AT * (6 + 16) + 32 * 2 * 16 + AT * 16 + 64 * 2 * 16
+    for options, measured_at in (((), AT), (("--no-validate", "--overwrite"), None)):
+        done = run_cli("convert", base, "--recipe", recipe, "-o", out, "--device", "cpu", "--json", *options)
+        assert done.returncode == 0, done.stderr
+        cache = json.loads(done.stdout)["cache_bytes"]
+        assert (cache["after"], cache["measured_at"]) == (whole * 4, measured_at)
+        assert cache["before"] == 10 * AT * 2 * 16 * 4

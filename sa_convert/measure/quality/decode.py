@@ -58,7 +58,9 @@ def decode_check(
     return DecodeCheck(difference, same, tolerance)
 
 
-def continues_in(model: Any, sequence: torch.Tensor, pieces: tuple[int, ...]) -> bool:
+def continues_in(
+    model: Any, sequence: torch.Tensor, pieces: tuple[int, ...], source: torch.Tensor | None = None
+) -> bool:
     """Whether a model that is known to be right says the same of a sequence in these pieces as in one, in float32.
 
     Models with recurrent layers may take single tokens only, once their cache has been filled. In lower precision
@@ -68,7 +70,7 @@ def continues_in(model: Any, sequence: torch.Tensor, pieces: tuple[int, ...]) ->
         return True
     try:
         with torch.inference_mode(), progress(len(pieces) - 1, "decode check of the base model", unit="tok") as bar:
-            difference, largest = _compare_logits(Steps(model, Decoding(sequence)), pieces, bar)
+            difference, largest = _compare_logits(Steps(model, Decoding(sequence, source)), pieces, bar)
     except (RuntimeError, ValueError, IndexError):
         return False  # it cannot be asked so
     return difference <= _tolerance(largest)

@@ -18,7 +18,7 @@ from sa_convert.measure.quality.perplexity import Perplexity, perplexity
 from sa_convert.measure.quality.walk import in_one_piece, walk, walked_length
 from sa_convert.models.load import embedded_tokens
 from sa_convert.models.placement import Placement
-from sa_convert.models.task import Task
+from sa_convert.models.task import Decoding, Task
 
 DECODED = 128
 CACHED = 16
@@ -50,16 +50,9 @@ class Questions:
     use: Use | None = None
     cached: int = CACHED
 
-    def text(self, length: int) -> torch.Tensor:
-        """So many tokens (length), which do not fit into one sequence: of several, and of the first again."""
-        return repeated(self.tokens.flatten(), length)
-
     @property
-    def decoded(self) -> torch.Tensor:
-        """The sequence that is decoded: longer than the longest window."""
-        if self.use is None or self.use.window is None:
-            return self.tokens[0, :DECODED]
-        return self.text(walked_length(self.use.window, self.limit))
+    def window(self) -> int | None:
+        return self.use.window if self.use else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,27 +106,42 @@ def ask(model: Any, asked: Questions, who: str, base: Answered | None = None) ->
 
 def _decoding(model: Any, asked: Questions, found: Answered, base: Answered | None) -> Answered:
     """The bytes of the cache, and what is known of decoding."""
-    decoding = asked.task.decoding(model, asked.decoded)
+    decoding = decoded(asked.task, model, asked.tokens, asked.window, asked.limit)
     if decoding is None:
         return found
-    stored_as, source = asked.placement.stored, decoding.source
+    stored_as, tokens, source = asked.placement.stored, asked.tokens.flatten(), decoding.source
     if source is not None:
-        source = repeated(source, asked.cached)
-    tokens = repeated(decoding.tokens, asked.cached) if source is not None else asked.text(asked.cached)
+        tokens, source = decoding.tokens, repeated(source, asked.cached)
     found = replace(
         found,
         cache_per_token=cache_bytes_per_token(model, decoding.tokens[:CACHED], stored_as, decoding.source),
-        cache=cache_bytes(model, tokens, stored_as, source),
+        cache=cache_bytes(model, repeated(tokens, asked.cached), stored_as, source),
     )
     if base is not None:
         check = decode_check(model, decoding.tokens, base.rounding, decoding.source, base.pieces)
         return replace(found, check=check)
     pieces = None
-    if asked.use is not None and asked.use.window is not None and decoding.source is None:
-        pieces = walk(len(decoding.tokens), asked.use.window)
-        if not continues_in(model, decoding.tokens, pieces):
-            pieces = in_one_piece(len(decoding.tokens), asked.use.window)
-    return replace(found, rounding=rounding_difference(model, decoding.tokens, decoding.source, pieces), pieces=pieces)
+    if asked.window is not None:
+        pieces = walk(len(decoding.tokens), asked.window)
+        if not continues_in(model, decoding.tokens, pieces, decoding.source):
+            pieces = in_one_piece(len(decoding.tokens), asked.window)
+    rounding = rounding_difference(model, decoding.tokens, decoding.source, pieces)
+    return replace(found, rounding=rounding, pieces=pieces)
+
+
+def decoded(task: Task, model: Any, tokens: torch.Tensor, window: int | None, limit: int | None) -> Decoding | None:
+    """What decoding with a cache is checked on, longer than a window; None if the model caches nothing.
+
+    tokens: (N, L), texts. window: the most tokens that a KV group with a window caches, or None. limit: positions of
+    the model, or None.
+    """
+    decoding = task.decoding(model, tokens[0, :DECODED])
+    if decoding is None or window is None:
+        return decoding
+    length = walked_length(window, limit)
+    if decoding.source is None:
+        return Decoding(repeated(tokens.flatten(), length))
+    return Decoding(repeated(decoding.tokens, length), decoding.source)
 
 
 def repeated(tokens: torch.Tensor, length: int) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """One model that is timed: prefill, then decoding step by step, as generate() calls it."""
 
-from collections.abc import Iterable, Iterator
 from inspect import signature
 from time import perf_counter
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 
 from sa_convert.domain.report import PredictionTask
 from sa_convert.errors import SaConvertError
+from sa_convert.measure.quality.cache_bytes import held
 from sa_convert.models.arguments import cache_keyword, cache_of, caches_in, dynamic_cache
 from sa_convert.models.device import input_device
 from sa_convert.models.load import embedded_tokens
@@ -71,8 +71,11 @@ class Runner:
         return self._timed(inputs)
 
     def cache_bytes(self) -> int:
-        """Of all tensors in the cache."""
-        return sum(states.numel() * states.element_size() for states in _states(self._cache))
+        """What the next step needs of the cache: keys, values, and states of layers without softmax attention."""
+        for part in caches_in(self._cache):
+            if not hasattr(part, "layers"):
+                raise SaConvertError(f"The model keeps a {type(part).__name__}, whose bytes bench cannot count.")
+        return held(self._cache).needed
 
     def forget(self) -> None:
         """Give up the cache."""
@@ -97,22 +100,6 @@ class Runner:
         from transformers import StaticCache
 
         return StaticCache(config=self.model.config.get_text_config(decoder=True), max_cache_len=self._room)
-
-
-def _states(cache: Any) -> Iterator[torch.Tensor]:
-    """Keys, values, and states of layers without softmax attention."""
-    for part in caches_in(cache):
-        if not hasattr(part, "layers"):
-            raise SaConvertError(f"The model keeps a {type(part).__name__}, whose bytes bench cannot count.")
-        yield from _states_of_layers(part.layers)
-
-
-def _states_of_layers(layers: Iterable[Any]) -> Iterator[torch.Tensor]:
-    for layer in layers:
-        for value in vars(layer).values():
-            for states in value.values() if isinstance(value, dict) else [value]:
-                if isinstance(states, torch.Tensor) and states.is_floating_point():
-                    yield states
 
 
 def _special_tokens(config: Any) -> set[int]:

@@ -6,9 +6,10 @@ from pathlib import Path
 from sa_convert.domain.report import TASK_NAMES, Report
 from sa_convert.families.table import FAMILIES
 from sa_convert.present.charts import plan_figure as figure
+from sa_convert.present.charts.chart_heal import FILE as HEAL_FIGURE
 from sa_convert.present.files.card_metadata import inherited, metadata
 from sa_convert.present.files.card_tables import quality_table, savings_table
-from sa_convert.present.files.report_file import limits_text, refit_summary
+from sa_convert.present.files.report_file import heal_summary, limits_text, refit_summary
 
 FILE = "README.md"
 HUB = "https://huggingface.co"
@@ -140,6 +141,9 @@ def _costs(report: Report) -> Iterator[str]:
         )
     if report.refit is not None and report.refit.share:
         yield f"Output projections were refitted by ridge regression: {refit_summary(report.refit)}."
+    if report.heal is not None and report.heal.kept is not None:
+        yield f"Healed by distillation from the base model ({report.heal.seconds:.0f} s): {heal_summary(report.heal)}."
+        yield f"![Loss on held-out text and copying by tokens trained on]({HEAL_FIGURE})"
     if check is None:
         return
     tokens = "the same" if check.same_greedy_tokens else "other"

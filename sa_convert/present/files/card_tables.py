@@ -48,4 +48,4 @@ def _cache(change: CacheBytes, how: str) -> str:
 
 def _line(label: str, change: Change, *texts: str) -> str:
     before, after = texts or (f"{change.before:,}", f"{change.after:,}")
-    return f"| {label} | {before} | {after} | {-change.removed:+.1%} |"
+    return f"| {label} | {before} | {after} | {0 - change.removed:+.1%} |"

@@ -6,6 +6,7 @@ from pathlib import Path
 from sa_convert.console.amounts import format_percent
 from sa_convert.domain.calibrated import RefitReport
 from sa_convert.domain.change import CacheBytes
+from sa_convert.domain.healed import HealReport, told_changes
 from sa_convert.domain.report import GateResult, Report
 from sa_convert.present.files.json_file import write_json
 
@@ -13,7 +14,7 @@ FILE = "report.json"
 
 
 def write_report(report: Report, folder: Path) -> Path:
-    """Write report.json: no times and nothing of this machine, so that equal conversions give equal files."""
+    """Write report.json: nothing of this machine, and no times but of training."""
     return write_json(report.to_json(), folder / FILE)
 
 
@@ -28,6 +29,13 @@ def installed_versions() -> dict[str, str]:
         except PackageNotFoundError:  # a checkout on the path instead of an installed package
             continue
     return versions
+
+
+def heal_summary(heal: HealReport) -> str:
+    """Such as "400,000 tokens of builtin, calibration part; held-out text 3.210 -> 3.105 nats (base 3.050); ..."."""
+    if heal.kept is None:
+        return "left out, since it made the model worse on held-out text or copying"
+    return f"{heal.after.tokens:,} tokens of {heal.text}; {'; '.join(told_changes(heal))}"
 
 
 def refit_summary(refit: RefitReport) -> str:

@@ -56,7 +56,8 @@ def _frontier_rows(frontier: Frontier, analysis: Analysis) -> Iterator[tuple[str
     for number, point in enumerate(points):
         change = f"loss {point.loss:+.4f} ± {point.error:.4f} nats ({math.expm1(point.loss):+.2%} perplexity)"
         worst = point.worst_copying
-        copying = f", copying {worst[1]:+.2f} nats over {worst[0]} tokens" if worst else ""
+        over = f"over {worst[0]} tokens" if worst and worst[0] else "of facts in long text"
+        copying = f", copying {worst[1]:+.2f} nats {over}" if worst else ""
         label = f"Saved at {frontier.at} tokens" if number == 0 else ""
         yield label, f"{point.cache.removed:5.1%}: {change}{copying}; {point.recipe}"
     yield "", "measured on held-out long text and repetition, without refit"

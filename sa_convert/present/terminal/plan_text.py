@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 def plan_json(plan: "ConversionPlan") -> dict[str, Any]:
     """The plan in the words of report.json, if it has them."""
+    added = [name for name, edit in plan.edits.items() if edit.after is not None]
     return {
         "dry_run": True,
         "family": plan.model.family.model_type,
@@ -22,6 +23,7 @@ def plan_json(plan: "ConversionPlan") -> dict[str, Any]:
         "tensors": {
             "dropped": sorted(name for name, edit in plan.edits.items() if edit.drops),
             "sliced": sorted(name for name, edit in plan.edits.items() if edit.rows),
+            **({"added": sorted(added)} if added else {}),
         },
     }
 
@@ -31,10 +33,11 @@ def render_plan(plan: "ConversionPlan") -> str:
     savings = plan.savings
     dropped = sum(edit.drops for edit in plan.edits.values())
     sliced = sum(bool(edit.rows) for edit in plan.edits.values())
+    added = sum(edit.after is not None for edit in plan.edits.values())
     lines = [
         ("family", plan.model.family.model_type),
         *(row for treated in plan.treated if treated.used for row in treated.rows),
-        ("tensors", f"{dropped} dropped, {sliced} sliced"),
+        ("tensors", f"{dropped} dropped, {sliced} sliced" + (f", {added} added" if added else "")),
         ("parameters", change_text(savings.parameters, human_count)),
         ("weights", change_text(savings.checkpoint_bytes, human_bytes)),
         ("cache per token", _cache(savings)),

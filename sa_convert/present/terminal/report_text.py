@@ -6,7 +6,7 @@ from sa_convert.console.amounts import human_bytes, human_count
 from sa_convert.domain.change import Change, Savings
 from sa_convert.domain.report import TASK_NAMES, CopyingReport, DecodeCheck, Report
 from sa_convert.present.files.quality_rows import quality_rows
-from sa_convert.present.files.report_file import limits_text, measured, refit_summary
+from sa_convert.present.files.report_file import heal_summary, limits_text, measured, refit_summary
 from sa_convert.present.terminal.aligned import aligned
 
 
@@ -41,6 +41,8 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
         yield "Keys", f"{savings.key_cache_removed:.1%} no longer computed"
     if report.refit:
         yield "Refit", refit_summary(report.refit)
+    if report.heal:
+        yield "Healing", heal_summary(report.heal)
     if report.perplexity is None:
         yield "Quality", "not measured (--no-validate)"
         return

@@ -187,10 +187,10 @@ class Turner:
         cos, sin = (part.to(keys.device) for part in turns)
         width = cos.shape[-1] if self.slices else keys.shape[-1]
         part = keys[..., :width]
-        turned = self.rotate(part[:, :1], part, cos, -sin if back else sin)[1]
+        turned = self.rotate(part[:, :0], part, cos, -sin if back else sin)[1].to(keys.dtype)  # of no query
         if back:  # some families scale keys as they turn them
             turned = turned / (cos * cos + sin * sin)[:, None, :, :1]
-        return torch.cat([turned.to(keys.dtype), keys[..., width:]], dim=-1)
+        return turned if width == keys.shape[-1] else torch.cat([turned, keys[..., width:]], dim=-1)
 
 
 def rotates(attention, rule):

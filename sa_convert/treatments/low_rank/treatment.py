@@ -14,7 +14,7 @@ from sa_convert.domain.fitted import Fitted
 from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
 from sa_convert.domain.plan import Arguments, Plan, frozen
 from sa_convert.domain.recipe_map import RecipeValueError
-from sa_convert.domain.treated import Drawing
+from sa_convert.domain.treated import Drawing, Inspected, Treated
 from sa_convert.domain.units import Unit, Units
 from sa_convert.errors import PlanError
 from sa_convert.treatments.base import Treatment
@@ -34,9 +34,15 @@ class LowRankTreatment(Treatment):
     name = "low_rank"
     file = __file__
     fits = True
+    keeps_shapes = True
     impossible = "No layer of this model caches keys that could be cached in fewer numbers."
 
     def parse(self, arguments: Any) -> Arguments:
+        if isinstance(arguments, Mapping) and "values" in arguments:
+            raise RecipeValueError(
+                "values cannot be cached in fewer numbers: that costs twenty times what the same bytes of keys cost",
+                "values",
+            )
         if not isinstance(arguments, Mapping) or set(arguments) != {"keys"}:
             raise RecipeValueError(f"low_rank takes keys, such as {{keys: 32}}, not {arguments!r}")
         rank = arguments["keys"]
@@ -96,5 +102,11 @@ class LowRankTreatment(Treatment):
 
         return LowRankCosts(units, measure, plan)
 
+    def treated(self, plan: Plan, geometry: ModelGeometry) -> Treated:
+        return drawing.treated(plan, geometry)
+
     def drawing(self, plan: Plan, geometry: ModelGeometry) -> Drawing:
-        return drawing.drawing(plan.groups_of(self.name), geometry)
+        return drawing.drawing(plan, geometry)
+
+    def inspected(self, geometry: ModelGeometry | None, plan: Plan | None, reason: str | None) -> Inspected:
+        return drawing.inspected(geometry, plan, reason)

@@ -1,0 +1,122 @@
+"""How a converted model is healed: what `heal:` in a recipe and the options of `sa-convert heal` say.
+
+Importing this module loads pydantic; commands import it inside their bodies.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, StrictBool, StrictInt, StrictStr
+
+from sa_convert.domain.recipe_map import RecipeValueError
+
+Trained = Literal["outputs", "layers", "lora"]
+"""What trains: values and outputs of changed layers, all of these layers, or low-rank additions to all of them."""
+
+TOKENS = 400_000
+"""If neither tokens nor minutes are given."""
+
+RATES: dict[Trained, float] = {"outputs": 1e-3, "layers": 1e-4, "lora": 1e-3}
+"""Peak learning rates. Three times that of `layers` ruined copying (EVIDENCE: 3e-4 is too much)."""
+
+LENGTH, LONG = 512, 2048
+"""Tokens of a sequence; the second if the plan has windows, which short sequences hardly test."""
+
+SHORTEST = 16
+
+REPEATED = 4
+"""One row in so many is random repetition."""
+
+
+def _known_text(text: str) -> str:
+    hub = text.startswith("hub:") and 1 <= len(text.split(":")) - 1 <= 3 and all(text.split(":"))
+    if text not in ("builtin", "written") and not hub and not text.endswith((".txt", ".md", ".jsonl")):
+        raise ValueError(
+            f"{text!r} is not builtin, written, a .txt, .md or .jsonl file, or hub:DATASET[:CONFIG[:SPLIT]]"
+        )
+    return text
+
+
+def _count(value: object) -> object:
+    """A whole number from 1 on; 400k and 2M are texts of one."""
+    if isinstance(value, str) and value[:-1].isdigit() and value[-1] in "kM":
+        value = int(value[:-1]) * (1000 if value[-1] == "k" else 1_000_000)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{value!r} is no whole number from 1 on, such as 400000, 400k or 2M")
+    return value
+
+
+def _amount(value: object) -> object:
+    """A number above 0; YAML 1.2 has 1e-3 as a text."""
+    try:
+        number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else -1.0
+    except ValueError:
+        number = -1.0
+    if not 0 < number < float("inf"):
+        raise ValueError(f"{value!r} is no number above 0")
+    return number
+
+
+Count = Annotated[int, BeforeValidator(_count)]
+Amount = Annotated[float, BeforeValidator(_amount)]
+
+
+def _whole_batches(rows: int) -> int:
+    if rows % REPEATED:
+        raise ValueError(f"{rows} is no multiple of {REPEATED}; one row in {REPEATED} is random repetition")
+    return rows
+
+
+def _long_enough(length: int) -> int:
+    if length < SHORTEST:
+        raise ValueError(f"sequences of {length} tokens teach nothing; write {SHORTEST} or more")
+    return length
+
+
+class HealSettings(BaseModel):
+    """Budget, text and training of a healing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tokens: Count | None = None
+    """Tokens that are trained on. None: TOKENS, or as many as `minutes` allow."""
+    minutes: Amount | None = None
+    """Of training, the judge included. With `tokens`: whatever ends first."""
+    text: Annotated[StrictStr, AfterValidator(_known_text)] | None = None
+    """As in `sa_convert.texts.text.load_text`, or "written": by the base itself. None: the text of the calibration."""
+    train: Trained = "outputs"
+    length: Annotated[Count, AfterValidator(_long_enough)] | None = None
+    """Tokens of a sequence. None: LENGTH, or LONG if the plan has windows, and never more than the model has."""
+    rows: Annotated[Count, AfterValidator(_whole_batches)] = 4
+    """Sequences of one step, on all processes together."""
+    rate: Amount | None = None
+    """Peak learning rate. None: that of RATES."""
+    rank: Count = 16
+    """Of `lora`."""
+    seed: StrictInt = 0
+    gradient_checkpointing: StrictBool = False
+    """Less memory for more time."""
+
+    @property
+    def budget(self) -> int | None:
+        """Tokens to train on; None: only time ends it."""
+        return self.tokens if self.tokens is not None or self.minutes is not None else TOKENS
+
+    @property
+    def peak_rate(self) -> float:
+        return self.rate if self.rate is not None else RATES[self.train]
+
+    def resolved(self, text: str, windows: bool, positions: int | None) -> "HealSettings":
+        """With everything spelled out that the plan and the model decide.
+
+        text: of the calibration. Raises RecipeValueError for a length that the model has no positions for.
+        """
+        wanted = self.length or (LONG if windows else LENGTH)
+        if self.length is not None and positions is not None and self.length > positions:
+            raise RecipeValueError(f"{self.length} is more than the {positions} positions of the model", "length")
+        update = {
+            "text": self.text or text,
+            "tokens": self.budget,
+            "rate": self.peak_rate,
+            "length": min(wanted, positions or wanted),
+        }
+        return self.model_copy(update=update)
