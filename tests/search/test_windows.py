@@ -28,6 +28,7 @@ from sa_convert.search.scoring import collect
 from sa_convert.search.whole_cache import Priced, cache_path, cache_within, copying_rise, priced, search_cache
 from sa_convert.texts.text import load_text
 from sa_convert.treatments.ledger import Ledger, Offer
+from sa_convert.treatments.low_rank.cost import LowRankCosts
 from sa_convert.treatments.registry import searched
 from sa_convert.treatments.window import cost as window_cost
 from sa_convert.treatments.window.cost import WindowCosts, certain
@@ -363,3 +364,35 @@ def test_a_plan_that_copies_badly_is_refused_and_others_go_on():
     assert 0 in reference.plans[0].layers[0]  # it was tried
     (step,) = cache_path(found, [0.37], None)
     assert 0 in step.plan.layers[0]
+
+
+def test_if_no_plan_copies_well_the_best_of_those_that_save_enough_is_taken():
+    units = Units(ModelGeometry((LayerGeometry(4, 2, 16),) * 6))
+    account = WholeCache(units, 16, lambda layer: 16)
+    reference = Copying({(layer, group) for layer in range(6) for group in range(2)})
+    found = Priced({"window": Known(units, [0.5, *[0.1] * 5, *[0.9] * 6])}, {}, account, reference)
+    (step,) = cache_path(found, [0.2], 0.1)
+    assert step.removed >= 0.2
+    assert step.removed == pytest.approx(account.removed(step.plan))
+    assert step.plan == reference.plans[0]
+    assert len(reference.plans) > 2
+
+
+def test_repetition_counts_more_in_the_costs_of_every_treatment_that_knows_it_apart(tmp_path):
+    model, subject, units = opened(tmp_path, "llama")
+    tokens, unit = torch.randint(3, 120, (TOKENS,)), units.all[9]
+    repeated = Sample(tokens, REPETITION, torch.arange(TOKENS) >= 9, weight=0.25, kept=True, period=9)
+    long = [sample(tokens), repeated, repeated]
+    ledger = collect(Probe(model, subject.family), units, [], Plan(), WINDOW, long=long)["window"]
+    keys = LowRankCosts(units, "fisher")
+    keys.costs, keys.repeated = {(unit, 12): 0.5, (unit, 8): 0.9}, {(unit, 12): 0.1, (unit, 8): 0.2}
+    for found in (ledger, keys):
+        once, thrice, five = (
+            [offer.cost for offer in found.emphasized(emphasis).offers(unit, frozenset())]
+            for emphasis in (1.0, 3.0, 5.0)
+        )
+        assert len(once) == 2
+        for before, after, most in zip(once, thrice, five, strict=True):
+            assert after > before > 0
+            assert most - after == pytest.approx(after - before)
+    assert [offer.cost for offer in keys.emphasized(3.0).offers(unit, frozenset())] == pytest.approx([0.7, 1.3])

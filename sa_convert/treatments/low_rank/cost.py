@@ -6,6 +6,7 @@ e[t]^2, as for sharing (`sa_convert.treatments.share.cost`).
 """
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -26,11 +27,14 @@ PARTS = (0.75, 0.5)
 
 
 class LowRankCosts(Ledger):
-    """costs: for each unit and rank, in nats a token. Costs are those without a plan."""
+    """costs: for each unit and rank, in nats a token; repeated: the part of it that is on repetition, which counts
+    `emphasis` times. Costs are those without a plan."""
 
     def __init__(self, units: Units, measure: Measure, plan: Plan | None = None) -> None:
         super().__init__(units, NAME, measure, without_plan=not plan)
         self.costs: dict[tuple[Unit, int], float] = {}
+        self.repeated: dict[tuple[Unit, int], float] = {}
+        self.emphasis = 1.0
         self._units: dict[int, list[Unit]] = {}
         for unit in units.all:
             if refusal(units.geometry, unit.layer) is None:
@@ -59,6 +63,16 @@ class LowRankCosts(Ledger):
                     changes = changes + change_of_loss(observed, group, scores, change)
                 cost = 0.5 * float(changes.double().square().sum()) * observed.weight
                 self.costs[unit, rank] = self.costs.get((unit, rank), 0.0) + cost
+                if observed.repetition:
+                    self.repeated[unit, rank] = self.repeated.get((unit, rank), 0.0) + cost
+
+    def emphasized(self, emphasis: float) -> "LowRankCosts":
+        other = copy(self)
+        other.emphasis = emphasis
+        return other
+
+    def cost(self, unit: Unit, rank: int) -> float:
+        return self.costs[unit, rank] + (self.emphasis - 1) * self.repeated.get((unit, rank), 0.0)
 
     def offers(self, unit: Unit, taken: Taken) -> Iterator[Offer]:
         for rank in self.ranks(unit):
@@ -73,7 +87,7 @@ class LowRankCosts(Ledger):
         """Keys of this rank in all KV groups of a unit."""
         size = self.units.geometry.layers[unit.layer].head_dim
         saved = self.units.keys_of(unit) * (size - rank) // size
-        return Offer(NAME, self.costs[unit, rank], saved, {group: {NAME: {"keys": rank}} for group in unit.groups})
+        return Offer(NAME, self.cost(unit, rank), saved, {group: {NAME: {"keys": rank}} for group in unit.groups})
 
     def given(self, plan: Plan) -> dict[Unit, Offer]:
         found = super().given(plan)
@@ -89,4 +103,4 @@ class LowRankCosts(Ledger):
 
     def value(self, unit: Unit, offer: Offer) -> float:
         rank = next(iter(offer.plan.values()))[NAME]["keys"]
-        return self.costs.get((unit, rank), float("inf"))
+        return self.cost(unit, rank) if (unit, rank) in self.costs else float("inf")
