@@ -50,7 +50,7 @@ def treatments_in(names: str | None) -> tuple[str, ...] | None:
     "--treatments",
     callback=lambda context, option, names: treatments_in(names),
     metavar="NAME,...",
-    help="What the search may use, such as window,share. Default: window, low_rank and share.",
+    help="What the search may use, such as window,share. Default: window and share.",
 )
 @click.option(
     "--key-cache",

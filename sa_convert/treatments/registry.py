@@ -25,7 +25,7 @@ _TREATMENTS: tuple[Treatment, ...] = (
 SEARCHED = ("share",)
 """What a search for a part of the keys uses unless a recipe says otherwise."""
 
-SEARCHED_FOR_CACHE = ("window", "low_rank", "share")
+SEARCHED_FOR_CACHE = ("window", "share")
 """What a search for a part of the whole cache uses, of those that there are."""
 
 _MORE: ContextVar[tuple[Treatment, ...]] = ContextVar("more treatments", default=())
