@@ -22,7 +22,7 @@ RERUN = "(run again with SA_CONVERT_DEBUG=1 for a traceback to report).\n"
 SURFACE = {
     "inspect": ["MODEL", "--json"],
     "analyze": [
-        "MODEL", "-o", "--key-cache", "--calibration", "--sequences", "--length", "--seed", "--dtype", "--device",
+        "MODEL", "-o", "--cache", "--at", "--treatments", "--key-cache", "--calibration", "--sequences", "--length", "--seed", "--dtype", "--device",
         "--overwrite", "--trust-remote-code", "--json",
     ],
     "heal": [
@@ -31,7 +31,7 @@ SURFACE = {
         "--no-validate", "--overwrite", "--dtype", "--device", "--trust-remote-code", "--json",
     ],
     "evaluate": [
-        "MODEL", "--against", "--text", "--sequences", "--length", "--seed", "--dtype", "--device",
+        "MODEL", "--against", "--text", "--sequences", "--length", "--long", "--seed", "--dtype", "--device",
         "--trust-remote-code", "--json",
     ],
     "bench": [
