@@ -22,8 +22,8 @@ RERUN = "(run again with SA_CONVERT_DEBUG=1 for a traceback to report).\n"
 SURFACE = {
     "inspect": ["MODEL", "--json"],
     "analyze": [
-        "MODEL", "-o", "--cache", "--at", "--treatments", "--key-cache", "--calibration", "--sequences", "--length", "--seed", "--dtype", "--device",
-        "--overwrite", "--trust-remote-code", "--json",
+        "MODEL", "-o", "--cache", "--at", "--treatments", "--key-cache", "--calibration", "--sequences", "--length",
+        "--seed", "--dtype", "--device", "--overwrite", "--trust-remote-code", "--json",
     ],
     "heal": [
         "DIR", "-o", "--against", "--tokens", "--minutes", "--text", "--train", "--length", "--rows", "--rate",
