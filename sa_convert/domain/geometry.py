@@ -1,6 +1,7 @@
 """The shape of a model's attention, layer by layer, as far as plans depend on it."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from sa_convert.domain.stacks import Stacks, layer_label
 
@@ -71,7 +72,7 @@ class ModelGeometry:
         counted = self.layers[layer].cached or not any(other.cached and other.heads for other in self.layers)
         return groups * self.layers[layer].head_dim if counted else 0
 
-    @property
+    @cached_property
     def stacks(self) -> Stacks:
         """() if the model has one kind of attention."""
         names = dict.fromkeys(layer.stack for layer in self.layers)

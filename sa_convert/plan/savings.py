@@ -1,6 +1,7 @@
 """What a plan removes, computed from headers and the plan."""
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from math import prod
 
 from sa_convert.domain.change import CacheBytes, Change, Savings
@@ -123,8 +124,8 @@ def value_size(model: Model, index: int) -> int:
 def _value_name(model: Model, index: int) -> str:
     """That of the layer, or of another one of its stack if it has no attention any more."""
     layers, module = model.geometry.layers, projection(model.family, "value")
-    alike = [at for at, layer in enumerate(layers) if layer.heads and layer.stack == layers[index].stack]
-    names = [f"{attention_prefix(model, at)}{module}.weight" for at in (index, *alike)]
+    alike = (at for at, layer in enumerate(layers) if layer.heads and layer.stack == layers[index].stack)
+    names = (f"{attention_prefix(model, at)}{module}.weight" for at in chain((index,), alike))
     return next(name for name in names if name in model.checkpoint.tensors)
 
 
