@@ -9,6 +9,8 @@ from sa_convert.treatments.share.runtime import Run, Share, _gather, blocks_of
 from support.processes import run_cli
 from support.tiny_models import forms_used, geometry_of_folder, load_converted, make_map, save_tiny, write_recipe
 
+HEADS = dict.fromkeys(range(6), (0, 1))
+
 
 @pytest.fixture
 def converted(tmp_path):
@@ -53,7 +55,9 @@ def test_training_takes_queries_and_an_unknown_form_is_refused(converted, tmp_pa
 def test_the_budget_is_for_all_layers_that_lend_at_one_time():
     """Layers 0 and 1 lend at once, to 3; layer 4 lends to 5 alone."""
     borrowed = {3: {0: [[0, 0]], 1: [[1, 1]]}, 5: {0: [[4, 0]], 1: [[4, 1]]}}
-    stack = SimpleNamespace(name="", shapes=dict.fromkeys(range(6), (2, 1, 8)), layers=borrowed, options={})
+    stack = SimpleNamespace(
+        name="", shapes=dict.fromkeys(range(6), (2, 1, 8)), layers=borrowed, options={}, heads=HEADS
+    )
     share = Share(stack)
     assert [layer for layer in range(6) if share.touches(layer)] == [0, 1, 3, 4, 5]
     assert (share.at_once, share.gain) == (2, 4 / 6)
@@ -87,5 +91,5 @@ def test_heads_that_another_process_holds_are_refused():
     ],
 )
 def test_what_tensor_parallelism_may_divide(rows, divisible):
-    stack = SimpleNamespace(name="", shapes=dict.fromkeys(range(4), (2, 1, 8)), layers=rows, options={})
+    stack = SimpleNamespace(name="", shapes=dict.fromkeys(range(4), (2, 1, 8)), layers=rows, options={}, heads=HEADS)
     assert Share(stack).divisible == divisible

@@ -206,7 +206,8 @@ class _Replayed:
     def __call__(self, **_):
         for index, weights in enumerate(self.layers):
             one = weights[None]
-            self.observer(Seen(layer=index, probabilities=one, used=one, value=weights, output=weights))
+            rest = dict.fromkeys(("value", "output", "query", "key"), weights)
+            self.observer(Seen(layer=index, probabilities=one, used=one, **rest))
 
 
 def test_permuted_heads_match_and_layers_of_other_sizes_have_no_same_index():

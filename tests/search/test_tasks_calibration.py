@@ -39,7 +39,8 @@ class Watched:
         weights = sum(part for part in (scores, position_bias, attention_mask) if part is not None).softmax(-1)
         output = (weights @ value).transpose(1, 2)
         if self.observer is not None:
-            self.observer(Seen(layer=layer, probabilities=weights, used=weights, value=value, output=output))
+            rest = {"value": value, "output": output, "query": output, "key": value}
+            self.observer(Seen(layer=layer, probabilities=weights, used=weights, **rest))
         return output + self.added.get(layer, 0), weights
 
     def trying(self, plan):

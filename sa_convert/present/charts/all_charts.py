@@ -16,7 +16,6 @@ CHARTS = {
     "costs.png": cost_chart,
     "loss.png": loss_chart,
     "sources.png": source_chart,
-    "treatments.png": treatment_chart,
 }
 """File and what draws it."""
 
@@ -31,13 +30,13 @@ def write_charts(analysis: Analysis, folder: Path) -> list[Path]:
     frontier = analysis.frontier
     if frontier is not None:
         drawn.append(save(lambda: frontier_chart(frontier, analysis.base_model.id), folder / "frontier.png"))
+        if analysis.treatments:
+            drawn.append(save(lambda: treatment_chart(analysis), folder / "treatments.png"))
     return drawn
 
 
 def _has_something(name: str, analysis: Analysis) -> bool:
     """Whether an analysis holds what a chart shows."""
-    if name == "treatments.png":
-        return analysis.frontier is not None and bool(analysis.treatments)
     if name == "loss.png":
         return bool(analysis.curve)
     return name not in ("costs.png", "sources.png") or any(cost.sources for cost in analysis.costs)
