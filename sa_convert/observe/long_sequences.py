@@ -49,10 +49,6 @@ class LongSet:
     fit: tuple[Sample, ...]
     held_out: tuple[Sample, ...]
 
-    def longer_than(self, window: int) -> int:
-        """Sequences to learn from that repeat only after more than so many tokens."""
-        return sum(sample.repetition and sample.period > window for sample in self.fit)
-
 
 def long_set(tokenizer: Any, embeddings: int, text: Text, length: int, seed: int = 0) -> LongSet:
     """Sequences of `length` tokens of the calibration part of a text, from its end on, and of repetition.

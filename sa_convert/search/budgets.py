@@ -58,5 +58,5 @@ def _point(session: "Session", priced: Priced, step: Step, names: tuple[str, ...
         loss=measured.loss - base.loss,
         error=stdev(rises) / len(rises) ** 0.5 if len(rises) > 1 else 0.0,
         copying={period: after - before for period, after, before in copying},
-        recipe=f"{alone}cache-{100 * part:.3g}.yaml".replace(".5.", "-5."),
+        recipe=f"{alone}cache-{f'{100 * part:.6g}'.replace('.', '-')}.yaml",
     )
