@@ -114,9 +114,10 @@ def prepare(student: Any, converted: Checkpoint, names: Iterable[str], settings:
         return _with_additions(student, converted, found, settings)
     if not found:
         raise CheckpointError(f"{converted.identity}: the running model holds none of the tensors that should train.")
-    for own in found:
+    for own, name in found.items():
         parameters[own].requires_grad_(True)
-        parameters[own].data = parameters[own].data.float()
+        stored = read_tensor(converted.tensors[name])  # as precise as it is there, whatever the model computes in
+        parameters[own].data = stored.to(parameters[own].device, torch.float32)
     return Trained(found, {name: converted.tensors[name] for name in found.values()}, False)
 
 

@@ -1,0 +1,299 @@
+"""What heals most in the same processor time: which stages, which parameters, which text, which steps.
+
+    python docs/benchmarks/healing_choices.py BASE DIR [--seconds 120] [--only logits,local] [--sequences 6]
+                                              [--results FILE] [--written FILE] [--words my.txt] [--list]
+
+BASE: the base model's folder; DIR: a conversion of it. Every choice starts from DIR, trains for so many seconds of
+processor time (loading, writing text and measuring are not among them), and is measured on domains that nobody trained
+on, as by docs/benchmarks/healing.py. The loss, rows and parameters are the product's; the loop is a plain one whose
+learning rate follows the processor time, so that a busy machine changes nothing.
+
+`local` is a stage that the product does not have. The layers that the plan changes get the base's hidden states as
+input, each for itself, and learn to put out what the base's layers do: the squared error, as a part of the square of
+what the base's layer adds. Layers that neither change nor lend are skipped, and no logits are made.
+
+Results are merged into FILE (healing_choices.json beside this file), and printed as a table.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
+
+import torch  # noqa: E402
+
+from healing import measured, probes_and_texts, rises  # noqa: E402
+from sa_convert.domain.heal_settings import HealSettings  # noqa: E402
+from sa_convert.heal.distillation import fast_products  # noqa: E402
+from sa_convert.heal.distilled import Distilled, Teacher, head_of  # noqa: E402
+from sa_convert.heal.healing_text import HealingRows, HealingText, healing_text  # noqa: E402
+from sa_convert.heal.trained import prepare, trained_tensors  # noqa: E402
+from sa_convert.models.load import embedded_tokens, load_base, load_converted, load_tokenizer  # noqa: E402
+from sa_convert.models.placement import place  # noqa: E402
+from sa_convert.observe.written import written_by  # noqa: E402
+from sa_convert.plan.converted import converted_parts  # noqa: E402
+from sa_convert.read.folder import open_folder  # noqa: E402
+from sa_convert.treatments.registry import lenders  # noqa: E402
+
+WRITTEN = 65_536
+"""Tokens that the base writes."""
+
+WARM_UP = 0.1
+
+
+@dataclass(frozen=True)
+class Choice:
+    """local: the part of the time that the block-local stage has. both: builtin and written text, row by row."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    local: float = 0.0
+    both: bool = False
+
+
+CHOICES = {
+    "logits": Choice(),
+    "local": Choice(local=1.0),
+    "local, then logits": Choice(local=0.3),
+    "layers": Choice({"train": "layers"}),
+    "layers at 3e-4": Choice({"train": "layers", "rate": 3e-4}),
+    "lora": Choice({"train": "lora"}),
+    "outputs at 2e-3": Choice({"rate": 2e-3}),
+    "outputs at 5e-4": Choice({"rate": 5e-4}),
+    "rows of 256": Choice({"length": 256}),
+    "written": Choice({"text": "written"}),
+    "builtin and written": Choice({"text": "written"}, both=True),
+    "words": Choice({"text": "words"}),
+}
+
+
+class Pair:
+    """A base and its conversion, and what all choices share."""
+
+    def __init__(self, base: Path, folder: Path, options: argparse.Namespace) -> None:
+        self.base, self.folder, self.options = open_folder(base, str(base)), folder, options
+        self.placement = place(base, dtype=options.dtype)
+        self.tokenizer = load_tokenizer(base, otherwise="")
+        self.converted, self.plan = converted_parts(open_folder(folder, str(folder)))
+        self.windows = "window" in self.plan.treatments
+
+    def computing(self) -> Any:
+        """As transformers' Trainer computes: below float32 what trains is float32 nevertheless."""
+        half = self.placement.dtype != torch.float32
+        return torch.autocast("cpu", self.placement.dtype) if half else nullcontext()
+
+    def settings(self, choice: Choice) -> HealSettings:
+        told = {**choice.settings, "tokens": 10**9}
+        if told.get("text") == "words":
+            told["text"] = str(self.options.words)
+        return HealSettings(**told).resolved("builtin", self.windows, None)
+
+    def text(self, teacher: Any, settings: HealSettings, both: bool) -> HealingText:
+        length, written, count = settings.length, None, embedded_tokens(teacher)
+        if settings.text == "written":
+            file: Path = self.options.written
+            if not file.exists():
+                begun = time.process_time()
+                torch.save(written_by(teacher, self.tokenizer, WRITTEN // length, length), file)
+                print(f"written: {time.process_time() - begun:.0f} s", file=sys.stderr)
+            written = torch.load(file).reshape(-1, length)
+        found = healing_text(self.tokenizer, count, settings, written)
+        if not both:
+            return found
+        other = healing_text(self.tokenizer, count, settings.model_copy(update={"text": "builtin"}))
+        rows = other.rows[: len(found.rows)]
+        mixed = torch.stack([found.rows[: len(rows)], rows], 1).flatten(0, 1)
+        return HealingText("both", mixed, found.held_out, found.vocabulary, found.start)
+
+
+class Timed:
+    """Yields batches until the processor time is over, and sets the learning rate to it."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, rate: float, seconds: float) -> None:
+        self.optimizer, self.rate, self.seconds, self.begun = optimizer, rate, seconds, time.process_time()
+
+    def steps(self) -> Iterator[int]:
+        step = 0
+        while (used := (time.process_time() - self.begun) / self.seconds) < 1:
+            part = (
+                used / WARM_UP if used < WARM_UP else 0.5 * (1 + math.cos(math.pi * (used - WARM_UP) / (1 - WARM_UP)))
+            )
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate * max(part, 1e-2)
+            yield step
+            step += 1
+
+
+def train(pair: Pair, choice: Choice, teacher: Any, student: Any, seconds: float) -> tuple[int, int, float]:
+    """Tokens, parameters, and the loss at the end."""
+    settings = pair.settings(choice)
+    text = pair.text(teacher, settings, choice.both)
+    few = text.rows[:1, :64]
+    distilled = Distilled(student, head_of(student, teacher, few), False)
+    names = trained_tensors(pair.converted, pair.base, pair.plan, settings)
+    prepare(student, pair.converted.checkpoint, names, settings)
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.peak_rate, weight_decay=0.0)
+    rows, at, losses = text.training(10**9, settings.seed), 0, [0.0]
+    answers = Teacher(teacher, True)
+    stages: list[tuple[float, Callable[[dict[str, torch.Tensor]], torch.Tensor]]] = [
+        (seconds * choice.local, Local(pair, teacher, student).loss),
+        (seconds * (1 - choice.local), lambda batch: _logit_loss(distilled, answers, batch)),
+    ]
+    for length, loss_of in stages:
+        for _ in Timed(optimizer, settings.peak_rate, length).steps() if length else ():
+            batch = _batch(rows, at, settings.rows)
+            at += settings.rows
+            distilled.train()
+            with pair.computing():
+                loss = loss_of(batch)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    last = losses[-10:]
+    return at * settings.length, sum(one.numel() for one in parameters), sum(last) / len(last)
+
+
+def _batch(rows: HealingRows, at: int, count: int) -> dict[str, torch.Tensor]:
+    found = [rows[number] for number in range(at, at + count)]
+    return {key: torch.stack([row[key] for row in found]) for key in found[0]}
+
+
+def _logit_loss(distilled: Distilled, answers: Teacher, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    wanted = answers(batch["tokens"], batch["row"])
+    return distilled(tokens=batch["tokens"], scored=batch["scored"], wanted=wanted)["loss"]
+
+
+class Local:
+    """The block-local stage."""
+
+    def __init__(self, pair: Pair, teacher: Any, student: Any) -> None:
+        self.teacher, self.student = teacher, student
+        self.changed = sorted(pair.plan.layers)
+        self.needed = {*self.changed, *(layer for _, (layer, _) in lenders(pair.plan, pair.converted.geometry))}
+        self.inputs: dict[int, torch.Tensor] = {}
+        self.wanted: dict[int, torch.Tensor] = {}
+        self.found: dict[int, torch.Tensor] = {}
+
+    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad(), self._watched():
+            self.teacher.base_model(input_ids=batch["tokens"], use_cache=False)
+        with self._fed():
+            self.student.base_model(input_ids=batch["tokens"], use_cache=False)
+        parts = []
+        for layer in self.changed:
+            added = (self.wanted[layer] - self.inputs[layer]).square().sum(-1)
+            apart = (self.found[layer] - self.wanted[layer]).square().sum(-1)
+            parts.append((apart / added.mean()).mean())
+        return torch.stack(parts).mean()
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """What goes into the base's layers, and what comes out."""
+
+        def note(layer: int) -> Callable[..., None]:
+            def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+                self.inputs[layer] = args[0] if args else kwargs["hidden_states"]
+                self.wanted[layer] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        layers = self.teacher.base_model.layers
+        handles = [layer.register_forward_hook(note(at), with_kwargs=True) for at, layer in enumerate(layers)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _fed(self) -> Iterator[None]:
+        """Layers of the student get what the base's got; those that are not needed pass it on."""
+        layers = self.student.base_model.layers
+        kept = [layer.forward for layer in layers]
+
+        def fed(at: int) -> Callable[..., Any]:
+            def forward(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+                if at not in self.needed:
+                    return hidden_states
+                self.found[at] = kept[at](self.inputs[at], *args, **kwargs)
+                return self.wanted[at]
+
+            return forward
+
+        try:
+            for at, layer in enumerate(layers):
+                layer.forward = fed(at)
+            yield
+        finally:
+            for layer, forward in zip(layers, kept, strict=True):
+                layer.forward = forward
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--only", help=f"of {', '.join(CHOICES)}")
+    parser.add_argument("--sequences", type=int, default=6, help="of each domain")
+    parser.add_argument("--probes", type=int, default=4, help="of each distance")
+    parser.add_argument("--length", type=int, default=512, help="of the texts that measure")
+    parser.add_argument("--dtype", default="auto", help="of the computation")
+    parser.add_argument("--written", type=Path, default=Path("written.pt"), help="where text by the base is kept")
+    parser.add_argument("--words", type=Path, help="the text file of the choice `words`")
+    parser.add_argument("--results", type=Path, default=HERE / "healing_choices.json")
+    options = parser.parse_args()
+    wanted = options.only.split(";") if options.only else [name for name in CHOICES if name != "words"]
+    pair = Pair(options.base, options.folder, options)
+    results = json.loads(options.results.read_text()) if options.results.exists() else {}
+    mine = results.setdefault(options.folder.name, {})
+    with fast_products(), load_base(options.base, pair.placement) as loaded:
+        teacher = loaded.model.requires_grad_(False)
+        texts, probes = probes_and_texts(options, pair.tokenizer, teacher)
+        with pair.computing():
+            before = measured(teacher, texts, probes)
+        for name in ["as it was", *wanted]:
+            choice = CHOICES.get(name)
+            with load_converted(options.folder, pair.placement, None) as made:
+                row: dict[str, Any] = {}
+                if choice:
+                    begun = time.process_time()
+                    row["tokens"], row["parameters"], row["loss"] = train(
+                        pair, choice, teacher, made.model, options.seconds
+                    )
+                    row["seconds"] = round(time.process_time() - begun)
+                with pair.computing():
+                    after = measured(made.model.eval(), texts, probes)
+                row |= {kind: [round(value, 4) for value in told] for kind, told in rises(before, after).items()}
+            mine[name] = row
+            options.results.write_text(json.dumps(results, indent=1) + "\n")
+            print(name, row, flush=True)
+    print(table(mine, options))
+
+
+def table(rows: dict[str, Any], options: argparse.Namespace) -> str:
+    distances = sorted({int(kind.split()[1]) for row in rows.values() for kind in row if kind.startswith("copying ")})
+    lines = [f"| | tokens | parameters | perplexity, other domains | {' | '.join(f'copying {d}' for d in distances)} |"]
+    lines.append("|---" * (4 + len(distances)) + "|")
+    for name, row in rows.items():
+        mean, error = row["text"]
+        text = f"{math.expm1(mean):+.1%} ± {100 * error * math.exp(mean):.1f}"
+        copying = " | ".join("{:+.3f} ± {:.3f}".format(*row[f"copying {d}"]) for d in distances)
+        count = f"{row['tokens']:,} | {row['parameters']:,}" if "tokens" in row else " | "
+        lines.append(f"| {name} | {count} | {text} | {copying} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
