@@ -93,19 +93,20 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=12, help="of each domain, at most 24")
     parser.add_argument("--probes", type=int, default=8, help="of each distance")
     options = parser.parse_args()
+    from sa_convert.heal.distillation import fast_products
     from sa_convert.models.load import load_base, load_converted, load_tokenizer
     from sa_convert.models.placement import place
 
     tokenizer = load_tokenizer(options.base, otherwise="")
     placement = place(options.base)
-    with load_base(options.base, placement) as loaded:
+    with fast_products(), load_base(options.base, placement) as loaded:
         texts, probes = probes_and_texts(options, tokenizer, loaded.model)
         base = measured(loaded.model, texts, probes)
     distances = [kind for kind in base if kind not in OUT_OF_DOMAIN]
     print("| | healed on | perplexity, other domains | " + " | ".join(distances) + " |")
     print("|---" * (3 + len(distances)) + "|")
     for folder in options.folders:
-        with load_converted(folder, placement, None) as loaded:
+        with fast_products(), load_converted(folder, placement, None) as loaded:
             print(line(folder, base, measured(loaded.model, texts, probes)), flush=True)
 
 
