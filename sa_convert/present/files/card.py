@@ -166,8 +166,8 @@ def _limits(report: Report, remark: str | None) -> Iterator[str]:
             f"transformers' own class for `{report.family}` does, and was compared with that."
         )
     yield (
-        "Runtimes with model code of their own, such as llama.cpp and vLLM, do not know this type of model and were "
-        "not tried."
+        "In vLLM parameters and projections are saved, and the cache if the plugin sa-convert-vllm is installed. "
+        "Runtimes with model code of their own, such as llama.cpp, do not know this type of model."
     )
     yield "Limits, biases and intended use of the base model apply to this one."
     if remark is not None:
