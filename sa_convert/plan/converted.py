@@ -1,6 +1,7 @@
 """A converted model: what its base was like, and its plan."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from sa_convert.domain.checkpoint import Checkpoint
@@ -8,12 +9,15 @@ from sa_convert.domain.geometry import ModelGeometry
 from sa_convert.domain.model import Model
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.stacks import layer_of, parse_label
-from sa_convert.errors import CheckpointError, UnsupportedModelError
+from sa_convert.errors import CheckpointError, RecipeError, UnsupportedModelError
 from sa_convert.families.family import PREFIX, Family
 from sa_convert.families.table import FAMILIES
 from sa_convert.plan.conversion import check_plan
+from sa_convert.plan.engines import without_windows
+from sa_convert.read.family_of import family_of
 from sa_convert.read.geometry_of import geometry_of
 from sa_convert.read.names import attention_config
+from sa_convert.read.stock_folder import stock_told
 from sa_convert.treatments.registry import named, treatments
 
 
@@ -22,6 +26,8 @@ def converted_parts(checkpoint: Checkpoint) -> tuple[Model, Plan]:
 
     Raises UnsupportedModelError for an unknown base type, CheckpointError or PlanError for wrong files.
     """
+    if stock_told(checkpoint.folder) is not None:
+        return _stock_parts(checkpoint)
     config = checkpoint.config
     base = str(config["model_type"]).removeprefix(PREFIX)
     family = FAMILIES.get(base)
@@ -66,6 +72,43 @@ def _names_in(groups: Any) -> set[str]:
         return {groups}
     named = groups.values() if isinstance(groups, Mapping) else ()
     return {name for treated in named if isinstance(treated, Mapping) for name in treated}
+
+
+def _stock_parts(checkpoint: Checkpoint) -> tuple[Model, Plan]:
+    """Of a model that was written without code, whose plan stands in recipe.yaml."""
+    from sa_convert.plan.recipe_file import load_recipe
+
+    wrong = f"{checkpoint.folder}: recipe.yaml and config.json do not tell the same plan"
+    try:
+        told = load_recipe(str(checkpoint.folder / "recipe.yaml")).plan
+        plan = Plan.from_json(told or {})
+        model = stock_parts(checkpoint, plan)
+    except (RecipeError, ValueError, LookupError) as error:
+        raise CheckpointError(f"{wrong}: {error}") from error
+    found = {(model.checkpoint.config.get("sliding_window"), 0)}
+    windows = plan.groups_of("window")
+    if set(windows) != set(plan.layers) or any(
+        {(window["tokens"], window["sinks"]) for window in groups.values()} != found for groups in windows.values()
+    ):
+        raise CheckpointError(f"{wrong}.")
+    check_plan(plan, model)
+    return model, plan
+
+
+def stock_parts(checkpoint: Checkpoint, plan: Plan) -> Model:
+    """A model that was written without code, with the geometry of its base: layers that the plan treats see all.
+
+    Raises CheckpointError if config.json does not give a window to each of them.
+    """
+    family = family_of(checkpoint.config, checkpoint.tensors)
+    geometry = geometry_of(checkpoint, family)
+    wrong = next((at for at in plan.layers if at >= len(geometry.layers) or geometry.layers[at].window is None), None)
+    if wrong is not None:
+        raise CheckpointError(f"config.json: 'layer_types' gives layer {wrong} no window, which the plan has one for.")
+    layers = tuple(
+        without_windows(layer) if index in plan.layers else layer for index, layer in enumerate(geometry.layers)
+    )
+    return Model(checkpoint=checkpoint, family=family, geometry=replace(geometry, layers=layers))
 
 
 VERSION = 2
