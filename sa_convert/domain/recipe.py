@@ -174,7 +174,6 @@ class Recipe(_Frozen):
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
 
     description: StrictStr = ""
-    engine: Annotated[Literal["transformers", "vllm"], Field(alias="for")] = "transformers"
     search: CacheSearch | None = None
     sharing: Sharing | None = None
     plan: dict[int | str, dict[int, dict[str, Any]] | str] | None = None
@@ -183,6 +182,7 @@ class Recipe(_Frozen):
     heal: Annotated[HealSettings | None, BeforeValidator(_none)] = None
     calibration: Calibration = Calibration()
     gate: Gate = Gate()
+    engine: Annotated[Literal["transformers", "vllm"], Field(alias="for")] = "transformers"
     _origin: Origin = PrivateAttr(default_factory=Origin)
 
     @field_validator("plan", mode="before")

@@ -8,11 +8,12 @@ from typing import Any
 @dataclass(frozen=True)
 class StockForm:
     """How such a model is written. engine: what it is written for, as recipes call it. config: its config.json.
-    options: what the engine has to be told on its command line, or "". base_type: the model type that it had."""
+    layers: the plan, as config.json has it in a model that carries code. options: what the engine has to be told on its
+    command line, or ""."""
 
     engine: str
     config: Mapping[str, Any] = field(repr=False)
-    base_type: str
+    layers: Mapping[str, Any] = field(repr=False)
     options: str = ""
 
     @property
@@ -26,4 +27,4 @@ class StockForm:
     def to_json(self) -> dict[str, Any]:
         """As in report.json, under "for"."""
         told = {"engine": self.engine, "model_type": self.model_type, "architecture": self.architecture}
-        return told | ({"options": self.options} if self.options else {})
+        return told | ({"options": self.options} if self.options else {}) | {"layers": dict(self.layers)}

@@ -9,7 +9,7 @@ from sa_convert.domain.geometry import ModelGeometry
 from sa_convert.domain.model import Model
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.stacks import layer_of, parse_label
-from sa_convert.errors import CheckpointError, RecipeError, UnsupportedModelError
+from sa_convert.errors import CheckpointError, UnsupportedModelError
 from sa_convert.families.family import PREFIX, Family
 from sa_convert.families.table import FAMILIES
 from sa_convert.plan.conversion import check_plan
@@ -26,8 +26,9 @@ def converted_parts(checkpoint: Checkpoint) -> tuple[Model, Plan]:
 
     Raises UnsupportedModelError for an unknown base type, CheckpointError or PlanError for wrong files.
     """
-    if stock_told(checkpoint.folder) is not None:
-        return _stock_parts(checkpoint)
+    stock = stock_told(checkpoint.folder)
+    if stock is not None:
+        return _stock_parts(checkpoint, stock.get("layers"))
     config = checkpoint.config
     base = str(config["model_type"]).removeprefix(PREFIX)
     family = FAMILIES.get(base)
@@ -74,24 +75,18 @@ def _names_in(groups: Any) -> set[str]:
     return {name for treated in named if isinstance(treated, Mapping) for name in treated}
 
 
-def _stock_parts(checkpoint: Checkpoint) -> tuple[Model, Plan]:
-    """Of a model that was written without code, whose plan stands in recipe.yaml."""
-    from sa_convert.plan.recipe_file import load_recipe
-
-    wrong = f"{checkpoint.folder}: recipe.yaml and config.json do not tell the same plan"
+def _stock_parts(checkpoint: Checkpoint, layers: Any) -> tuple[Model, Plan]:
+    """Of a model that was written without code. layers: its plan, as report.json has it."""
     try:
-        told = load_recipe(str(checkpoint.folder / "recipe.yaml")).plan
-        plan = Plan.from_json(told or {})
-        model = stock_parts(checkpoint, plan)
-    except (RecipeError, ValueError, LookupError) as error:
-        raise CheckpointError(f"{wrong}: {error}") from error
-    found = {(model.checkpoint.config.get("sliding_window"), 0)}
-    windows = plan.groups_of("window")
-    if set(windows) != set(plan.layers) or any(
-        {(window["tokens"], window["sinks"]) for window in groups.values()} != found for groups in windows.values()
-    ):
-        raise CheckpointError(f"{wrong}.")
+        plan = Plan.from_json(layers)
+        windows = [window for groups in plan.groups_of("window").values() for window in groups.values()]
+        told = {(window["sinks"], window["tokens"]) for window in windows}
+    except (AttributeError, TypeError, ValueError, LookupError):
+        raise CheckpointError("report.json: 'for' does not list treatments for KV groups under 'layers'.") from None
+    model = stock_parts(checkpoint, plan)
     check_plan(plan, model)
+    if told != {(0, checkpoint.config.get("sliding_window"))}:
+        raise CheckpointError("config.json has another 'sliding_window' than report.json tells of.")
     return model, plan
 
 

@@ -94,7 +94,7 @@ def stock_form(model: Model, plan: Plan, recipe: "Recipe") -> StockForm | None:
     return StockForm(
         engine=engine.name,
         config=stock_config(model, plan, written),
-        base_type=model.family.model_type,
+        layers=plan.to_json(),
         options=windows.options.get(engine.name, ""),
     )
 

@@ -129,8 +129,9 @@ def dump_recipe(recipe: "Recipe") -> str:
     Dumper.add_representer(Inline, lambda d, data: d.represent_mapping("tag:yaml.org,2002:map", data, True))
 
     content = recipe.model_dump(by_alias=True)
-    if recipe.engine == "transformers":
-        del content["for"]
+    engine = content.pop("for")
+    if engine != "transformers":
+        content = {"description": content.pop("description"), "for": engine, **content}
     if recipe.search is None:
         del content["search"]
     else:

@@ -81,7 +81,7 @@ class Priced:
         found: list[dict[str, Ledger]] = [{}]
         for name, ledger in self.ledgers.items():
             found = [{**known, name: other} for known in found for other in ledger.alternatives()]
-        again = self.again
+        again: Callable[..., Ledgers] | None = self.again
         return [replace(self, ledgers=ledgers, again=again and partial(again, known=ledgers)) for ledgers in found]
 
     def state(self, plan: Plan = NOTHING, ledgers: Ledgers | None = None, emphasis: float = 1.0) -> State:

@@ -65,7 +65,7 @@ class WindowCosts(Ledger):
         super().__init__(units, NAME, measure, without_plan=not plan)
         self.limits = limits or WindowLimits()
         self.sinks = SINKS if self.limits.sinks is None else self.limits.sinks
-        self.only = known.only if known else None
+        self.only: int | None = known.only if known else None
         self.scales: dict[Unit, float] = dict(known.scales) if known else {}
         self.emphasis = 1.0
         self.slopes: dict[tuple[Unit, int], dict[int, float]] = {}

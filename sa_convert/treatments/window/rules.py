@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from sa_convert.domain.geometry import LayerGeometry
 
+
 @dataclass(frozen=True)
 class WindowLimits:
     """What a search may choose, if that is not what it usually tries. sinks: of every window. sizes: their lengths,
