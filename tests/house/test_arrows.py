@@ -13,8 +13,8 @@ import sa_convert
 HOME = Path(sa_convert.__file__).parent
 
 ROOMS = (
-    "commands", "jobs", "search", "heal", "observe", "measure", "present", "plan", "treatments", "rewrite", "models",
-    "read", "families", "texts", "output", "domain", "console", "runtime",
+    "commands", "jobs", "search", "heal", "observe", "measure", "sessions", "present", "plan", "treatments", "rewrite",
+    "models", "read", "families", "texts", "output", "domain", "console", "runtime",
 )  # fmt: skip
 """From the top to the bottom: each may import those after it, and never one before it."""
 
@@ -88,7 +88,7 @@ def test_no_circles():
     assert not left
 
 
-@pytest.mark.parametrize("job", ["inspecting", "converting", "analyzing", "benchmarking", "pushing"])
+@pytest.mark.parametrize("job", ["inspecting", "converting", "analyzing", "benchmarking", "timing_turns", "pushing"])
 def test_what_headers_tell_is_told_before_torch_is_loaded(job):
     """Loading torch and transformers takes seconds: nothing imports them before it needs them."""
     needed: set[str] = set()
