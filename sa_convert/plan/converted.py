@@ -116,4 +116,3 @@ def _by_group(
         raise ValueError(f"{len(row)} heads in {groups} KV groups")
     parts = {str(group): list(row[group * size : (group + 1) * size]) for group in range(groups)}
     return {group: {"share": heads} for group, heads in parts.items() if any(heads)}
-

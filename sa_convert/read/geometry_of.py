@@ -35,8 +35,9 @@ def geometry_of(checkpoint: Checkpoint, family: Family, reusing: Container[str] 
     """Heads, groups, attention types and windows of every layer.
 
     reusing: labels of layers whose tensors have other shapes than in the base, in a converted model; they are as the
-    first layer of their stack that is as it was, or as config.json says if there is none. Raises CheckpointError if tensors are missing or contradict
-    config.json, UnsupportedModelError if the projections are quantised, and as `refuse_foreign_weights`.
+    first layer of their stack that is as it was, or as config.json says if there is none. Raises CheckpointError if
+    tensors are missing or contradict config.json, UnsupportedModelError if the projections are quantised, and as
+    `refuse_foreign_weights`.
     """
     refuse_foreign_weights(checkpoint)
     config = attention_config(checkpoint.config, family)

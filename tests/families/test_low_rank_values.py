@@ -24,12 +24,13 @@ def ids_of(length: int = 20) -> torch.Tensor:
     return torch.randint(3, 120, (2, length), generator=torch.Generator().manual_seed(0))
 
 
-def agree(found, **inputs):
+def agree(found, generates=True, **inputs):
     """The converted model computes and writes what the base does with projected keys and values."""
     ids = ids_of()
     wanted = projected_logits(found, ids, **inputs)
-    with torch.no_grad(), projected(found):
-        tokens = found.base.generate(ids, max_new_tokens=8, do_sample=False, use_cache=False)
+    if generates:
+        with torch.no_grad(), projected(found):
+            tokens = found.base.generate(ids, max_new_tokens=8, do_sample=False, use_cache=False)
     with torch.no_grad():
         assert (found.base(ids, use_cache=False, **inputs).logits - wanted).abs().max() > 1e-3
     for implementation in ("eager", "sdpa"):
@@ -39,7 +40,7 @@ def agree(found, **inputs):
         for cached in (False, True):
             with torch.no_grad():
                 torch.testing.assert_close(model(ids, use_cache=cached, **inputs).logits, wanted, **CLOSE)
-        for options in ({}, {"cache_implementation": "static"}):
+        for options in ({}, {"cache_implementation": "static"}) if generates else ():
             made = model.generate(ids, max_new_tokens=8, do_sample=False, **options)
             assert torch.equal(made, tokens), (implementation, options)
     return model
@@ -71,7 +72,7 @@ def test_keys_that_are_not_turned(family, tmp_path):
     found = convert(tmp_path, family, ranks, values=values, **changes)
     layers = [layer for layer in ranks if not found.model.geometry.layers[layer].rotary]
     assert layers
-    agree(found)
+    agree(found, generates=family != "falcon")  # whose base does not with ALiBi
     bases = [name for name in tensors_of(found.folder) if ".low_rank." in name]
     folded = [is_folded(found.model.family.modules, found.model.geometry.layers[layer]) for layer in layers]
     assert all(folded) == (family != "exaone4")

@@ -36,8 +36,8 @@ class Basis:
 
 
 class Moments:
-    """Of one KV group, sums over tokens: of keys (or outputs of heads), of their squares, and of squares of gradients. D
-    is the head size."""
+    """Of one KV group, sums over tokens: of keys (or outputs of heads), their squares, and squares of gradients. D is
+    the head size."""
 
     def __init__(self, size: int) -> None:
         import torch

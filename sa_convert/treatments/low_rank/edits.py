@@ -18,8 +18,6 @@ from sa_convert.treatments.low_rank.rules import is_folded, is_short
 from sa_convert.treatments.low_rank.trying import NAME
 
 if TYPE_CHECKING:
-    import torch
-
     from sa_convert.treatments.low_rank.learned import Learned
 
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -101,4 +99,3 @@ def fitted(model: Model, plan: Plan, learned: "Learned") -> Fitted:
             tensors[name] = made.to(getattr(torch, _DTYPES[layer.key.dtype]))
             after[name] = layer.key.name
     return Fitted(tensors, after)
-
