@@ -35,7 +35,7 @@ class Basis:
         return keys @ encoder.T @ basis + offset
 
 
-class Moments:
+class GroupMoments:
     """Of one KV group, sums over tokens: of keys (or outputs of heads), their squares, and squares of gradients. D is
     the head size."""
 

@@ -15,9 +15,8 @@ from sa_convert.domain.plan import Plan
 from sa_convert.domain.units import Unit, Units
 from sa_convert.treatments.ledger import Ledger, Offer, Taken
 from sa_convert.treatments.low_rank.learned import learned
-from sa_convert.treatments.low_rank.rules import refusal
+from sa_convert.treatments.low_rank.rules import NAME, refusal
 from sa_convert.treatments.low_rank.scores import change_of_loss, gradient_of_scores
-from sa_convert.treatments.low_rank.trying import NAME
 
 if TYPE_CHECKING:
     from sa_convert.treatments.ledger import Observed

@@ -14,11 +14,10 @@ from sa_convert.domain.plan import Plan
 from sa_convert.errors import CheckpointError
 from sa_convert.read.names import attention_prefix
 from sa_convert.treatments.low_rank.narrowed import Narrowed, narrowed_projections
-from sa_convert.treatments.low_rank.rules import is_folded, is_short
-from sa_convert.treatments.low_rank.trying import NAME
+from sa_convert.treatments.low_rank.rules import NAME, is_folded, is_short
 
 if TYPE_CHECKING:
-    from sa_convert.treatments.low_rank.learned import Learned
+    from sa_convert.treatments.low_rank.learned import LearnedBases
 
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -80,7 +79,7 @@ def awaited(model: Model, plan: Plan) -> dict[str, TensorEdit]:
     return edits
 
 
-def fitted(model: Model, plan: Plan, learned: "Learned") -> Fitted:
+def fitted(model: Model, plan: Plan, learned: "LearnedBases") -> Fitted:
     """The new tensors, in the dtype of those that they come from."""
     import torch
 

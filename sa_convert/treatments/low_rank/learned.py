@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING
 
 from sa_convert.domain.geometry import ModelGeometry
 from sa_convert.domain.units import Units
-from sa_convert.treatments.low_rank.bases import Basis, Moments
-from sa_convert.treatments.low_rank.rules import refusal
+from sa_convert.treatments.low_rank.bases import Basis, GroupMoments
+from sa_convert.treatments.low_rank.rules import Side, refusal
 from sa_convert.treatments.low_rank.scores import gradient_of_keys
-from sa_convert.treatments.low_rank.trying import Side
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +18,7 @@ Place = tuple[int, int, Side]
 """A layer, a KV group, and what it is of."""
 
 
-class Learned:
+class LearnedBases:
     """Moments of every KV group that may be treated, and the bases that were made of them.
 
     Those of values are moments of the outputs of heads, which are sums of values: what goes wrong with a value matters
@@ -28,7 +27,7 @@ class Learned:
 
     def __init__(self, geometry: ModelGeometry) -> None:
         self.geometry = geometry
-        self.moments: dict[Place, Moments] = {}
+        self.moments: dict[Place, GroupMoments] = {}
         self._bases: dict[tuple[Place, int], Basis] = {}
 
     def see(self, observed: "Observed") -> None:
@@ -52,7 +51,7 @@ class Learned:
                 self._add((index, group, "values"), outputs, slopes, observed.weight)
 
     def _add(self, place: Place, states: "torch.Tensor", gradients: "torch.Tensor", weight: float) -> None:
-        self.moments.setdefault(place, Moments(states.shape[-1])).add(states, gradients, weight)
+        self.moments.setdefault(place, GroupMoments(states.shape[-1])).add(states, gradients, weight)
 
     def basis(self, layer: int, group: int, rank: int, side: Side = "keys") -> Basis:
         place: Place = (layer, group, side)
@@ -61,17 +60,17 @@ class Learned:
         return self._bases[place, rank]
 
 
-_OPEN: ContextVar[Learned | None] = ContextVar("what was learned of keys and values", default=None)
+_OPEN: ContextVar[LearnedBases | None] = ContextVar("what was learned of keys and values", default=None)
 
 
-def learner(units: Units) -> Learned:
+def learner(units: Units) -> LearnedBases:
     """What learns of a base model; it is what `learned` gives from then on."""
-    found = Learned(units.geometry)
+    found = LearnedBases(units.geometry)
     _OPEN.set(found)
     return found
 
 
-def learned() -> Learned:
+def learned() -> LearnedBases:
     """Of the base model that is open. Raises LookupError if nothing was learned of it."""
     found = _OPEN.get()
     if found is None:

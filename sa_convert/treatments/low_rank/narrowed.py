@@ -17,14 +17,13 @@ from sa_convert.domain.plan import Plan
 from sa_convert.families.family import Modules
 from sa_convert.read.names import attention_prefix, output_name
 from sa_convert.treatments.fused import kept_places, places
-from sa_convert.treatments.low_rank.rules import is_folded, is_short
-from sa_convert.treatments.low_rank.trying import NAME, Side
-from sa_convert.treatments.plan_answers import own_groups, own_heads
+from sa_convert.treatments.low_rank.rules import NAME, Side, is_folded, is_short
+from sa_convert.treatments.share.plans import map_of
 
 if TYPE_CHECKING:
     import torch
 
-    from sa_convert.treatments.low_rank.learned import Learned
+    from sa_convert.treatments.low_rank.learned import LearnedBases
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Narrowed:
         gone = (self.weight, self.bias)
         return {tensor.name: TensorEdit(rows=()) for tensor in gone if tensor is not None}
 
-    def made(self, layer: int, learned: "Learned") -> "dict[str, torch.Tensor]":
+    def made(self, layer: int, learned: "LearnedBases") -> "dict[str, torch.Tensor]":
         """The new tensors, float32, by name."""
         weight = _read(self.weight)
         weight = weight.T if self.inputs != self.transposed else weight  # heads lie along the first axis
@@ -81,7 +80,7 @@ class Narrowed:
             found[f"{self.name}.bias"] = bias if self.inputs else self._of_heads(bias, layer, learned)
         return found
 
-    def _of_heads(self, tensor: "torch.Tensor", layer: int, learned: "Learned") -> "torch.Tensor":
+    def _of_heads(self, tensor: "torch.Tensor", layer: int, learned: "LearnedBases") -> "torch.Tensor":
         """tensor: (heads * D, ...)"""
         import torch
 
@@ -108,9 +107,8 @@ def narrowed_projections(model: Model, plan: Plan, index: int) -> Iterator[Narro
     modules, layer = model.family.modules, model.geometry.layers[index]
     told = plan.groups_of(NAME)[index]
     keys, values = ({group: each[side] for group, each in told.items() if side in each} for side in ("keys", "values"))
-    heads = own_heads(plan, model.geometry, index)
-    groups, folds = own_groups(layer, heads), is_folded(modules, layer)
-    folded = keys if folds else {}
+    shared, folded = map_of(plan, model.geometry), keys if is_folded(modules, layer) else {}
+    heads, groups = shared.own_heads(index, layer), shared.own_groups(index, layer)
     query = [Part(head, folded.get(layer.group_of(head)), layer.group_of(head), by="basis") for head in heads]
     key = [Part(group, folded.get(group), group) for group in groups]
     value = [Part(group, values.get(group), group, "values") for group in range(layer.groups)]

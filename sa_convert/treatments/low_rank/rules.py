@@ -1,8 +1,16 @@
 """Which layers may have low-rank keys or values, and where their bases go."""
 
+from typing import Literal
+
 from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
 from sa_convert.families.family import Modules
-from sa_convert.treatments.low_rank.trying import Side
+
+NAME = "low_rank"
+
+Side = Literal["keys", "values"]
+"""Of what a KV group caches."""
+
+SIDES: tuple[Side, ...] = ("keys", "values")
 
 
 def refusal(geometry: ModelGeometry, index: int, side: Side = "keys") -> str | None:

@@ -20,8 +20,7 @@ from sa_convert.domain.units import Unit, Units
 from sa_convert.errors import PlanError
 from sa_convert.treatments.base import Treatment
 from sa_convert.treatments.low_rank import drawing
-from sa_convert.treatments.low_rank.rules import refusal
-from sa_convert.treatments.low_rank.trying import SIDES
+from sa_convert.treatments.low_rank.rules import SIDES, refusal
 
 if TYPE_CHECKING:
     from sa_convert.domain.calibrated import Measure

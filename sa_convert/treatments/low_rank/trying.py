@@ -1,27 +1,20 @@
 """Low-rank keys and values, tried on a base model that runs."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from sa_convert.domain.plan import Plan
+from sa_convert.treatments.low_rank.learned import learned
+from sa_convert.treatments.low_rank.rules import NAME, Side
 from sa_convert.treatments.trial import Trial, Turned
 
 if TYPE_CHECKING:
     import torch
-
-NAME = "low_rank"
-
-Side = Literal["keys", "values"]
-"""Of what a KV group caches."""
-
-SIDES: tuple[Side, ...] = ("keys", "values")
 
 
 class LowRankTrial(Trial):
     """groups: arguments by layer and KV group."""
 
     def __init__(self, plan: Plan) -> None:
-        from sa_convert.treatments.low_rank.learned import learned
-
         self.groups, self.learned = plan.groups_of(NAME), learned()
 
     def key(self, layer: int, key: "torch.Tensor", turned: Turned) -> "torch.Tensor":
