@@ -139,7 +139,7 @@ def _factors(ledgers: Ledgers, account: WholeCache, reference: Reference) -> dic
     found: dict[str, float] = {}
     kinds = [(name, kind) for name, ledger in ledgers.items() for kind in ledger.kinds]
     for name, kind in kinds if len(kinds) > 1 else ():
-        state = State({name: ledgers[name].only(kind)}, account=account)
+        state = State({name: ledgers[name].of_kind(kind)}, account=account)
         state.extend(TRIED)
         if state.chosen and state.estimate > 0:
             cost = cost_of(reference.measure(state.plan, f"what {kind} costs"))

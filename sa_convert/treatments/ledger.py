@@ -180,7 +180,7 @@ class Ledger:
         """Kinds of offers, for each of which is measured how far its estimate is off."""
         return (self.treatment,)
 
-    def only(self, kind: str) -> "Ledger":
+    def of_kind(self, kind: str) -> "Ledger":
         """The same costs, with offers of one kind."""
         return self
 

@@ -117,7 +117,7 @@ class LowRankCosts(Ledger):
         found = {kind_of(ranks) for unit in self.units.all for ranks in self.ranks(unit)}
         return tuple(kind for kind in KINDS.values() if kind in found)
 
-    def only(self, kind: str) -> "LowRankCosts":
+    def of_kind(self, kind: str) -> "LowRankCosts":
         other = copy(self)
         other.kind = kind
         return other

@@ -332,7 +332,7 @@ def rotates(attention, rule):
     if rule == "sliding":
         window = getattr(attention, "sliding_window", None)
         return getattr(attention, "is_sliding", True) if window is not None else hasattr(attention, "is_sliding")
-    return rule != "none" and not getattr(attention.config, "alibi", False)
+    return rule != "none" and not getattr(getattr(attention, "config", None), "alibi", False)
 
 
 class Codec:
