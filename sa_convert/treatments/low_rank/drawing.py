@@ -29,7 +29,8 @@ def treated(plan: Plan, geometry: ModelGeometry) -> Treated:
         count = f"{sum(ranks.values())} of {geometry.total_groups} KV groups"
         told = ", ".join(f"{ranks[rank]} in {rank} numbers" for rank in sorted(ranks)) or "none"
         inside = len({layer for layer, _ in found})
-        parts.append(f"{side} of {count}, in {inside} {'layer' if inside == 1 else 'layers'}: {told}")
+        start = f"{side} of " if len(sides) > 1 else ""
+        parts.append(f"{start}{count}, in {inside} {'layer' if inside == 1 else 'layers'}: {told}")
         rows += [(f"KV groups with low-rank {side}", count), (f"of which cache a {side.removesuffix('s')}", told)]
         for rank in sorted(ranks):
             layers = sorted({layer for (layer, _), one in found.items() if one == rank})
