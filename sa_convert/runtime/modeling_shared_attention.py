@@ -295,7 +295,8 @@ class CacheView:
         if is_paged(cache) or not isinstance(layers, list) or number >= len(layers):
             raise ValueError(
                 f"shared_attention: layer {plan.layer} caches some KV groups in a way of its own, for which "
-                f"{type(cache).__name__} has no room. Choose a dynamic, static or quantised cache."
+                f"{type(cache).__name__} has no room. Choose a dynamic, static or quantised cache; models with other "
+                "layers than attention have them since transformers 5.0."
             )
         layer = layers[number]
         if isinstance(layer, PartedLayer):

@@ -1,5 +1,6 @@
 """Folders with windows under other libraries: adapters, placement, Trainer's checkpointing; saved and loaded again."""
 
+import os
 import subprocess
 import sys
 
@@ -13,6 +14,8 @@ from support.planned_folders import convert_by_plan, told, windows_for
 from support.tiny_models import attentions_of, geometry_of_folder, load_converted, save_tiny
 
 LENGTH = 24
+PLACES = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+PLACES |= {f"model.layers.{layer}": "disk" if layer in (2, 5) else "cpu" for layer in range(6)}
 OPTIONS = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
 
 
@@ -98,7 +101,7 @@ def test_dispatched_by_accelerate(windowed, tmp_path):
         AutoModelForCausalLM.from_pretrained(
             windowed.folder,
             trust_remote_code=True,
-            device_map={"": "cpu", "model.layers.2": "disk", "model.layers.5": "disk"},
+            device_map=PLACES,
             offload_folder=tmp_path / "some",
         ),
     ):
@@ -117,8 +120,6 @@ model.save_pretrained(sys.argv[2], max_shard_size="50KB")
 
 def test_saved_again_where_sa_convert_is_not(windowed, tmp_path):
     """The code files are written again, and the folder that they make says the same."""
-    import os
-
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, "-c", SAVE, windowed.folder, tmp_path / "one"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
