@@ -168,6 +168,11 @@ class Ledger:
         """The same costs, of which those on repetition count more, if they are known apart."""
         return self
 
+    def alternatives(self) -> "Iterator[Ledger]":
+        """The same costs with each choice that a plan has to make once for all of its units; by default there is none
+        to make."""
+        yield self
+
     def best(self, unit: Unit, taken: Taken) -> Offer | None:
         """The cheapest offer for a unit while these are taken, or None if it has none."""
         return None
