@@ -34,6 +34,10 @@ class DataError(SaConvertError):
     """Text for calibration or validation cannot be used."""
 
 
+class SessionError(SaConvertError):
+    """A conversation cannot be kept, or what was kept is of no use here."""
+
+
 class GateRefused(SaConvertError):
     """The converted model is not good enough to be published."""
 
