@@ -74,18 +74,10 @@ class PartedLayer(cache_utils.CacheLayerMixin):
     `nbytes`. A static layer counts tokens itself, since those of transformers 4 do not.
     """
 
-    @classmethod
-    def of(cls, layer, groups):
-        """Make a layer that is empty one of parts, with these KV groups."""
-        kind = type(layer)
-        layer.__class__ = in_front(cls, kind)
-        layer.static, layer.by_position = (
-            kind.update in STATIC,
-            "cache_position" in signature(kind.get_mask_sizes).parameters,
-        )
-        layer.every = layer.held = groups
-        layer.parts, layer.count, layer.shared_attention = {}, None, True
-        return layer
+    def __init_subclass__(cls):
+        whole = cls.__bases__[1]
+        cls.static = whole.update in STATIC
+        cls.by_position = "cache_position" in signature(whole.get_mask_sizes).parameters
 
     def seen(self, device):
         """How many tokens were cached: of a static layer a tensor, whose address stays."""
@@ -343,7 +335,10 @@ class PartsView(CacheView):
             )
         if int(layer.get_seq_length()) > 0:
             raise self.foreign(number)
-        return PartedLayer.of(layer, tuple(range(plan.heads // plan.group)))
+        layer.__class__ = in_front(PartedLayer, kind)
+        layer.every = layer.held = tuple(range(plan.heads // plan.group))
+        layer.parts, layer.count, layer.shared_attention = {}, None, True
+        return layer
 
 
 class PartedAttention:
