@@ -107,7 +107,7 @@ def measure(reader: Reader, tokenizer: Any, length: int, options: argparse.Names
     period = 64
     while 2 * period + len(start) <= length + 1:
         size = len(start) + 2 * period
-        probes = copying_probes(vocabulary, period=period, length=size, probes=PROBES, start=start)
+        probes = copying_probes(vocabulary, period=period, length=size, probes=options.probes, start=start)
         found["copying"][period] = [round(reader.losses(row)[-period:].mean().item(), 5) for row in probes]
         period *= 2
     planted = needles(tokenizer, next(iter(by_domain.values())), vocabulary, start=start)
@@ -208,6 +208,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", metavar="NAME=FOLDER")
     parser.add_argument("--lengths", type=numbers, default=[2048])
     parser.add_argument("--sequences", type=int, default=16, help="of each domain, at most")
+    parser.add_argument("--probes", type=int, default=PROBES, help="of each copying distance")
     parser.add_argument("--bits", type=numbers, default=[])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32")
