@@ -179,7 +179,7 @@ def tables(results: Row) -> Iterator[str]:
     for length in sorted((key for key in base if key.isdigit()), key=int):
         yield f"\n### {int(length):,} tokens\n"
         periods = list(base[length]["copying"])
-        heads = ["", "cache saved", "perplexity", "second half", *(f"copying {period}" for period in periods), "needle"]
+        heads = ["", "cache saved", "parameters", "perplexity", "second half", *(f"copying {period}" for period in periods), "needle"]
         yield f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}"
         for name, row in results["rows"].items():
             if length not in row or name == "base":
@@ -187,6 +187,7 @@ def tables(results: Row) -> Iterator[str]:
             found, cells = row[length], [name]
             size = found.get("cache_bytes")
             cells.append(f"{1 - size / base[length]['cache_bytes']:.1%}" if size else "")
+            cells.append(f"{row['parameters'] / base['parameters'] - 1:+.1%}")
             for kind in ("text", "late"):
                 before, after = (list(chain(*one[length][kind].values())) for one in (base, row))
                 mean, error = rise(before, after)
