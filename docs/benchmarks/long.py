@@ -179,7 +179,15 @@ def tables(results: Row) -> Iterator[str]:
     for length in sorted((key for key in base if key.isdigit()), key=int):
         yield f"\n### {int(length):,} tokens\n"
         periods = list(base[length]["copying"])
-        heads = ["", "cache saved", "parameters", "perplexity", "second half", *(f"copying {period}" for period in periods), "needle"]
+        heads = [
+            "",
+            "cache saved",
+            "parameters",
+            "perplexity",
+            "second half",
+            *(f"copying {period}" for period in periods),
+            "needle",
+        ]
         yield f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}"
         for name, row in results["rows"].items():
             if length not in row or name == "base":
