@@ -273,13 +273,16 @@ class CacheView:
         start = layer.seen(value.device)
         held, taken, keys, values = plan.held_after(layer.held, *layer.reach(start, tokens)), {}, None, None
         if held != layer.held:
+            if getattr(self.cache, "offloading", False) and layer.is_initialized:  # what it has may be on its way back
+                torch.cuda.default_stream(value.device).wait_stream(self.cache.prefetch_stream)
+                layer.prefetch()
             taken = layer.let_go(plan, held)
         if held or getattr(self.cache, "offloading", False):
             own = [place for place, group in enumerate(plan.own_groups) if group in held]
             view = CacheView(self.cache, len(own), codec(tuple(plan.own_groups[place] for place in own), held))
             keys, values = view._put(pick(key, own) if own else None, pick(value, held), number, *args, **kwargs)
         else:
-            layer.advance(key, value, tokens)
+            layer.advance(value, tokens)
         if layer.count is not None:
             start = start.clone() if torch.compiler.is_compiling() else int(start)
             layer.count.add_(tokens)
@@ -294,7 +297,8 @@ class CacheView:
         if is_paged(cache) or not isinstance(layers, list) or number >= len(layers):
             raise ValueError(
                 f"shared_attention: layer {plan.layer} caches some KV groups in a way of its own, for which "
-                f"{type(cache).__name__} has no room. Choose a dynamic, static or quantised cache."
+                f"{type(cache).__name__} has no room. Choose a dynamic, static or quantised cache; models with other "
+                "layers than attention have them since transformers 5.0."
             )
         layer = layers[number]
         if isinstance(layer, PartedLayer):
@@ -447,15 +451,18 @@ class PartedLayer(cache_utils.CacheLayerMixin):
             return start + tokens, limit
         return (None if self.is_sliding else limit), (limit if self.is_sliding else None)
 
-    def advance(self, key, value, tokens):
-        """Count tokens without holding any: as if there were no head."""
-        key, value = key[:, :0], value[:, :0]
+    def advance(self, value, tokens):
+        """Count tokens without holding any: as if there were no head. value: (B, G, T, D)."""
+        key, value = value[:, :0], value[:, :0, :, :0]  # as `CacheView._put` would lay them
         if not self.is_initialized:
             if self.static:
                 CacheView._make(self, key, value)
             else:
-                needed = (key, value)[: len(signature(self.lazy_initialization).parameters)]
-                self.lazy_initialization(*needed)
+                # Layers that quantise would try it with nothing.
+                make = (
+                    cache_utils.DynamicLayer if issubclass(self.whole, _QUANTIZED) else self.whole
+                ).lazy_initialization
+                make(self, *(key, value)[: len(signature(make).parameters) - 1])
                 self.keys, self.values = key[..., :0, :], value[..., :0, :]
         for name in ("cumulative_length", "cumulative_length_int"):
             if hasattr(self, name):
@@ -477,7 +484,7 @@ class PartedLayer(cache_utils.CacheLayerMixin):
         }
         value = pick(value, [before.index(group) for group in held])
         left = [place for place, group in enumerate(own) if group in held]
-        self.keys, self.values = (pick(key, left), value) if left or not held else (value, value[..., :0])
+        self.keys, self.values = (pick(key, left), value) if left else (value, value[..., :0])
         self.__dict__.pop("shared_attention_rooms", None)
         return taken
 
@@ -487,7 +494,8 @@ class PartedLayer(cache_utils.CacheLayerMixin):
         return self.count if self.static else self.keys.shape[-2]
 
     def reorder_cache(self, beam_idx):
-        super().reorder_cache(beam_idx)
+        if self.held or not isinstance(self, _QUANTIZED):  # which have quantised nothing
+            super().reorder_cache(beam_idx)
         self._rows(beam_idx)
 
     def batch_select_indices(self, indices):
@@ -721,12 +729,16 @@ def count_tokens(cache, number, states, *extra):
 
 
 class ConfigView:
-    """The model's config, but for the attention function that it names: ours."""
+    """The model's config, but for the attention function that it names: ours. vLLM asks whether a module would call its
+    function, before it gives the module the layer that this function runs: until then the name is vLLM's."""
 
-    _attn_implementation = EXCHANGE
+    def __init__(self, config, module):
+        self._config, self._module = config, module
 
-    def __init__(self, config):
-        self._config = config
+    @property
+    def _attn_implementation(self):
+        chosen = self._config._attn_implementation
+        return EXCHANGE if chosen != "vllm" or hasattr(self._module, "attn") else chosen
 
     def __getattr__(self, name):
         if name.startswith("__") or "_config" not in self.__dict__:
@@ -962,8 +974,14 @@ class TreatedAttention(nn.Module):
 @cache
 def treated_class(attention, ours):
     """The attention class of a family with ours in front."""
+
+    @wraps(attention.forward)  # who reads the source of a forward (vLLM, for how it scales scores) finds the family's
+    def forward(self, *args, **kwargs):
+        return ours.forward(self, *args, **kwargs)
+
     members = {
         "__module__": __name__,
+        "forward": forward,
         # The class is no attribute of its module, so an instance is pickled by what the class is made of.
         "__reduce__": lambda self: (_unmade, (attention, ours), self.__dict__),
     }
@@ -1083,7 +1101,7 @@ def _treat_stack(model, names, stack, chosen, described, treatments, ours):
         attention.__class__ = treated_class(type(attention), ours)
         attention.plan = LayerPlan(stack.name, number, heads, group, own, mine, views)
         attention.names, attention.size, attention.model_config = names, size, configs[number]
-        attention.config = ConfigView(configs[number])
+        attention.config = ConfigView(configs[number], attention)
         if not hasattr(attention, "is_causal"):  # kernels take it for granted if a module does not say
             attention.is_causal = not names.bidirectional or getattr(configs[number], "is_decoder", False)
         layer = model.get_submodule(stack.path)[number]
@@ -1097,6 +1115,10 @@ def _treat_stack(model, names, stack, chosen, described, treatments, ours):
         for treatment in mine:
             if hasattr(treatment, "enter"):
                 treatment.enter(attention)
+    if getattr(model.config, "_attn_implementation", None) == "vllm":
+        for treatment in active:
+            if reason := getattr(treatment, "unserved", lambda: None)():
+                raise ValueError(f"shared_attention: {reason}: install sa-convert-vllm, or serve another conversion.")
     return active
 
 
