@@ -72,9 +72,7 @@ class LowRank:
         """Keys that were not cached, so that nothing has reduced them, are reduced here."""
         bases = call.attention.low_rank
         if key is not None and bases.encoder is not None and key.shape[-2] == query.shape[-2]:
-            size = call.attention.plan.group
-            groups = tuple(sorted({call.view.heads[head] // size for head in call.view.own}))
-            key = Codec(bases, call.exchange, groups).reduced(key)
+            key = Codec(bases, call.exchange, call.groups).reduced(key)
         return then(query, key, value, mask)
 
 
