@@ -123,6 +123,7 @@ class Exchange:
         """stack, given: the module whose pass it is, and the arguments that it was called with, by name."""
         self.stack, self.given, self.over, self.loans, self.inputs, self.mixed = stack, given, False, {}, {}, set()
         self.notes = {}  # what treatments find once in a pass
+        self.paged = any(map(is_paged, given.values()))
         cache = next(filter(is_cache, given.values()), None)
         self.past = 0 if cache is None else cache.get_seq_length() + 0  # before the pass; a static cache counts on
 
@@ -236,6 +237,7 @@ class CacheView(Over):
                 make_slots(layer, *slots)
             if way not in STATIC or not all(map(_alike, slots, (layer.keys, layer.values))):
                 room = max(layer.keys.shape[1] if way in STATIC else groups, groups)
+                key = self.codec.full(key) if self.codec is not None and own else key
                 slots = [_filled(states, room) for states in (key if own else value, value)]
                 keys, values = append(*slots, layer_idx, *args, **kwargs)
                 return (keys[:, :own] if own else None), values[:, :groups]

@@ -224,6 +224,11 @@ class Codec:
         codes = self.codes(keys).to(keys.dtype)
         return self.keys(codes, keys[:, self.layout.whole], self.turns(keys))
 
+    def full(self, keys):
+        """Turned keys of new tokens for a cache with no room of another shape: as they would come out of one. What is
+        reduced once more stays as it is."""
+        return keys if self.bases.encoder is None else self.reduced(keys)
+
     def encode(self, keys):
         """(B, own groups, T, D) -> (B, 1, T, W)"""
         full = keys[:, self.layout.whole].transpose(1, 2).flatten(2)
