@@ -15,7 +15,7 @@ from sa_convert.families.table import FAMILIES
 from sa_convert.plan.conversion import check_plan
 from sa_convert.plan.engines import without_windows
 from sa_convert.read.family_of import family_of
-from sa_convert.read.geometry_of import geometry_of
+from sa_convert.read.geometry_of import geometry_of, groups_in
 from sa_convert.read.names import attention_config
 from sa_convert.read.stock_folder import stock_told
 from sa_convert.treatments.registry import named, treatments
@@ -154,11 +154,3 @@ def _by_group(
         raise ValueError(f"{len(row)} heads in {groups} KV groups")
     parts = {str(group): list(row[group * size : (group + 1) * size]) for group in range(groups)}
     return {group: {"share": heads} for group, heads in parts.items() if any(heads)}
-
-
-def groups_in(config: Mapping[str, Any], family: Family, heads: int) -> int:
-    """KV groups of layers with so many query heads, as far as config.json tells: as many, if it says nothing."""
-    read = family.groups_if is None or bool(config.get(family.groups_if))
-    if family.one_group and not (family.groups_if and read):
-        return 1 if config.get(family.one_group, True) else heads
-    return int(config.get(family.groups) or heads)

@@ -251,9 +251,18 @@ class PartedCall(Call):
     pick = staticmethod(pick)
 
     @property
-    def groups(self):
-        size = self.attention.plan.group
-        return tuple(sorted({self.view.heads[head] // size for head in self.view.own}))
+    def heads(self):
+        return self.view.heads
+
+    @property
+    def own(self):
+        return [self.view.heads[place] for place in self.view.own]
+
+    def value_size(self, group):
+        """Numbers that a value of a KV group has, by its number in the layer."""
+        plan = self.attention.plan
+        told = [one.value_size(plan.layer, group) for one in plan.treatments if hasattr(one, "value_size")]
+        return min([self.attention.size, *told])
 
     def seen(self, view):
         """This call, of all heads, as a treatment of this view gets it."""
@@ -304,7 +313,7 @@ class PartsView(CacheView):
             taken = layer.let_go(plan, held)
         if held or getattr(self.whole, "offloading", False):
             own = [place for place, group in enumerate(plan.own_groups) if group in held]
-            view = CacheView(self.whole, len(own), self.codec(tuple(plan.own_groups[place] for place in own)))
+            view = CacheView(self.whole, len(own), self.codec(tuple(plan.own_groups[place] for place in own), held))
             keys, values = view.put(pick(key, own) if own else None, pick(value, held), number, *args, **kwargs)
         else:
             layer.advance(key, value, tokens)
@@ -355,8 +364,8 @@ class PartedAttention:
         if not plan.caching or is_paged(cache):  # pages hold everything, and windows are masks
             return super().view(cache, exchange)
 
-        def codec(groups):
-            return None if plan.coder is None or exchange is None else plan.coder.codec(self, exchange, groups)
+        def codec(own, held):
+            return None if plan.coder is None or exchange is None else plan.coder.codec(self, exchange, own, held)
 
         return PartsView(cache, plan, exchange, codec)
 

@@ -137,12 +137,13 @@ def _factors(ledgers: Ledgers, account: WholeCache, reference: Reference) -> dic
     """For each kind of treatment, what a plan of it alone costs, to what was estimated. None is needed if there is only
     one kind."""
     found: dict[str, float] = {}
-    for name, ledger in ledgers.items() if len(ledgers) > 1 else ():
-        state = State({name: ledger}, account=account)
+    kinds = [(name, kind) for name, ledger in ledgers.items() for kind in ledger.kinds]
+    for name, kind in kinds if len(kinds) > 1 else ():
+        state = State({name: ledgers[name].of_kind(kind)}, account=account)
         state.extend(TRIED)
         if state.chosen and state.estimate > 0:
-            cost = cost_of(reference.measure(state.plan, f"what {name} costs"))
-            found[name] = min(max(cost / state.estimate, FACTORS[0]), FACTORS[1])
+            cost = cost_of(reference.measure(state.plan, f"what {kind} costs"))
+            found[kind] = min(max(cost / state.estimate, FACTORS[0]), FACTORS[1])
     if found:
         announce(
             "cost as measured to estimated: " + ", ".join(f"{name} {factor:.2g}" for name, factor in found.items())

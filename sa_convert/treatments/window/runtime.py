@@ -98,14 +98,16 @@ class Window:
             run = run or call.only(places).kernel
             given = [None, None] if not rest else [call.pick(query, places), _of(call, keys, rest)]
             pieces.append((groups, run(*given, _of(call, values, groups), _by_head(call, mask, heads))))
-        for window in dict.fromkeys(windows.values()):
-            groups = [group for group in windows if windows[group] == window and group not in short]
+        numbers = {group: call.view.heads[group * size] // size for group in windows}
+        kinds = {group: (*window, call.value_size(numbers[group])) for group, window in windows.items()}
+        for window in dict.fromkeys(kinds.values()):
+            groups = [group for group in windows if kinds[group] == window and group not in short]
             if groups:
                 places, old = _own(call, groups, size), state and state.kept.get(window)
-                given = call.pick(query, places), _of(call, (own, key), groups), _of(call, (every, value), groups)
-                numbers = [call.view.heads[group * size] // size for group in groups]
-                if cached is not None and numbers[0] in cached.taken:
-                    past = [cached.taken[number] for number in numbers]
+                values_of = _of(call, (every, value), groups)[..., : window[2]]
+                given = call.pick(query, places), _of(call, (own, key), groups), values_of
+                if cached is not None and numbers[groups[0]] in cached.taken:
+                    past = [cached.taken[numbers[group]] for group in groups]
                     given = (
                         given[0],
                         *(
@@ -114,7 +116,7 @@ class Window:
                         ),
                     )
                 static, seen = state is not None and state.static, _by_head(call, mask, _heads(groups, size))
-                run = WindowPass(call.only(places), *window, start, offset, tokens, seen, static)
+                run = WindowPass(call.only(places), *window[:2], start, offset, tokens, seen, static)
                 those = state.real if state and given[1].shape[2] > tokens else real
                 found, kept = run.attend(*given, those, old)
                 pieces.append((groups, found))
@@ -122,7 +124,7 @@ class Window:
                     state.kept = {**state.kept, window: kept}
         if state and not short:
             state.real = None
-        return _joined(pieces, size)
+        return _joined(pieces, size, value.shape[-1])
 
     def _in_pages(self, call, query, key, value, mask, then):
         """Continuous batching: one row holds the tokens of many texts, and pages all that were before them. So windows
@@ -144,7 +146,7 @@ class Window:
                 seen = mask if window is None else narrowed(call.exchange, mask, *window)
                 seen = _by_head(call, seen, _heads(groups, size))
                 pieces.append((groups, run(*given, _of(call, (every, value), groups), seen)))
-        return _joined(pieces, size)
+        return _joined(pieces, size, value.shape[-1])
 
 
 def narrowed(exchange, mask, sinks, tokens):
@@ -155,7 +157,7 @@ def narrowed(exchange, mask, sinks, tokens):
         seen = _lets(mask)
         ago = seen.sum(-1, keepdim=True) - seen.cumsum(-1)
         told = exchange.given.get("position_ids")
-        last = ago[..., :1] if told is None else told.to(mask.device)[:, None, :, None]
+        last = seen.sum(-1, keepdim=True) - 1 if told is None else told.to(mask.device)[:, None, :, None]
         kept = seen & ((ago < tokens) | (last - ago < sinks))
         made = kept if mask.dtype == torch.bool else mask.masked_fill(~kept, torch.finfo(mask.dtype).min)
         exchange.notes[name] = mask, made  # the mask is kept, so that no other has its id
@@ -181,8 +183,12 @@ def _by_head(call, mask, heads):
     return call.pick(mask, heads) if getattr(mask, "ndim", 0) == 4 and mask.shape[1] > 1 else mask
 
 
-def _joined(pieces, size):
-    """Outputs (B, T, H, D) and probabilities (B, H, T, S) of KV groups, together, in the order of their heads."""
+def _joined(pieces, size, width):
+    """Outputs (B, T, H, D) and probabilities (B, H, T, S) of KV groups, together, in the order of their heads. width:
+    D, for outputs that are narrower are filled up."""
+    if any(output.shape[-1] < width for _, (output, _) in pieces):
+        pad = torch.nn.functional.pad
+        pieces = [(groups, (pad(made, (0, width - made.shape[-1])), weights)) for groups, (made, weights) in pieces]
     if len(pieces) == 1:
         return pieces[0][1]
     order = sorted(
@@ -227,7 +233,8 @@ def _lets(mask):
 
 class WindowParts:
     """What windows keep in a layer of a cache. real: which tokens so far are real (B, S), as long as a window waits to
-    be kept, or None if all are. kept: by sinks and tokens, its `Kept`."""
+    be kept, or None if all are. kept: by sinks, tokens and size of
+    values, its `Kept`."""
 
     def __init__(self, batch, static, real=None, kept=None):
         self.batch, self.static, self.real, self.kept = batch, static, real, kept or {}
