@@ -97,6 +97,13 @@ def in_front(ours, theirs):
     """The class `theirs` with `ours` in front. It is no attribute of a module, so an instance is pickled by what it is
     made of."""
     members = {"__module__": __name__, "__reduce__": lambda self: (_unmade, (ours, theirs), self.__dict__)}
+    if hasattr(theirs, "forward"):  # who reads the source of a forward (vLLM, for how it scales scores) finds theirs
+
+        @wraps(theirs.forward)
+        def forward(self, *args, **kwargs):
+            return ours.forward(self, *args, **kwargs)
+
+        members["forward"] = forward
     return type(f"Treated{theirs.__name__}", (ours, theirs), members)
 
 
@@ -330,6 +337,16 @@ class LayerPlan:
         self.own_groups = tuple(sorted({head // group for head in self.own}))
         self.coder = next((treatment for treatment in self.treatments if hasattr(treatment, "codec")), None)
         self.whole = next((treatment for treatment in self.treatments if hasattr(treatment, "output")), None)
+
+
+class ConfigView(Over):
+    """The model's config, but for the attention function that it names: ours. vLLM asks whether a module would call its
+    function, before it gives the module the layer that this function runs: until then the name is vLLM's."""
+
+    @property
+    def _attn_implementation(self):
+        chosen = self.whole._attn_implementation
+        return EXCHANGE if chosen != "vllm" or hasattr(self.module, "attn") else chosen
 
 
 class Gone:
@@ -618,7 +635,7 @@ def _treat_stack(model, names, stack, chosen, described, treatments, ours):
         attention.__class__ = in_front(ours, type(attention))
         plan = attention.plan = ours.plan_class(stack.name, number, *shapes[number][:2], mine)
         attention.names, attention.size, attention.model_config = names, shapes[number][2], configs[number]
-        attention.config = Over(configs[number], _attn_implementation=EXCHANGE)
+        attention.config = ConfigView(configs[number], module=attention)
         if not hasattr(attention, "is_causal"):  # kernels take it for granted if a module does not say
             attention.is_causal = not names.bidirectional or getattr(configs[number], "is_decoder", False)
         layer = model.get_submodule(stack.path)[number]
@@ -630,7 +647,11 @@ def _treat_stack(model, names, stack, chosen, described, treatments, ours):
         for treatment in plan.treatments:
             if hasattr(treatment, "enter"):
                 treatment.enter(attention)
-    return [treatment for treatment, _ in reached]
+    active = [treatment for treatment, _ in reached]
+    for treatment in active if getattr(model.config, "_attn_implementation", None) == "vllm" else ():
+        if reason := getattr(treatment, "unserved", lambda: None)():
+            raise ValueError(f"shared_attention: {reason}: install sa-convert-vllm, or serve another conversion.")
+    return active
 
 
 def _opening(forward):
