@@ -58,7 +58,7 @@ def test_the_source_of_a_forward_is_the_familys():
     """vLLM reads it for how scores are scaled."""
     pair = Pair("llama", {}, kernel="vllm", more=SPAN, groups=4)
     own = inspect.unwrap(type(pair.model.model.layers[3].self_attn).forward)
-    assert own is type(pair.base.model.layers[3].self_attn).forward
+    assert own is inspect.unwrap(type(pair.base.model.layers[3].self_attn).forward)
     assert "ALL_ATTENTION_FUNCTIONS.get_interface" in inspect.getsource(own)
 
 
