@@ -16,7 +16,7 @@ import click
 from sa_convert import __version__, registration
 from sa_convert.console.printable import one_line
 from sa_convert.console.redaction import redact
-from sa_convert.errors import SaConvertError
+from sa_convert.errors import EndedElsewhere, SaConvertError
 
 COMMANDS = {
     "inspect": "sa_convert.commands.inspect",
@@ -62,6 +62,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return status if isinstance(status, int) else 0
     except click.ClickException as error:
         error.show()
+        return error.exit_code
+    except EndedElsewhere as error:
         return error.exit_code
     except SaConvertError as error:
         return _fail(error, str(error), error.exit_code)

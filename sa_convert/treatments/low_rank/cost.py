@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from sa_convert.domain.calibrated import Measure
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.units import Unit, Units
+from sa_convert.models.processes import summed
 from sa_convert.treatments.ledger import Ledger, Offer, Taken
 from sa_convert.treatments.low_rank.learned import learned
 from sa_convert.treatments.low_rank.rules import refusal
@@ -65,6 +66,9 @@ class LowRankCosts(Ledger):
                 self.costs[unit, rank] = self.costs.get((unit, rank), 0.0) + cost
                 if observed.repetition:
                     self.repeated[unit, rank] = self.repeated.get((unit, rank), 0.0) + cost
+
+    def join(self, *, screening: bool = False) -> None:
+        self.costs, self.repeated = summed(self.costs), summed(self.repeated)
 
     def emphasized(self, emphasis: float) -> "LowRankCosts":
         other = copy(self)

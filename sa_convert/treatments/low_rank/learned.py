@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from sa_convert.domain.geometry import ModelGeometry
 from sa_convert.domain.units import Units
+from sa_convert.models.processes import summed
 from sa_convert.treatments.low_rank.bases import Basis, KeyMoments
 from sa_convert.treatments.low_rank.rules import refusal
 from sa_convert.treatments.low_rank.scores import gradient_of_keys
@@ -36,6 +37,13 @@ class LearnedKeys:
         for group in range(layer.groups):
             moments = self.moments.setdefault((index, group), KeyMoments(layer.head_dim))
             moments.add(keys[group], gradients[group], observed.weight)
+
+    def join(self) -> None:
+        """Add up what several processes have seen."""
+        parts = summed({(place, name): part for place, one in self.moments.items() for name, part in vars(one).items()})
+        for (place, name), part in parts.items():
+            moments = self.moments.setdefault(place, KeyMoments(self.geometry.layers[place[0]].head_dim))
+            setattr(moments, name, part)
 
     def basis(self, layer: int, group: int, rank: int) -> Basis:
         key = (layer, group), rank
