@@ -140,7 +140,8 @@ def _layer(
         raise CheckpointError(f"'{key}' has {rows['key']} rows; they do not fit {heads} query heads of {head_dim}.")
     if config.get(family.groups) not in (None, groups) and not _as_in_transformers(checkpoint, query, key):
         raise CheckpointError(f"config.json: '{family.groups}' is {config[family.groups]}, but '{key}' holds {groups}.")
-    return LayerGeometry(heads, groups, head_dim)
+    stored = tensors[f"{start}{projection(family, 'value')}.weight"].dtype
+    return LayerGeometry(heads, groups, head_dim, value_dim=rows["value"] // groups, stored=stored)
 
 
 def _fused_layer(
@@ -157,7 +158,7 @@ def _fused_layer(
             f"'{tensor.name}' makes {rows} numbers, which are no queries, keys and values of {heads} heads of "
             f"{head_dim}; the weights do not belong to this config.json."
         )
-    return LayerGeometry(heads, groups, head_dim)
+    return LayerGeometry(heads, groups, head_dim, stored=tensor.dtype)
 
 
 def _fused_groups(rows: int, heads: int, head_dim: int) -> int:

@@ -22,7 +22,6 @@ from sa_convert.domain.plan import Plan
 from sa_convert.errors import UnsupportedModelError
 from sa_convert.measure.speed.parameters_read import Weights
 from sa_convert.plan.converted import converted_parts
-from sa_convert.plan.savings import value_size
 from sa_convert.read.model_of import model_of
 from sa_convert.treatments.plan_answers import layer_answers
 
@@ -74,7 +73,7 @@ def attention_layers(checkpoint: Checkpoint, converted: bool) -> tuple[Attention
                     heads=sum(len(answers.heads) for answers in groups),
                     own=sum(len(answers.scores) for answers in groups),
                     size=layer.head_dim,
-                    value_size=value_size(model, index),
+                    value_size=layer.values,
                     window=window,
                     causal=layer.cached and layer.stack not in cross,
                     cached=layer.cached,
