@@ -42,6 +42,10 @@ class EndedElsewhere(SaConvertError):
         self.exit_code = exit_code
 
 
+class SessionError(SaConvertError):
+    """A conversation cannot be kept, or what was kept is of no use here."""
+
+
 class GateRefused(SaConvertError):
     """The converted model is not good enough to be published."""
 

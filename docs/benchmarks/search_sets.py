@@ -25,7 +25,7 @@ from sa_convert.treatments.registry import searched
 def lines_of(found: Priced, names: tuple[str, ...], parts: list[float], most_copying: float) -> Iterator[str]:
     """A row of the table for each part."""
     some = replace(found, ledgers={name: found.ledgers[name] for name in names})
-    for part, step in zip(parts, cache_path(some, parts, most_copying), strict=False):
+    for part, step in zip(parts, cache_path(some, dict.fromkeys(parts, most_copying)), strict=False):
         yield row(found, names, part, step)
 
 

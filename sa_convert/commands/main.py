@@ -25,6 +25,7 @@ COMMANDS = {
     "heal": "sa_convert.commands.heal",
     "evaluate": "sa_convert.commands.evaluate",
     "bench": "sa_convert.commands.bench",
+    "chat": "sa_convert.commands.chat",
     "audit": "sa_convert.commands.audit",
     "push": "sa_convert.commands.push",
     "recipes": "sa_convert.commands.recipes",

@@ -1,4 +1,4 @@
 """What people see of results: `terminal`, `files`, `charts`, and the `hub`.
-Rooms above it may import it: `measure` and those above that.
+Rooms above it may import it: `sessions` and those above that.
 Its files are imported by name: nothing is imported here.
 """

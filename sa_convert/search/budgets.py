@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 PARTS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 """Parts of the cache for which there is a plan, as far as the treatments reach."""
 
-MOST_COPYING = 0.4
-"""Nats by which a plan may raise the loss of copying: what the shipped recipe allows that saves the most."""
+COPYING = {0.5: 0.1, 1.0: 0.4}
+"""Up to which part of the cache a plan may raise the loss of copying by so many nats: as the gates of the shipped
+recipes have it."""
 
 
 def frontier_of(session: "Session", priced: Priced, parts: Sequence[float] = PARTS) -> Frontier:
@@ -31,8 +32,13 @@ def _points(session: "Session", priced: Priced, parts: list[float]) -> Iterator[
     for names in _sets(tuple(priced.ledgers)):
         announce(f"frontier of {' and '.join(names)}")
         some = replace(priced, ledgers={name: priced.ledgers[name] for name in names})
-        for part, step in zip(parts, cache_path(some, parts, MOST_COPYING), strict=False):
+        limits = {part: _most_copying(part) for part in parts}
+        for part, step in zip(parts, cache_path(some, limits), strict=False):
             yield _point(session, priced, step, names, part)
+
+
+def _most_copying(part: float) -> float:
+    return next(limit for most, limit in COPYING.items() if part <= most + 1e-9)
 
 
 def _sets(names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:

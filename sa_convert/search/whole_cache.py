@@ -5,9 +5,10 @@ are treated one by one, each kind of treatment as a whole. Then plans are measur
 on held-out repetition. One that raises the loss of copying beyond the limit is refused, and others are tried.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from sa_convert.domain.calibrated import Distance
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.units import Unit
 from sa_convert.errors import RecipeError
-from sa_convert.observe.sequences import REPETITION_WEIGHT
+from sa_convert.observe.sequences import REPETITION_WEIGHT, Sample
 from sa_convert.observe.tried import Reference
 from sa_convert.search.accounting import WholeCache
 from sa_convert.search.budget import more_than_the_cache
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     from sa_convert.observe.session import Session
 
 SAMPLES, SCREENED = 6, 2
-"""Short sequences whose costs are measured, for treatments that do not ask for long ones, and those of text that are
-shown to them beforehand."""
+"""Short sequences whose costs are measured, for treatments that do not ask for long ones (under a plan half as many),
+and those of text that are shown to them beforehand."""
 
 TRIED = 0.08
 """Part of the cache that a kind of treatment saves when its factor is measured, at the most."""
@@ -97,19 +98,30 @@ def priced(session: "Session", tokens: int) -> Priced:
 
 def _costs(session: "Session", plan: Plan = NOTHING, number: int = 0, known: Ledgers | None = None) -> Ledgers:
     """Under a plan, in a round of the search by its number. known: those without a plan."""
+    long = session.long.fit if session.long else ()
     return collect(
         session.probe,
         session.units,
-        some(session.samples.fit, SAMPLES, number),
+        some(session.samples.fit, SAMPLES // 2 if plan else SAMPLES, number),
         plan,
         session.treatments,
         measure=session.measure,
         seed=session.seed + number,
         description="costs under the plan so far" if plan else "costs",
         known=known,
-        long=session.long.fit if session.long else (),
+        long=_half(long) if plan else long,
         screened=SCREENED,
     )
+
+
+def _half(samples: Sequence[Sample]) -> list[Sample]:
+    """The first half of each kind. Under a plan every sequence is passed twice, and what was measured without one stays
+    the larger part of the estimate."""
+    found = []
+    for kind in dict.fromkeys(sample.kind for sample in samples):
+        among = [sample for sample in samples if sample.kind == kind]
+        found += among[: (len(among) + 1) // 2]
+    return found
 
 
 def _factors(ledgers: Ledgers, account: WholeCache, reference: Reference) -> dict[str, float]:
@@ -135,15 +147,15 @@ def cost_of(distance: Distance) -> float:
     return (distance.divergence + repeated) / (1 + REPETITION_WEIGHT)
 
 
-def cache_path(priced: Priced, parts: list[float], most_copying: float | None) -> Iterator[Step]:
-    """Plans that save `parts` of the cache, ascending. Ends early if no more can be saved. most_copying: nats by which
-    the loss of copying may rise; None: whatever the text costs."""
+def cache_path(priced: Priced, parts: Mapping[float, float | None]) -> Iterator[Step]:
+    """Plans that save parts of the cache, ascending, each with the nats by which the loss of copying may rise (None:
+    whatever the text costs). Ends early if no more can be saved."""
     taken = Step(NOTHING, 0.0, 0.0)
-    allowed = inf if most_copying is None else SHARE * most_copying
-    for part in parts:
+    for part, most_copying in parts.items():
         if taken.plan and taken.removed >= part - 1e-9:  # the plan before saves as much already
             yield taken
             continue
+        allowed = inf if most_copying is None else SHARE * most_copying
         attempts = list(_attempts(priced, part, allowed))
         over, state, measured = min(attempts, key=lambda attempt: attempt[0])
         if over > 0:
@@ -162,39 +174,43 @@ def _attempts(priced: Priced, part: float, allowed: float) -> Iterator[tuple[flo
     """States that save `part` of the cache, until one copies well enough: by how much it does not, and what was
     measured of it.
 
-    First repetition counts in costs as usual, then for more. If copying is lost still, the units that are to blame get
-    back what they had, and others go on. At last costs are measured again under a plan that saves less.
+    First repetition counts in costs as usual, then for more. Then costs are measured again under a plan that saves
+    less. If copying is lost still, the units that are to blame get back what they had, and others go on.
     """
-    start, tried = priced.state(), 0
+    numbers = count(1)
+
+    def tried(state: State) -> tuple[float, State, Distance]:
+        over, measured = _over(priced, state, allowed, f"plan for {part:.0%}, attempt {next(numbers)}")
+        return over, state, measured
+
+    start = found = priced.state()
     for emphasis in EMPHASES:
         start = priced.state(emphasis=emphasis)
         found = start.copy()
         reached = found.extend(part)
-        tried += 1
-        over, measured = _over(priced, found, allowed, f"plan for {part:.0%}, attempt {tried}")
-        yield over, found, measured
-        if over <= 0 or not reached:
+        yield (attempt := tried(found))
+        if attempt[0] <= 0 or not reached:
+            return
+    less = start.copy()
+    if priced.again is not None and part > AGAIN and less.extend(part - AGAIN):
+        start = priced.state(less.plan, priced.again(less.plan, 1), EMPHASES[-1])
+        found = start.copy()
+        if not found.extend(part):
+            return
+        yield (attempt := tried(found))
+        if attempt[0] <= 0:
             return
     for _ in range(BACK_OFFS):
         back = found.copy()
         if not give_back(back, start.chosen):
-            break
+            return
         start.bar_as(back)
         found = start.copy()
         if not found.extend(part):
-            break
-        tried += 1
-        over, measured = _over(priced, found, allowed, f"plan for {part:.0%}, attempt {tried}")
-        yield over, found, measured
-        if over <= 0:
             return
-    less = start.copy()
-    if priced.again is not None and part > AGAIN and less.extend(part - AGAIN):
-        found = priced.state(less.plan, priced.again(less.plan, 1), EMPHASES[-1])
-        found.bar_as(less)
-        if found.extend(part):
-            over, measured = _over(priced, found, allowed, f"plan for {part:.0%}, attempt {tried + 1}")
-            yield over, found, measured
+        yield (attempt := tried(found))
+        if attempt[0] <= 0:
+            return
 
 
 def _over(priced: Priced, state: State, allowed: float, description: str) -> tuple[float, Distance]:
@@ -203,7 +219,7 @@ def _over(priced: Priced, state: State, allowed: float, description: str) -> tup
     return max(0.0, copying_rise(measured, priced.reference.base) - allowed), measured
 
 
-def give_back(state: State, accepted: Mapping[Unit, Offer], count: int = GIVEN_BACK) -> bool:
+def give_back(state: State, accepted: Mapping[Unit, Offer], most: int = GIVEN_BACK) -> bool:
     """Take from the units that cost most on repetition what they have been given since a plan that was accepted, for
     good. False: there are none."""
     windows = state.ledgers.get("window")
@@ -217,7 +233,7 @@ def give_back(state: State, accepted: Mapping[Unit, Offer], count: int = GIVEN_B
         return state.cost(offer)
 
     moved = [unit for unit, offer in state.chosen.items() if accepted.get(unit) != offer]
-    worst = sorted(moved, key=lambda unit: (-blame(unit), unit))[:count]
+    worst = sorted(moved, key=lambda unit: (-blame(unit), unit))[:most]
     for unit in worst:
         if unit in state.chosen and state.chosen[unit] != accepted.get(unit):  # with another one of its layer, maybe
             state.undo(unit, accepted)
@@ -236,7 +252,7 @@ def search_cache(session: "Session", recipe: "Recipe") -> Step:
     found, copying = priced(session, search.at), most_copying(recipe)
     if search.cache is not None:
         last = None
-        for step in cache_path(found, [search.cache], copying):
+        for step in cache_path(found, {search.cache: copying}):
             last = step
         if last is None or last.removed < search.cache - 1e-9:
             raise more_than_the_cache(search.cache, last.removed if last else 0.0, recipe.origin)

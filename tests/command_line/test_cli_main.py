@@ -38,6 +38,10 @@ SURFACE = {
         "MODEL", "--against", "--contexts", "--batches", "--new-tokens", "--repeats", "--warmup", "--dtype", "--device",
         "--threads", "--attn", "--cache", "--seed", "--trust-remote-code", "-o", "--json",
     ],
+    "chat": [
+        "MODEL", "--session", "--system", "--max-new-tokens", "--context", "--temperature", "--seed", "--dtype",
+        "--device", "--trust-remote-code",
+    ],
     "audit": ["DIR|REPO_ID", "--json"],
     "push": ["DIR", "REPO_ID", "--private", "--revision", "--allow-unvalidated", "--json"],
     "recipes": ["[NAME]"],
@@ -72,6 +76,7 @@ def test_surface_is_frozen():
         "heal",
         "evaluate",
         "bench",
+        "chat",
         "audit",
         "push",
         "recipes",

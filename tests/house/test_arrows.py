@@ -13,8 +13,8 @@ import sa_convert
 HOME = Path(sa_convert.__file__).parent
 
 ROOMS = (
-    "commands", "jobs", "search", "heal", "observe", "measure", "present", "plan", "treatments", "rewrite", "models",
-    "read", "families", "texts", "output", "domain", "console", "runtime",
+    "commands", "jobs", "search", "heal", "observe", "measure", "sessions", "present", "plan", "treatments", "rewrite",
+    "models", "read", "families", "texts", "output", "domain", "console", "runtime",
 )  # fmt: skip
 """From the top to the bottom: each may import those after it, and never one before it."""
 

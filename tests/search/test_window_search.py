@@ -357,12 +357,12 @@ def test_a_plan_that_copies_badly_is_refused_and_others_go_on():
     costs = [0.5, *[0.1] * 5, *[0.9] * 6]
     account, reference = WholeCache(units, 16), Copying({(0, 0)})
     found = Priced({"window": Known(units, costs)}, {}, account, reference)
-    (step,) = cache_path(found, [0.37], 0.1)
+    (step,) = cache_path(found, {0.37: 0.1})
     assert step.removed >= 0.37
     assert 0 not in step.plan.layers.get(0, {})
     assert copying_rise(step.measured, reference.base) == 0
     assert 0 in reference.plans[0].layers[0]  # it was tried
-    (step,) = cache_path(found, [0.37], None)
+    (step,) = cache_path(found, {0.37: None})
     assert 0 in step.plan.layers[0]
 
 
@@ -371,7 +371,7 @@ def test_if_no_plan_copies_well_the_best_of_those_that_save_enough_is_taken():
     account = WholeCache(units, 16)
     reference = Copying({(layer, group) for layer in range(6) for group in range(2)})
     found = Priced({"window": Known(units, [0.5, *[0.1] * 5, *[0.9] * 6])}, {}, account, reference)
-    (step,) = cache_path(found, [0.2], 0.1)
+    (step,) = cache_path(found, {0.2: 0.1})
     assert step.removed >= 0.2
     assert step.removed == pytest.approx(account.removed(step.plan))
     assert step.plan == reference.plans[0]

@@ -1,4 +1,4 @@
 """Whether a folder is a whole conversion, and its upload.
-Rooms above `present` may import it: `measure` and those above that.
+Rooms above `present` may import it: `sessions` and those above that.
 Its files are imported by name: nothing is imported here.
 """
