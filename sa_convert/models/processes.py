@@ -6,6 +6,7 @@ with one line of error and one exit status. Outside `launched` there is one proc
 """
 
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -27,7 +28,7 @@ PATIENCE = timedelta(days=30)
 """For which processes wait for each other: the first one validates and uploads while the others wait."""
 
 AFTER_THE_END = 20.0
-"""Seconds that a process which fails gives the others to end by themselves."""
+"""Seconds that the first process gives the others to end by themselves."""
 
 _ENDED, _CLAIMED, _STATUS = "ended", "claimed", "status"
 
@@ -42,6 +43,14 @@ class Launch:
 
 
 _LAUNCH: ContextVar[Launch | None] = ContextVar("the launch that this process belongs to", default=None)
+
+
+_BROKEN: ContextVar[bool] = ContextVar("whether processes of a launch have ended before it was done", default=False)
+
+
+def broken() -> bool:
+    """Whether other processes may be gone: then the backend would wait for them in vain as the interpreter ends."""
+    return _BROKEN.get()
 
 
 def rank() -> int:
@@ -96,24 +105,32 @@ def gathered(value: T) -> list[T]:
     """What every process gives, in their order."""
     if count() == 1:
         return [value]
+    import torch
     import torch.distributed as distributed
 
-    found: list[Any] = [None] * count()
-    with _in_touch():
-        distributed.all_gather_object(found, value)
-    return found
+    mine = _packed(value)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(count())]
+    _wait_for(distributed.all_gather(sizes, torch.tensor([len(mine)]), async_op=True))
+    room = max(map(int, sizes))
+    parts = [torch.zeros(room, dtype=torch.uint8) for _ in sizes]
+    _wait_for(distributed.all_gather(parts, torch.nn.functional.pad(mine, (0, room - len(mine))), async_op=True))
+    return [_unpacked(part[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
 
 
 def from_first(make: Callable[[], T]) -> T:
     """What the first process makes, which alone makes it."""
     if count() == 1:
         return make()
+    import torch
     import torch.distributed as distributed
 
-    made: list[Any] = [make() if first() else None]
-    with _in_touch():
-        distributed.broadcast_object_list(made, 0)
-    found: T = made[0]
+    made = make() if first() else None
+    content = _packed(made)
+    size = torch.tensor([len(content)])
+    _wait_for(distributed.broadcast(size, 0, async_op=True))
+    content = content if first() else torch.zeros(int(size), dtype=torch.uint8)
+    _wait_for(distributed.broadcast(content, 0, async_op=True))
+    found: T = _unpacked(content)
     return found
 
 
@@ -144,17 +161,14 @@ def summed(parts: Mapping[K, Any]) -> dict[K, Any]:
     for one in gathered(kinds):
         for key, kind in one.items():
             known[key] = known.get(key) or kind  # a sum that has not begun is a number
-    found: dict[K, Any] = {}
-    for key, kind in known.items():
-        part = parts.get(key)
-        # In float64, so that it does not matter how the sequences are spread.
-        total = torch.zeros(kind[0] if kind else (), dtype=torch.float64)
-        if part is not None:
-            total += part
-        with _in_touch():
-            distributed.all_reduce(total)
-        found[key] = total.to(kind[1]) if kind else float(total)
-    return found
+    # In float64, so that it does not matter how the sequences are spread.
+    totals = {key: torch.zeros(kind[0] if kind else (), dtype=torch.float64) for key, kind in known.items()}
+    for key, part in parts.items():
+        totals[key] += part
+    flat = torch.cat([total.flatten() for total in totals.values()]) if totals else torch.zeros(0)
+    _wait_for(distributed.all_reduce(flat, async_op=True))
+    sums = dict(zip(totals, flat.split([total.numel() for total in totals.values()]), strict=True))
+    return {key: sums[key].view(kind[0]).to(kind[1]) if kind else float(sums[key]) for key, kind in known.items()}
 
 
 @contextmanager
@@ -180,10 +194,10 @@ def launched() -> Iterator[None]:
         if ended is error:
             raise
         raise ended from None
+    else:
+        distributed.destroy_process_group()
     finally:
         _LAUNCH.reset(token)
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
 
 
 def _join() -> Launch:
@@ -207,14 +221,33 @@ def _join() -> Launch:
     return Launch(number, size, distributed.PrefixStore("sa_convert ends", store))
 
 
-@contextmanager
-def _in_touch() -> Iterator[None]:
-    """Raises EndedElsewhere if another process is gone and has said why; SaConvertError if it has not."""
+def _packed(value: Any) -> Any:
+    """Bytes as a tensor."""
+    import torch
+
+    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+
+
+def _unpacked(content: Any) -> Any:
+    return pickle.loads(content.numpy().tobytes())  # from a process of ours
+
+
+def _wait_for(work: Any) -> None:
+    """Until a collective is done. Raises EndedElsewhere if another process is gone and has said why; SaConvertError if
+    it has not."""
+    launch = _LAUNCH.get()
+    assert launch is not None
+    pause = 0.001
     try:
-        yield
+        while not work.is_completed():
+            if launch.store.check([_STATUS]):
+                raise EndedElsewhere(int(launch.store.get(_STATUS)))
+            time.sleep(pause)
+            pause = min(2 * pause, 0.1)
+        work.wait()
+    except SaConvertError:
+        raise
     except Exception as error:  # of many types, by backend
-        launch = _LAUNCH.get()
-        assert launch is not None
         status = None
         with suppress(Exception):
             launch.store.wait([_STATUS], timedelta(seconds=AFTER_THE_END / 2))
@@ -229,8 +262,6 @@ def _in_touch() -> Iterator[None]:
 
 def _ended(launch: Launch, error: BaseException) -> BaseException:
     """Tell the others that this process ends, and let them go first; what it is to raise."""
-    import torch.distributed as distributed
-
     status = getattr(error, "exit_code", 1)
     if isinstance(error, SystemExit):
         status = error.code if isinstance(error.code, int) else 1
@@ -240,15 +271,17 @@ def _ended(launch: Launch, error: BaseException) -> BaseException:
                 launch.store.set(_STATUS, str(status))
             else:
                 error = EndedElsewhere(int(launch.store.get(_STATUS)))
-    with suppress(Exception):
-        distributed.destroy_process_group()  # whoever waits for this one finds out
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends all that are left; each has its own status
     with suppress(Exception):
+        _BROKEN.set(True)
         launch.store.add(_ENDED, 1)
-        until = time.monotonic() + AFTER_THE_END
-        while launch.store.add(_ENDED, 0) < launch.count and time.monotonic() < until:
-            time.sleep(0.05)
+        if launch.rank == 0:  # which may hold the store
+            until = time.monotonic() + AFTER_THE_END
+            while launch.store.add(_ENDED, 0) < launch.count and time.monotonic() < until:
+                time.sleep(0.05)
+        elif not isinstance(error, EndedElsewhere):
+            time.sleep(1.0)  # the launcher ends the others as soon as this one is gone
     return error
 
 

@@ -75,7 +75,7 @@ def test_two_refit_as_one_does(tmp_path):
     alone = run_cli("convert", base, "--recipe", recipe, "-o", tmp_path / "one")
     assert alone.returncode == 0, alone.stderr
     first, second = run_in_two("convert", base, "--recipe", recipe, "-o", tmp_path / "two")
-    assert (first.returncode, second.returncode) == (0, 0), first.stderr
+    assert (first.returncode, second.returncode) == (0, 0), (first.stderr, second.stderr)
     assert first.stdout.count("Written to") == 1
     assert (second.stdout, second.stderr) == ("", "")
     assert_same(tmp_path / "one", tmp_path / "two")
@@ -89,7 +89,7 @@ def test_costs_and_figures_of_attention_are_those_of_one(reader, tmp_path):
     alone = run_cli("analyze", reader, "-o", tmp_path / "one", *options)
     assert alone.returncode == 0, alone.stderr
     first, second = run_in_two("analyze", reader, "-o", tmp_path / "two", *options)
-    assert (first.returncode, second.returncode) == (0, 0), first.stderr
+    assert (first.returncode, second.returncode) == (0, 0), (first.stderr, second.stderr)
     one, two = (json.loads(told) for told in (alone.stdout, first.stdout))
     assert len(one["costs"]) == len(two["costs"]) > 0
     for part in ("costs", "attention", "frontier"):
@@ -116,15 +116,15 @@ def test_layer_by_layer_they_draw_as_one_does(reader, tmp_path):
     alone = run_cli("convert", reader, "-o", tmp_path / "one", *options)
     assert alone.returncode == 0, alone.stderr
     done = run_in_two("convert", reader, "-o", tmp_path / "two", *options)
-    assert [one.returncode for one in done] == [0, 0], done[0].stderr
+    assert [one.returncode for one in done] == [0, 0], [one.stderr for one in done]
     assert_same(tmp_path / "one", tmp_path / "two")
 
 
 def test_a_dry_run_tells_once(reader, tmp_path):
     recipe = write_recipe(tmp_path / "recipe.json", **{**WHOLE_CACHE, "treatments": ["window"]})
     first, second = run_in_two("convert", reader, "--recipe", recipe, "-o", tmp_path / "out", "--dry-run", "--json")
-    assert (first.returncode, second.returncode) == (0, 0), first.stderr
-    assert json.loads(first.stdout)["treatments"]["window"]["groups"] > 0
+    assert (first.returncode, second.returncode) == (0, 0), (first.stderr, second.stderr)
+    assert json.loads(first.stdout)["cache_bytes"]["512"]["removed"] > 0.4
     assert second.stdout == ""
     assert not (tmp_path / "out").exists()
 
@@ -178,9 +178,9 @@ if rank == 1:
 def test_a_recipe_that_heals_is_healed_by_all(tmp_path):
     base = save_planted(tmp_path / "base", {0: 1})
     spans = {"spans": [{"layers": "3", "source": 2}]}
-    heal = {"tokens": "2k", "length": 64, "rows": 2}
+    heal = {"tokens": "2k", "length": 64, "rows": 4}
     recipe = write_recipe(tmp_path / "recipe.json", sharing=spans, heal=heal, gate={"max_perplexity_increase": "99%"})
     done = run_in_two("convert", base, "--recipe", recipe, "-o", tmp_path / "out")
-    assert [one.returncode for one in done] == [0, 0], done[0].stderr
+    assert [one.returncode for one in done] == [0, 0], [one.stderr for one in done]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["heal"]["processes"] == 2
