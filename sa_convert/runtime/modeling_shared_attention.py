@@ -177,8 +177,9 @@ _QUANTIZED = _classes("BaseQuantizedLayer", "QuantizedLayer")
 
 class CacheView:
     """A cache as a layer sees it that keeps `own` heads of keys; see the drawing at the top. codec: None, or what makes
-    of keys (B, own, T, D) those that are cached, (B, 1, T, width), and of these the keys again. parted: if treatments
-    cache some KV groups themselves, the layer's plan, the exchange of the pass, and the codec of any KV groups."""
+    of keys (B, own, T, D) and values what is cached, often in one wide head, and of that keys and values again. parted:
+    if treatments cache some KV groups themselves, the layer's plan, the exchange of the pass, and the codec of any KV
+    groups."""
 
     def __init__(self, cache, own, codec=None, parted=None):
         self.cache, self.own, self.codec, self.parted = cache, own, codec, parted
@@ -216,7 +217,8 @@ class CacheView:
                 "shared_attention: with a block table the kernel writes keys and values itself, and a layer with "
                 "shared attention has keys elsewhere: choose attn_implementation='sdpa' for continuous batching."
             )
-        key = value if key is None else nn.functional.pad(key, (0, 0, 0, 0, 0, value.shape[1] - key.shape[1]))
+        key = value if key is None else self._reduced(key)
+        key = nn.functional.pad(key, (0, 0, 0, 0, 0, value.shape[1] - key.shape[1]))
         keys, values = self.cache.update(key, value, layer_idx, kwargs=arguments)
         return (keys[:, : self.own] if self.own else None), values
 
@@ -226,35 +228,35 @@ class CacheView:
         layer = layers[layer_idx] if layer_idx < len(layers) else None
         kind = getattr(cache, "layer_class_to_replicate", None) if layer is None else type(layer)
         way = getattr(kind, "update", None)
-        coded = key if self.codec is None or not own else self.codec.encode(key)
-        slots = (coded, value) if own else (value, value[..., :0])
+        coded, packed = (key, value) if self.codec is None else self.codec.encode(key if own else None, value)
+        slots = (coded, packed) if own else (packed, packed[..., :0])
         if way in _GROW:
             held = (getattr(layer, "keys", None), getattr(layer, "values", None))
             for states, new in zip(held, slots, strict=True):
                 if states is not None and states.ndim == 4 and states[:, :, :0].shape[1:] != new[:, :, :0].shape[1:]:
                     raise self._foreign(layer_idx, held[0].shape[1])
             keys, values = self._append(layer, *slots, layer_idx, *args, **kwargs)
-            return (self._decoded(keys), values) if own else (None, keys)
+            return self._decoded(keys, values) if own else self._decoded(None, keys)
         fresh = layer is not None and not getattr(layer, "is_initialized", True)
         known = layer is None or fresh or torch.compiler.is_compiling() or hasattr(layer, "shared_attention")
         if not known and int(layer.get_seq_length()) > 0:  # slots of the base's shape may be empty, or full of its keys
             raise self._foreign(layer_idx, None)
         if layer is not None:
             layer.shared_attention = True
-        if isinstance(kind, type) and issubclass(kind, _QUANTIZED) and (own or value.shape[-1] % 2 == 0):
-            slots = slots if own else value.chunk(2, dim=-1)
+        if isinstance(kind, type) and issubclass(kind, _QUANTIZED) and (own or packed.shape[-1] % 2 == 0):
+            slots = slots if own else packed.chunk(2, dim=-1)
             self._fit(layer, slots)
             keys, values = cache.update(*slots, layer_idx, *args, **kwargs)
-            return (self._decoded(keys), values) if own else (None, torch.cat([keys, values], dim=-1))
+            return self._decoded(*((keys, values) if own else (None, torch.cat([keys, values], dim=-1))))
         if way in _STATIC and fresh:
             self._make(layer, *slots)
         if way in _STATIC and all(
             a[:, :, :0].shape == b[:, :, :0].shape for a, b in zip(slots, (layer.keys, layer.values), strict=True)
         ):
             keys, values = cache.update(*slots, layer_idx, *args, **kwargs)
-            return (self._decoded(keys), values) if own else (None, keys)
+            return self._decoded(keys, values) if own else self._decoded(None, keys)
         room = layer.keys.shape[1] if way in _STATIC else groups
-        slots = [self._filled(states, max(room, groups)) for states in (key if own else value, value)]
+        slots = [self._filled(states, max(room, groups)) for states in (self._reduced(key) if own else value, value)]
         keys, values = cache.update(*slots, layer_idx, *args, **kwargs)
         return (keys[:, :own] if own else None), values[:, :groups]
 
@@ -274,7 +276,7 @@ class CacheView:
             taken = layer.let_go(plan, held)
         if held or getattr(self.cache, "offloading", False):
             own = [place for place, group in enumerate(plan.own_groups) if group in held]
-            view = CacheView(self.cache, len(own), codec(tuple(plan.own_groups[place] for place in own)))
+            view = CacheView(self.cache, len(own), codec(tuple(plan.own_groups[place] for place in own), held))
             keys, values = view._put(pick(key, own) if own else None, pick(value, held), number, *args, **kwargs)
         else:
             layer.advance(key, value, tokens)
@@ -310,8 +312,12 @@ class CacheView:
         layer.parts, layer.count, layer.shared_attention = {}, None, True
         return layer
 
-    def _decoded(self, keys):
-        return keys if self.codec is None else self.codec.decode(keys)
+    def _decoded(self, keys, values):
+        return (keys, values) if self.codec is None else self.codec.decode(keys, values)
+
+    def _reduced(self, key):
+        """A key as it would come out of a cache that had a place for its codes."""
+        return key if self.codec is None else self.codec.reduced(key)
 
     def _foreign(self, number, found):
         return ValueError(
@@ -601,7 +607,7 @@ class LayerPlan:
 
     @property
     def coder(self):
-        """The treatment that caches keys in another form, or None."""
+        """The treatment that caches keys or values in another form, or None."""
         return next((treatment for treatment in self.treatments if hasattr(treatment, "codec")), None)
 
     @property
@@ -715,12 +721,16 @@ def count_tokens(cache, number, states, *extra):
 
 
 class ConfigView:
-    """The model's config, but for the attention function that it names: ours."""
+    """The model's config, but for the attention function that it names: ours. vLLM asks whether a module would call its
+    function, before it gives the module the layer that this function runs: until then the name is vLLM's."""
 
-    _attn_implementation = EXCHANGE
+    def __init__(self, config, module):
+        self._config, self._module = config, module
 
-    def __init__(self, config):
-        self._config = config
+    @property
+    def _attn_implementation(self):
+        chosen = self._config._attn_implementation
+        return EXCHANGE if chosen != "vllm" or hasattr(self._module, "attn") else chosen
 
     def __getattr__(self, name):
         if name.startswith("__") or "_config" not in self.__dict__:
@@ -764,6 +774,12 @@ class Call:
         view = View((), tuple(range(len(places))), tuple(every[place] for place in places))
         return replace(self, view=view, arguments=self._arguments(places))
 
+    def value_size(self, group):
+        """Numbers that a value of a KV group has, by its number in the layer."""
+        plan = self.attention.plan
+        told = [one.value_size(plan.layer, group) for one in plan.treatments if hasattr(one, "value_size")]
+        return min([self.attention.size, *told])
+
     def _arguments(self, places):
         sinks = self.arguments.get("s_aux")
         return self.arguments if sinks is None or places is None else {**self.arguments, "s_aux": sinks[list(places)]}
@@ -774,8 +790,13 @@ class Call:
         if sinks is None and view is not None and view.places is not None and self.attention.names.sinks:
             sinks = getattr(self.attention, self.attention.names.sinks)[list(view.places)]
         function = self.attention.family_eager if eager else ALL_ATTENTION_FUNCTIONS[self.implementation]
-        module = KernelModule(self.attention, group or self.attention.plan.group, sinks)
-        return function(module, query, key, value, mask, **(self.arguments if arguments is None else arguments))
+        module, size = KernelModule(self.attention, group or self.attention.plan.group, sinks), value.shape[-1]
+        if not eager and key.shape[-1] != size:  # fused kernels take keys and values of one size, or are slow
+            wide = max(key.shape[-1], size)
+            query, key, value = (nn.functional.pad(each, (0, wide - each.shape[-1])) for each in (query, key, value))
+        arguments = self.arguments if arguments is None else arguments
+        output, weights = function(module, query, key, value, mask, **arguments)
+        return output[..., :size], weights
 
 
 class TreatedAttention(nn.Module):
@@ -829,12 +850,12 @@ class TreatedAttention(nn.Module):
     def view(self, cache, exchange):
         plan = self.plan
 
-        def codec(groups):
-            return None if plan.coder is None or exchange is None else plan.coder.codec(self, exchange, groups)
+        def codec(own, held):
+            return None if plan.coder is None or exchange is None else plan.coder.codec(self, exchange, own, held)
 
         if plan.caching:
             return CacheView(cache, len(plan.own_groups), parted=(plan, exchange, codec))
-        return CacheView(cache, len(plan.own_groups), codec(plan.own_groups))
+        return CacheView(cache, len(plan.own_groups), codec(plan.own_groups, tuple(range(plan.heads // plan.group))))
 
     def attend(self, query, key, value, mask, arguments, exchange):
         """The attention function. query: (B, O, T, D); key: (B, own groups, S, D), both without meaning if nothing is
@@ -945,8 +966,14 @@ class TreatedAttention(nn.Module):
 @cache
 def treated_class(attention, ours):
     """The attention class of a family with ours in front."""
+
+    @wraps(attention.forward)  # who reads the source of a forward (vLLM, for how it scales scores) finds the family's
+    def forward(self, *args, **kwargs):
+        return ours.forward(self, *args, **kwargs)
+
     members = {
         "__module__": __name__,
+        "forward": forward,
         # The class is no attribute of its module, so an instance is pickled by what the class is made of.
         "__reduce__": lambda self: (_unmade, (attention, ours), self.__dict__),
     }
@@ -1042,6 +1069,8 @@ def _treat_stack(model, names, stack, chosen, described, treatments, ours):
         }
         reach = {number: (len(left[number]), *shape[1:]) for number, shape in enumerate(shapes)}
         view = SimpleNamespace(name=stack.name, shapes=reach, heads=dict(left), layers=layers, options=described)
+        view.told = {number: groups for number, groups in chosen[name].items() if number < len(attentions)}
+        view.sizes = {number: (size, heads // group) for number, (heads, group, size) in enumerate(shapes)}
         treatment = treatments[name](view)
         active.append(treatment)
         for number in filter(treatment.touches, left):
@@ -1064,7 +1093,7 @@ def _treat_stack(model, names, stack, chosen, described, treatments, ours):
         attention.__class__ = treated_class(type(attention), ours)
         attention.plan = LayerPlan(stack.name, number, heads, group, own, mine, views)
         attention.names, attention.size, attention.model_config = names, size, configs[number]
-        attention.config = ConfigView(configs[number])
+        attention.config = ConfigView(configs[number], attention)
         if not hasattr(attention, "is_causal"):  # kernels take it for granted if a module does not say
             attention.is_causal = not names.bidirectional or getattr(configs[number], "is_decoder", False)
         layer = model.get_submodule(stack.path)[number]
@@ -1078,6 +1107,10 @@ def _treat_stack(model, names, stack, chosen, described, treatments, ours):
         for treatment in mine:
             if hasattr(treatment, "enter"):
                 treatment.enter(attention)
+    if getattr(model.config, "_attn_implementation", None) == "vllm":
+        for treatment in active:
+            if reason := getattr(treatment, "unserved", lambda: None)():
+                raise ValueError(f"shared_attention: {reason}: install sa-convert-vllm, or serve another conversion.")
     return active
 
 

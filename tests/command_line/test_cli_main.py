@@ -35,8 +35,8 @@ SURFACE = {
         "--trust-remote-code", "--json",
     ],
     "bench": [
-        "MODEL", "--against", "--contexts", "--batches", "--new-tokens", "--repeats", "--warmup", "--dtype", "--device",
-        "--threads", "--attn", "--cache", "--seed", "--trust-remote-code", "-o", "--json",
+        "MODEL", "--against", "--turns", "--contexts", "--batches", "--new-tokens", "--repeats", "--warmup", "--dtype",
+        "--device", "--threads", "--attn", "--cache", "--seed", "--trust-remote-code", "-o", "--json",
     ],
     "chat": [
         "MODEL", "--session", "--system", "--max-new-tokens", "--context", "--temperature", "--seed", "--dtype",

@@ -58,6 +58,10 @@ class Window:
     def takes(self, layer):
         return tuple(self.layers[layer])
 
+    def unserved(self):
+        """Why an attention layer that pages all KV groups alike does not do, or None."""
+        return f"layer {min(self.layers)} has windows of its KV groups, and vLLM has one window for a layer"
+
     def outgrown(self, layer, total, limit):
         """KV groups that a layer of a cache does not hold itself once it has seen so many tokens; None: there is no
         telling. limit: the tokens that it holds at the most, or None."""
@@ -96,14 +100,16 @@ class Window:
             run = run or call.only(places).kernel
             given = [None, None] if not rest else [call.pick(query, places), _of(call, keys, rest)]
             pieces.append((groups, run(*given, _of(call, values, groups), _by_head(call, mask, heads))))
-        for window in dict.fromkeys(windows.values()):
-            groups = [group for group in windows if windows[group] == window and group not in short]
+        numbers = {group: call.view.heads[group * size] // size for group in windows}
+        kinds = {group: (*window, call.value_size(numbers[group])) for group, window in windows.items()}
+        for window in dict.fromkeys(kinds.values()):
+            groups = [group for group in windows if kinds[group] == window and group not in short]
             if groups:
                 places, old = _own(call, groups, size), state and state.kept.get(window)
-                given = call.pick(query, places), _of(call, (own, key), groups), _of(call, (every, value), groups)
-                numbers = [call.view.heads[group * size] // size for group in groups]
-                if cached is not None and numbers[0] in cached.taken:
-                    past = [cached.taken[number] for number in numbers]
+                values_of = _of(call, (every, value), groups)[..., : window[2]]
+                given = call.pick(query, places), _of(call, (own, key), groups), values_of
+                if cached is not None and numbers[groups[0]] in cached.taken:
+                    past = [cached.taken[numbers[group]] for group in groups]
                     given = (
                         given[0],
                         *(
@@ -112,7 +118,7 @@ class Window:
                         ),
                     )
                 static, seen = state is not None and state.static, _by_head(call, mask, _heads(groups, size))
-                run = WindowPass(call.only(places), *window, start, offset, tokens, seen, static)
+                run = WindowPass(call.only(places), *window[:2], start, offset, tokens, seen, static)
                 those = state.real if state and given[1].shape[2] > tokens else real
                 found, kept = run.attend(*given, those, old)
                 pieces.append((groups, found))
@@ -120,7 +126,7 @@ class Window:
                     state.kept = {**state.kept, window: kept}
         if state and not short:
             state.real = None
-        return _joined(pieces, size)
+        return _joined(pieces, size, value.shape[-1])
 
 
 def _heads(groups, size):
@@ -142,8 +148,12 @@ def _by_head(call, mask, heads):
     return call.pick(mask, heads) if getattr(mask, "ndim", 0) == 4 and mask.shape[1] > 1 else mask
 
 
-def _joined(pieces, size):
-    """Outputs (B, T, H, D) and probabilities (B, H, T, S) of KV groups, together, in the order of their heads."""
+def _joined(pieces, size, width):
+    """Outputs (B, T, H, D) and probabilities (B, H, T, S) of KV groups, together, in the order of their heads. width:
+    D, for outputs that are narrower are filled up."""
+    if any(output.shape[-1] < width for _, (output, _) in pieces):
+        pad = torch.nn.functional.pad
+        pieces = [(groups, (pad(made, (0, width - made.shape[-1])), weights)) for groups, (made, weights) in pieces]
     if len(pieces) == 1:
         return pieces[0][1]
     order = sorted(
@@ -188,7 +198,8 @@ def _lets(mask):
 
 class WindowParts:
     """What windows keep in a layer of a cache. real: which tokens so far are real (B, S), as long as a window waits to
-    be kept, or None if all are. kept: by sinks and tokens, its `Kept`."""
+    be kept, or None if all are. kept: by sinks, tokens and size of
+    values, its `Kept`."""
 
     def __init__(self, batch, static, real=None, kept=None):
         self.batch, self.static, self.real, self.kept = batch, static, real, kept or {}
