@@ -252,7 +252,7 @@ def passes() -> None:
 
         base = save_base(Path(folder) / "base")
         PreTrainedModel.__call__ = counted
-        recipe = parse_recipe("search: {cache: 50%, at: 400}\ncalibration: {sequences: 32, length: 64}", "recipe.yaml")
+        recipe = parse_recipe("search: {cache: 50%, at: 200}\ncalibration: {sequences: 32, length: 64}", "recipe.yaml")
         plan(str(base), recipe, ConvertOptions())
     for kind, count in sorted(found.items()):
         print(f"| {kind} | {count} |")
