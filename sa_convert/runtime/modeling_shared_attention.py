@@ -273,13 +273,16 @@ class CacheView:
         start = layer.seen(value.device)
         held, taken, keys, values = plan.held_after(layer.held, *layer.reach(start, tokens)), {}, None, None
         if held != layer.held:
+            if getattr(self.cache, "offloading", False) and layer.is_initialized:  # what it has may be on its way back
+                torch.cuda.default_stream(value.device).wait_stream(self.cache.prefetch_stream)
+                layer.prefetch()
             taken = layer.let_go(plan, held)
         if held or getattr(self.cache, "offloading", False):
             own = [place for place, group in enumerate(plan.own_groups) if group in held]
             view = CacheView(self.cache, len(own), codec(tuple(plan.own_groups[place] for place in own), held))
             keys, values = view._put(pick(key, own) if own else None, pick(value, held), number, *args, **kwargs)
         else:
-            layer.advance(key, value, tokens)
+            layer.advance(value, tokens)
         if layer.count is not None:
             start = start.clone() if torch.compiler.is_compiling() else int(start)
             layer.count.add_(tokens)
@@ -294,7 +297,8 @@ class CacheView:
         if is_paged(cache) or not isinstance(layers, list) or number >= len(layers):
             raise ValueError(
                 f"shared_attention: layer {plan.layer} caches some KV groups in a way of its own, for which "
-                f"{type(cache).__name__} has no room. Choose a dynamic, static or quantised cache."
+                f"{type(cache).__name__} has no room. Choose a dynamic, static or quantised cache; models with other "
+                "layers than attention have them since transformers 5.0."
             )
         layer = layers[number]
         if isinstance(layer, PartedLayer):
@@ -447,15 +451,18 @@ class PartedLayer(cache_utils.CacheLayerMixin):
             return start + tokens, limit
         return (None if self.is_sliding else limit), (limit if self.is_sliding else None)
 
-    def advance(self, key, value, tokens):
-        """Count tokens without holding any: as if there were no head."""
-        key, value = key[:, :0], value[:, :0]
+    def advance(self, value, tokens):
+        """Count tokens without holding any: as if there were no head. value: (B, G, T, D)."""
+        key, value = value[:, :0], value[:, :0, :, :0]  # as `CacheView._put` would lay them
         if not self.is_initialized:
             if self.static:
                 CacheView._make(self, key, value)
             else:
-                needed = (key, value)[: len(signature(self.lazy_initialization).parameters)]
-                self.lazy_initialization(*needed)
+                # Layers that quantise would try it with nothing.
+                make = (
+                    cache_utils.DynamicLayer if issubclass(self.whole, _QUANTIZED) else self.whole
+                ).lazy_initialization
+                make(self, *(key, value)[: len(signature(make).parameters) - 1])
                 self.keys, self.values = key[..., :0, :], value[..., :0, :]
         for name in ("cumulative_length", "cumulative_length_int"):
             if hasattr(self, name):
@@ -477,7 +484,7 @@ class PartedLayer(cache_utils.CacheLayerMixin):
         }
         value = pick(value, [before.index(group) for group in held])
         left = [place for place, group in enumerate(own) if group in held]
-        self.keys, self.values = (pick(key, left), value) if left or not held else (value, value[..., :0])
+        self.keys, self.values = (pick(key, left), value) if left else (value, value[..., :0])
         self.__dict__.pop("shared_attention_rooms", None)
         return taken
 
@@ -487,7 +494,8 @@ class PartedLayer(cache_utils.CacheLayerMixin):
         return self.count if self.static else self.keys.shape[-2]
 
     def reorder_cache(self, beam_idx):
-        super().reorder_cache(beam_idx)
+        if self.held or not isinstance(self, _QUANTIZED):  # which have quantised nothing
+            super().reorder_cache(beam_idx)
         self._rows(beam_idx)
 
     def batch_select_indices(self, indices):

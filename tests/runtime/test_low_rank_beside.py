@@ -90,6 +90,26 @@ def test_generation(case):
         assert torch.equal(made, plain if "num_beams" in options else wanted), options
 
 
+@torch.no_grad()
+def test_a_layer_that_borrows_all_scores(tmp_path):
+    from support.forced_attention import forced_attention
+
+    row = [[0, head] for head in range(8)]
+    shared = {3: {group: {"share": row[2 * group : 2 * group + 2]} for group in range(4)}}
+    found = convert(tmp_path, "llama", {}, shared, {3: {0: 5, 2: 6}, 4: {1: 7}})
+    ids = torch.randint(3, 120, (2, 20), generator=torch.Generator().manual_seed(0))
+    found.base.set_attn_implementation("eager")
+    with projected(found), forced_attention(found.base, {3: row}):
+        wanted = found.base(ids, use_cache=False).logits
+    for implementation in ("eager", "sdpa"):
+        model = load_converted(found.folder, attn_implementation=implementation)
+        torch.testing.assert_close(model(ids, use_cache=False).logits, wanted, **CLOSE)
+        cache = DynamicCache(config=model.config)
+        made = [model(ids[:, :12], **with_cache(model, cache)).logits]
+        made += [model(ids[:, at : at + 1], **with_cache(model, cache)).logits for at in range(12, 20)]
+        torch.testing.assert_close(torch.cat(made, dim=1), wanted, **CLOSE)
+
+
 @pytest.mark.parametrize("other", [WINDOW, {"share": [[0, 0], [0, 1]]}], ids=str)
 def test_not_in_one_group(other, tmp_path):
     from sa_convert.errors import PlanError
