@@ -12,7 +12,15 @@ from sa_convert.families.table import FAMILIES
 from sa_convert.rewrite.carried import carried_files
 from sa_convert.treatments.registry import runtime_files
 
-SHOWN = ("llama", "mixtral", "gpt2", "bert", "bart", "t5")
+SHARED = ("share",)
+EVERYTHING = ("window", "low_rank", "share", "linear", "drop")
+SHOWN = (
+    *((family, SHARED) for family in ("llama", "mixtral", "gpt2", "bert", "bart", "t5")),
+    *(("llama", plan) for plan in (("window",), ("window", "share"), ("low_rank",), ("drop",), EVERYTHING)),
+    ("gpt2", EVERYTHING),
+)
+"""Families, and the treatments of a plan."""
+
 NOTHING = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 
@@ -28,14 +36,20 @@ def lines_of_code(source: bytes) -> int:
     return len(lines - told)
 
 
-def carried(model_type: str) -> tuple[int, int, int]:
-    """Files, lines, and lines of code that a folder of this family carries, if its plan only shares."""
-    family = FAMILIES[model_type]
+def carried(model_type: str, treatments: tuple[str, ...] = SHARED) -> tuple[int, int, int]:
+    """Files, lines, and lines of code that a folder of this family carries, if its plan has these treatments."""
+    family, known = FAMILIES[model_type], runtime_files()
     classes = model_classes_of(family, family.default_class).values()
-    files = carried_files(family, {"share": runtime_files()["share"]}, classes)
+    files = carried_files(family, {name: known[name] for name in known if name in treatments}, classes)
     return len(files), sum(text.count(b"\n") for text in files.values()), sum(map(lines_of_code, files.values()))
 
 
+def row(model_type: str, treatments: tuple[str, ...]) -> str:
+    """A line of the table."""
+    named = "all" if treatments == EVERYTHING else ", ".join(treatments)
+    return f"| `{model_type}` | {named} | {' | '.join(f'{number:,}' for number in carried(model_type, treatments))} |"
+
+
 if __name__ == "__main__":
-    for model_type in SHOWN:
-        print(f"| `{model_type}` | {' | '.join(f'{number:,}' for number in carried(model_type))} |")
+    for shown in SHOWN:
+        print(row(*shown))

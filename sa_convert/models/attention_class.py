@@ -17,14 +17,16 @@ def attention_class_of(modules: Modules) -> type:
 def _class(name: str | None) -> type:
     from sa_convert.runtime import modeling_shared_attention as modeling
     from sa_convert.runtime import shared_attention_special as special
+    from sa_convert.runtime.shared_attention_parts import PartedAttention
+    from sa_convert.runtime.shared_attention_whole import WholeAttention
 
-    if name is None:
-        return modeling.TreatedAttention
-    return type(_HERE + name, (getattr(special, name), modeling.TreatedAttention), {"__module__": __name__})
+    bases = (WholeAttention, PartedAttention, modeling.TreatedAttention)
+    first = () if name is None else (getattr(special, name),)
+    return type(f"{_HERE}{name or ''}", (*first, *bases), {"__module__": __name__})
 
 
 def __getattr__(name: str) -> type:
     """These classes by name, as pickle looks for them in another process."""
     if not name.startswith(_HERE):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _class(name.removeprefix(_HERE))
+    return _class(name.removeprefix(_HERE) or None)

@@ -17,7 +17,7 @@ def replace(probe: "Probe") -> None:
     """Give every attention module of the probe's model our class, with all its own heads, and the probe's function."""
     from types import SimpleNamespace
 
-    from sa_convert.runtime.modeling_shared_attention import MODULES, LayerPlan
+    from sa_convert.runtime.modeling_shared_attention import MODULES
 
     modules = probe.family.modules
     ours, stack = attention_class_of(modules), probe.family.all_stacks[0]
@@ -28,7 +28,8 @@ def replace(probe: "Probe") -> None:
         own: Any = type(attention)
         with _unhooked(attention):
             attention.__class__ = _probed(ours, own)
-        attention.plan = LayerPlan("", layer, heads, group, tuple(range(heads)), (_PROBE,))
+        attention.plan = ours.plan_class("", layer, heads, group)  # type: ignore[attr-defined]
+        attention.plan.treatments = (_PROBE,)
         attention.names, attention.size, attention.model_config = names, size, config
         attention.num_key_value_groups = group
         attention.prepare()

@@ -3,8 +3,9 @@
 Files are copied whole from the package. Two of them end with the few lines that name their classes.
 """
 
+import ast
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import sa_convert.runtime
@@ -15,6 +16,13 @@ HOME = Path(sa_convert.runtime.__file__).parent
 CONFIGURATION, MODELING, SPECIAL = (
     f"{name}.py" for name in ("configuration_shared_attention", "modeling_shared_attention", "shared_attention_special")
 )
+
+WITH = {
+    "outgrown": ("shared_attention_parts", "PartedAttention"),
+    "output": ("shared_attention_whole", "WholeAttention"),
+}
+"""Carried only if a treatment in the plan needs it, which its class shows by a method of this name: a file, and the
+class in it that comes before our attention class."""
 
 TOKENIZERS = HOME / "tokenizer" / "tokenization_mistral.py"
 """Carried only by a model whose tokenizer_config.json names it."""
@@ -36,14 +44,14 @@ def carried_files(family: Family, treatments: Mapping[str, Path], classes: Itera
     treatments: the runtime file of each treatment in the plan, the outermost first, which is the order in which they
     run. classes: the base's model classes that auto_map names.
     """
+    files = {f"shared_attention_{name}.py": path.read_text(encoding="utf-8") for name, path in treatments.items()}
+    has = {name for text in files.values() for name in _methods(text)}
     special = family.modules.special_class
-    files = {
-        MODELING: (HOME / MODELING).read_text(encoding="utf-8")
-        + _modeling(family, special, list(treatments), sorted(set(classes))),
-    }
-    files |= {f"shared_attention_{name}.py": path.read_text(encoding="utf-8") for name, path in treatments.items()}
-    if special:
-        files[SPECIAL] = (HOME / SPECIAL).read_text(encoding="utf-8")
+    before = [(SPECIAL.removesuffix(".py"), special)] if special else []
+    before += [needed for method, needed in WITH.items() if method in has]
+    files |= {f"{name}.py": (HOME / f"{name}.py").read_text(encoding="utf-8") for name, _ in before}
+    ending = _modeling(family, before, list(treatments), sorted(set(classes)))
+    files[MODELING] = (HOME / MODELING).read_text(encoding="utf-8") + ending
     # transformers keeps the model class of a configuration class, which it knows by the bytes of its file: of two
     # models with other code and one name, the second would run the code of the first.
     digest = hashlib.sha256("".join(files[name] for name in sorted(files)).encode()).hexdigest()[:16]
@@ -69,15 +77,24 @@ class {CLASS_PREFIX}{family.config_class}(TreatedConfig, transformers.{family.co
 '''
 
 
-def _modeling(family: Family, special: str | None, treatments: list[str], classes: list[str]) -> str:
+def _methods(code: str) -> Iterator[str]:
+    """Names of all methods in the classes of a file."""
+    for node in ast.parse(code).body:
+        if isinstance(node, ast.ClassDef):
+            yield from (item.name for item in node.body if isinstance(item, ast.FunctionDef))
+
+
+def _modeling(family: Family, before: list[tuple[str, str]], treatments: list[str], classes: list[str]) -> str:
+    """before: files, and classes in them that come before our attention class."""
     config = f"{CLASS_PREFIX}{family.config_class}"
     named = {name: class_name(name) for name in treatments}
-    imports = [f"from .configuration_shared_attention import {config}  # noqa: E402"]
-    imports += [f"from .shared_attention_{name} import {title}  # noqa: E402" for name, title in named.items()]
-    imports += [f"from .shared_attention_special import {special}  # noqa: E402"] if special else []
-    attention = f"\n\nclass _Attention({special}, TreatedAttention):\n    pass\n" if special else ""
+    imported = [("configuration_shared_attention", config)]
+    imported += [(f"shared_attention_{name}", title) for name, title in named.items()] + before
+    imports = [f"from .{file} import {title}  # noqa: E402" for file, title in imported]
+    bases = "".join(f"{title}, " for _, title in before)
+    attention = f"\n\nclass _Attention({bases}TreatedAttention):\n    pass\n" if before else ""
     listed = ", ".join(f'"{name}": {title}' for name, title in named.items())
-    uses = "\n    attention_class = _Attention" if special else ""
+    uses = "\n    attention_class = _Attention" if before else ""
     models = "".join(f'\n\nclass {CLASS_PREFIX}{name}(_Treated, base_class("{name}")):\n    pass\n' for name in classes)
     return (
         "\n\n" + "\n".join(imports) + f"\n{attention}\n\nclass _Treated(TreatedModel):\n    config_class = {config}\n"

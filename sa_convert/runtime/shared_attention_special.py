@@ -7,12 +7,15 @@ Letters in shape comments are those of `modeling_shared_attention`.
 import sys
 import threading
 from contextlib import contextmanager, nullcontext
+from dataclasses import is_dataclass, replace
 from inspect import Parameter, signature
 
 import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import EncoderDecoderCache
+
+from .modeling_shared_attention import EXCHANGE, GROW, Exchange, is_paged, named
 
 ROLES = {
     "cache": ("cache", "past_key_values", "past_key_value", "layer_past"),
@@ -28,8 +31,6 @@ ROLES = {
 }
 """What an attention module may take, and the spellings that releases used, the newest first. source: the encoder's
 states, for cross-attention; bias: of T5's relative positions; positions: cosines and sines."""
-
-EXCHANGE = "shared_attention"
 
 
 class Arguments:
@@ -161,7 +162,7 @@ class PlainAttention:
                 query, key = getattr(self, names.query_norm)(query), getattr(self, names.key_norm)(key)
             query, key = self.turn(query, key, positions)
         if call.cache is not None:
-            rest = (call.rest,) if self.is_paged(call.cache) else self.extra(call)
+            rest = (call.rest,) if is_paged(call.cache) else self.extra(call)
             key, value = self.view(call.cache, self.exchange_of(call)).update(key, value, self.plan.layer, *rest)
         output, weights = self.attend_call(query, key, value, mask, call)
         return self.finish(output, call.states, gate), weights
@@ -257,10 +258,10 @@ class PlainAttention:
         groups = (getattr(attention, names.fused).weight.shape[1 if names.transposed else 0] // size - heads) // 2
         return heads, heads // groups, size
 
-    def shrink(self):
+    def shrink(self, layer, stack):
         plan, names = self.plan, self.names
         if not (names.fused or names.gate):
-            return super().shrink()
+            return super().shrink(layer, stack)
         groups = plan.heads // plan.group
         if names.gate:
             _keep_first(getattr(self, names.query), (len(plan.own) + plan.heads) * self.size, 0)
@@ -294,6 +295,36 @@ _THREAD = threading.local()
 # What a checkpointed layer borrows from if it is computed again outside its stack, maybe in another thread, but on the
 # same tensor: by the states that it was called with, which whoever checkpoints it keeps.
 _AGAIN = WeakTensorKeyDictionary()
+
+
+class ThreadedExchange(Exchange):
+    """An exchange with another one for layers that are computed again."""
+
+    other = None
+
+    def lend(self, place, loan):
+        super().lend(place, loan)
+        if self.other not in (None, self) and self.loans[place] is loan:
+            self.other.lend(place, apart(loan))
+
+    def again(self):
+        """What layers borrow from if they are computed again and cannot keep their exchange: these loans, apart from
+        the graph that the layers' inputs are in, which else would keep itself alive."""
+        if self.other is None:
+            self.other = ThreadedExchange(self.stack, self.given)
+            self.other.past, self.other.over, self.other.other = self.past, True, self.other
+            self.other.loans = {place: apart(loan) for place, loan in self.loans.items()}
+        return self.other
+
+
+def apart(loan):
+    """The same numbers outside the graph, for autograd to save as many tensors of them as the first time."""
+    if isinstance(loan, torch.Tensor):
+        return loan.detach().requires_grad_(loan.requires_grad)
+    if isinstance(loan, list):
+        return [apart(part) for part in loan]
+    parts = {name: apart(part) for name, part in vars(loan).items()} if is_dataclass(loan) else {}
+    return replace(loan, **parts) if parts else loan
 
 
 def current_exchange():
@@ -361,7 +392,7 @@ class ThreadedAttention(PlainAttention):
 
     @classmethod
     def begin(cls, stack, args, kwargs):
-        _enter(cls.exchange_class(stack, cls.named(stack, args, kwargs)))
+        _enter(ThreadedExchange(stack, named(stack, args, kwargs)))
         return args, kwargs
 
     @staticmethod
@@ -452,6 +483,27 @@ class EncoderDecoderAttention(ThreadedAttention):
         held = held.self_attention_cache if isinstance(held, EncoderDecoderCache) else held
         return self.stand_in(call.states, held, *self.extra(call)), None
 
+    def shrink(self, layer, stack):
+        """A norm that only queries read is frozen if there are none: its parameters become buffers. So files keep them,
+        and no optimizer waits for their gradients."""
+        super().shrink(layer, stack)
+        norm = layer.get_submodule(stack.query_input) if stack.query_input and not self.plan.own else nn.Module()
+        for name, parameter in list(norm.named_parameters(recurse=False)):
+            delattr(norm, name)
+            norm.register_buffer(name, parameter.detach())
+
+    def held(self, view, number):
+        """Key (B, own, S, D), or of no meaning without own keys, and value (B, G, S, D), as an earlier pass left them
+        in a cache. Raises ValueError if that was another model's."""
+        layer, own = view.layers[number], view.own
+        key, value = layer.keys, layer.values
+        if not own and not value.numel():
+            return key, key
+        groups, grows = self.plan.heads // self.plan.group, type(layer).update in GROW
+        if value.shape[1] != groups or key.shape[1] < own or (grows and key.shape[1] != own):
+            raise view.foreign(number, key.shape[1])
+        return key[:, : own or None], value
+
     def across(self, call, mask):
         """Heads' outputs (B, T, H, D) and probabilities. mask: as in `call`, or what makes it of queries and their
         keys' number."""
@@ -461,7 +513,7 @@ class EncoderDecoderAttention(ThreadedAttention):
         filled = getattr(call.cache, "is_updated", {}) if cross else {}
         if cache is not None and filled.get(plan.layer):
             query = self.split(getattr(self, self.names.query)(call.states)) if plan.own else None
-            key, value = self.view(cache, self.exchange_of(call)).read(plan.layer, plan.heads // plan.group)
+            key, value = self.held(self.view(cache, self.exchange_of(call)), plan.layer)
         else:
             query, key, value, _ = self.project(call.states, call.source)
             if cache is not None:
@@ -470,7 +522,7 @@ class EncoderDecoderAttention(ThreadedAttention):
                 filled[plan.layer] = True
         if callable(mask):
             exchange = self.exchange_of(call)
-            parts = None if exchange is None else exchange.cached.get(plan.place)
+            parts = None if exchange is None else exchange.notes.get(("cached", plan.place))
             mask = mask(query if query is not None else value, value.shape[-2] if parts is None else parts.columns)
         return self.attend_call(query, key, value, mask, call)
 

@@ -17,8 +17,11 @@ from sa_convert.sessions.tree import Decoder, Tensors, cut, encoded
 _LEFT_OUT = frozenset({"config", "shared_attention_rooms"})
 """Attributes of layers that are made again when they are missed."""
 
-_KINDS = {"parted": "parted_class", "counted": "counted_class"}
-"""Classes of ours in front of those of transformers, and the function of our code that makes them."""
+_KINDS = {"parted": "PartedLayer", "counted": "Counted"}
+"""Classes of ours that come in front of those of transformers."""
+
+_MAKER = "in_front"
+"""The function of our code that puts them there."""
 
 
 def layers_of(cache: Any) -> list[Any]:
@@ -63,8 +66,7 @@ def told(cache: Any) -> tuple[list[dict[str, Any]], Tensors]:
                 if isinstance(state.get(slot), dict):
                     cut(tensors, state[slot], 2, int(layer.get_seq_length()))
         _without_log(state.get("parts"), tensors)
-        kind = "parted" if hasattr(type(layer), "whole") else "counted" if _is_counted(layer) else "plain"
-        found.append({"class": _whole(layer).__name__, "kind": kind, "state": state})
+        found.append({"class": _whole(layer).__name__, "kind": _kind(layer), "state": state})
     return found, tensors
 
 
@@ -95,7 +97,7 @@ def restored(fresh: Any, layers: list[dict[str, Any]], tensors: Mapping[str, tor
         if type(layer).__name__ != described["class"]:
             raise TypeError(f"layer {number}: {type(layer).__name__} and not {described['class']}")
         if kind != "plain":
-            made = makers[_KINDS[kind]](type(layer))
+            made = makers[_MAKER](makers[_KINDS[kind]], type(layer))
             if kind == "counted":
                 layer = fresh.layers[number] = made.__new__(made)
             else:
@@ -116,13 +118,15 @@ def attentions_in(model: Any) -> dict[int, Any]:
 
 
 def _code_of(model: Any) -> tuple[dict[str, Any], dict[str, type], dict[int, torch.device]]:
-    """Of the code that a converted model runs by, the functions that make classes of layers, and the classes of parts;
+    """Of the code that a converted model runs by, what makes classes of layers, and the classes of parts;
     and on which device each layer is."""
     plans = [module.plan for module in attentions_in(model).values()]
     own = {type(treatment).__module__ for plan in plans for treatment in plan.treatments}
     packages = {type(plan).__module__.rpartition(".")[0] for plan in plans}
     beside = [module for name, module in list(sys.modules.items()) if name.rpartition(".")[0] in packages]
-    makers = {name: getattr(module, name) for module in beside for name in _KINDS.values() if hasattr(module, name)}
+    makers = {
+        name: getattr(module, name) for module in beside for name in (_MAKER, *_KINDS.values()) if hasattr(module, name)
+    }
     classes = {
         name: kind
         for module in own
@@ -138,12 +142,12 @@ def _code_of(model: Any) -> tuple[dict[str, Any], dict[str, type], dict[int, tor
     return makers, classes, devices
 
 
-def _is_counted(layer: Any) -> bool:
-    return any(kind.__name__ == "Counted" for kind in type(layer).__mro__)
+def _kind(layer: Any) -> str:
+    """Which class of ours comes first, or "plain"."""
+    ours = type(layer).__bases__[0].__name__
+    return next((kind for kind, name in _KINDS.items() if name == ours), "plain")
 
 
 def _whole(layer: Any) -> type:
     """The class of transformers behind those of ours."""
-    if _is_counted(layer):
-        return type(layer).__bases__[1]
-    return getattr(type(layer), "whole", type(layer))
+    return type(layer) if _kind(layer) == "plain" else type(layer).__bases__[1]

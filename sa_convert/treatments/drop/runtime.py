@@ -9,7 +9,7 @@ import torch
 class Drop:
     """Layers without attention, in one stack. stack: see `modeling_shared_attention.treat`."""
 
-    whole = divisible = True
+    divisible = True
 
     def __init__(self, stack):
         self.layers = frozenset(stack.layers)

@@ -9,7 +9,7 @@ from torch import nn
 class Linear:
     """Layers with a linear map for attention, in one stack. stack: see `modeling_shared_attention.treat`."""
 
-    whole = divisible = True
+    divisible = True
 
     def __init__(self, stack):
         self.layers = frozenset(stack.layers)

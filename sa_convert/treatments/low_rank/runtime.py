@@ -104,27 +104,24 @@ class LowRank:
     def attend(self, call, query, key, value, mask, then):
         """What comes next gets heads as narrow as the widest of them. What was not cached, so that nothing has reduced
         it, is reduced here."""
-        attention, view = call.attention, call.view
+        attention = call.attention
         bases, group, size = attention.low_rank, attention.plan.group, attention.size
-        own, held = (tuple(sorted({head // group for head in heads})) for heads in (map_own(view), view.heads))
+        own, held = (tuple(sorted({head // group for head in heads})) for heads in (call.own, call.heads))
         if key is not None and bases.ranks:
             if bases.encoder is not None and bases.coded not in call.exchange.notes:
                 key = Codec(bases, call.exchange, own, held).reduced(key)
             if not bases.expands:
                 if bases.encoder is not None:
-                    query = bases.asked(query, map_own(view))
-                # Others may lend what they get, to layers with wide heads; and a kernel must be told how it scales.
+                    query = bases.asked(query, call.own)
+                # Others may lend what they get, to layers with wide heads; a kernel must be told how it scales; and the
+                # pages of an engine are as wide as the base's heads.
                 narrow = attention.plan.treatments[-1] is self and call.arguments.get("scaling") is not None
+                narrow = narrow and call.implementation != "vllm"
                 width = max(bases.ranks.get(number, size) for number in own) if narrow else size
                 query, key = _to(query, width), _to(key, width)
         width = max(bases.values.get(number, size) for number in held)
         output, weights = then(query, key, value[..., :width], mask)
         return _to(output, size), weights
-
-
-def map_own(view):
-    """The numbers that own heads of a view have in the layer."""
-    return [view.heads[place] for place in view.own]
 
 
 def _to(states, width):

@@ -16,6 +16,7 @@ number of tokens in a block, E that of the keys it may see.
 
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 
@@ -45,33 +46,13 @@ class Loan:
     arguments: dict
     mask: torch.Tensor | None = None
 
-    def apart(self):
-        """The same numbers outside the graph, for autograd to save as many tensors of them as the first time."""
 
-        def cut(tensor):
-            return None if tensor is None else tensor.detach().requires_grad_(tensor.requires_grad)
-
-        weights = None if self.weights is None else [cut(block) for block in self.weights]
-        return replace(self, query=cut(self.query), key=cut(self.key), weights=weights, mask=cut(self.mask))
-
-
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """Consecutive heads `start:stop` along the head axis of a loan of `layer`, or of the layer's own (None)."""
 
     layer: int | None
     start: int
     stop: int
-
-
-def _left_of(stack, layer, at, head):
-    """A source, by its number among the heads that are left of its layer."""
-    if head not in stack.heads.get(at, ()):
-        raise ValueError(
-            f"shared_attention: layer {layer} reuses layer {at} head {head}, which is not an own head of an earlier "
-            "layer."
-        )
-    return at, stack.heads[at].index(head)
 
 
 def _runs(places):
@@ -112,15 +93,9 @@ class Share:
         if self.options.get("form", "auto") not in FORMS:
             form = self.options["form"]
             raise ValueError(f"shared_attention: form is {form!r}, but should be one of {', '.join(FORMS)}.")
-        full = {layer: self._row(stack, layer) for layer in stack.shapes}
-        for layer, row in full.items():
-            for head, source in enumerate(row):
-                at, index = source or (None, None)
-                if source and not (0 <= at < layer and 0 <= index < len(full[at]) and full[at][index] is None):
-                    raise ValueError(
-                        f"shared_attention: layer {layer} head {head} reuses layer {at} head {index}, "
-                        "which is not an own head of an earlier layer."
-                    )
+        full = {}
+        for layer in stack.shapes:
+            full[layer] = self._row(stack, layer, full)
         last_use = {source[0]: layer for layer, row in full.items() for source in row if source}
         own = {layer: tuple(head for head, source in enumerate(row) if source is None) for layer, row in full.items()}
         borrowed = sum(len(full[layer]) - len(own[layer]) for layer in full)
@@ -139,7 +114,9 @@ class Share:
         }
 
     @staticmethod
-    def _row(stack, layer):
+    def _row(stack, layer, before):
+        """For each head of a layer its source, by its number among the heads that are left of its layer, or None.
+        before: the rows of earlier layers."""
         heads, group, _ = stack.shapes[layer]
         row = [None] * heads
         for number, sources in stack.layers.get(layer, {}).items():
@@ -149,7 +126,14 @@ class Share:
                     f"shared_attention: layer {layer} lists {len(sources)} heads in KV group {number}, the model has "
                     f"{heads // group} groups of {group} heads."
                 )
-            row[first : first + group] = [source and _left_of(stack, layer, *map(int, source)) for source in sources]
+            for head, (at, source) in [(first + place, map(int, pair)) for place, pair in enumerate(sources) if pair]:
+                left = stack.heads[at] if at in before else ()
+                if source not in left or before[at][left.index(source)] is not None:
+                    raise ValueError(
+                        f"shared_attention: layer {layer} head {head} reuses layer {at} head {source}, which is not an "
+                        "own head of an earlier layer."
+                    )
+                row[head] = at, left.index(source)
         return tuple(row)
 
     @staticmethod
