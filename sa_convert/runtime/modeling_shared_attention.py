@@ -130,6 +130,7 @@ class Exchange:
         """stack, given: the module whose pass it is, and the arguments that it was called with, by name."""
         self.stack, self.given, self.over, self.loans, self.inputs, self.mixed = stack, given, False, {}, {}, set()
         self.notes = {}  # what treatments find once in a pass
+        self.paged = any(map(is_paged, given.values()))
         cache = next(filter(is_cache, given.values()), None)
         self.past = 0 if cache is None else cache.get_seq_length() + 0  # before the pass; a static cache counts on
 
@@ -403,6 +404,8 @@ class Call:
             query, key, value = (nn.functional.pad(each, (0, wide - each.shape[-1])) for each in (query, key, value))
         arguments = self.arguments if arguments is None else arguments
         output, weights = function(module, query, key, value, mask, **arguments)
+        if output.ndim == 2:  # an engine's lie head beside head, for all tokens
+            output = output.unflatten(-1, (query.shape[1], -1))[None]
         return output[..., :size], weights
 
 

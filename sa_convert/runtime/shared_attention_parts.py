@@ -334,7 +334,7 @@ class PartsView(CacheView):
         make = getattr(cache, "layer_class_to_replicate", None)
         while make is not None and len(layers) <= number:
             layers.append(make())
-        if is_paged(cache) or not isinstance(layers, list) or number >= len(layers):
+        if not isinstance(layers, list) or number >= len(layers):
             raise ValueError(
                 f"shared_attention: layer {plan.layer} caches some KV groups in a way of its own, for which "
                 f"{type(cache).__name__} has no room. Choose a dynamic, static or quantised cache; models with other "
@@ -368,7 +368,7 @@ class PartedAttention:
 
     def view(self, cache, exchange):
         plan = self.plan
-        if not plan.caching:
+        if not plan.caching or is_paged(cache):  # pages hold everything, and windows are masks
             return super().view(cache, exchange)
 
         def codec(own, held):
