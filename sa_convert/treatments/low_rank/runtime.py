@@ -106,13 +106,13 @@ class LowRank:
         it, is reduced here."""
         attention, view = call.attention, call.view
         bases, group, size = attention.low_rank, attention.plan.group, attention.size
-        own, held = (tuple(sorted({head // group for head in heads})) for heads in (map_own(view), view.heads))
+        own, held = (tuple(sorted({head // group for head in heads})) for heads in (own_of(view), view.heads))
         if key is not None and bases.ranks:
             if bases.encoder is not None and bases.coded not in call.exchange.notes:
                 key = Codec(bases, call.exchange, own, held).reduced(key)
             if not bases.expands:
                 if bases.encoder is not None:
-                    query = bases.asked(query, map_own(view))
+                    query = bases.asked(query, own_of(view))
                 # Others may lend what they get, to layers with wide heads; and a kernel must be told how it scales.
                 narrow = attention.plan.treatments[-1] is self and call.arguments.get("scaling") is not None
                 width = max(bases.ranks.get(number, size) for number in own) if narrow else size
@@ -122,7 +122,7 @@ class LowRank:
         return _to(output, size), weights
 
 
-def map_own(view):
+def own_of(view):
     """The numbers that own heads of a view have in the layer."""
     return [view.heads[place] for place in view.own]
 
