@@ -118,18 +118,19 @@ def _costs(session: "Session", plan: Plan = NOTHING, number: int = 0, known: Led
         seed=session.seed + number,
         description="costs under the plan so far" if plan else "costs",
         known=known,
-        long=_half(long) if plan else long,
+        long=_fewer(long) if plan else long,
         screened=SCREENED,
     )
 
 
-def _half(samples: Sequence[Sample]) -> list[Sample]:
-    """The first half of each kind. Under a plan every sequence is passed twice, and what was measured without one stays
-    the larger part of the estimate."""
-    found = []
+def _fewer(samples: Sequence[Sample]) -> list[Sample]:
+    """Half of the texts, which then count twice, and all of what is said again: that is where a plan costs other than
+    its parts do. Under a plan every sequence is passed twice."""
+    found: list[Sample] = []
     for kind in dict.fromkeys(sample.kind for sample in samples):
         among = [sample for sample in samples if sample.kind == kind]
-        found += among[: (len(among) + 1) // 2]
+        kept = among if among[0].repetition else among[: (len(among) + 1) // 2]
+        found += [replace(sample, weight=sample.weight * len(among) / len(kept)) for sample in kept]
     return found
 
 
