@@ -234,7 +234,7 @@ def test_what_is_tried_is_what_is_written(family, tmp_path):
     ranks = {1: {0: 5, 3: 4}, 2: {2: 6}}
     save_tiny(family, tmp_path / "base")
     save_tokenizer(tmp_path / "base")
-    text = recipe_text(ranks).replace("2: {", "2: {1: {low_rank: {values: 6}}, ")
+    text = recipe_text(ranks).replace("\n  2: {", "\n  2: {1: {low_rank: {values: 6}}, ")
     text = text.replace("3: {low_rank: {keys: 4}}", "3: {low_rank: {keys: 4, values: 5}}")
     converted(tmp_path / "base", tmp_path / "out", text, validate=False)
     model = load_converted(tmp_path / "out", dtype=torch.float32)
