@@ -1,4 +1,4 @@
-"""Low-rank keys: bases lose least, costs are what autograd says, and what is tried is what is written."""
+"""Low-rank keys and values: bases lose least, costs are what autograd says, and what is tried is what is written."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from sa_convert.read.model_of import model_of
 from sa_convert.read.open_model import open_model
 from sa_convert.search.fitting import fit, learn
 from sa_convert.treatments.ledger import Observed
-from sa_convert.treatments.low_rank.bases import GroupMoments
+from sa_convert.treatments.low_rank.bases import Basis, GroupMoments
 from sa_convert.treatments.low_rank.scores import change_of_loss, gradient_of_keys, gradient_of_scores
 from support.tiny_models import load_converted, save_tiny, save_tokenizer
 
@@ -22,9 +22,9 @@ RANKS = {1: {0: 10, 3: 8}, 4: {2: 12}}
 LENGTH = 48
 
 
-def recipe_text(ranks, more=""):
+def recipe_text(ranks, more="", side="keys"):
     layers = "\n".join(
-        f"  {layer}: {{{', '.join(f'{group}: {{low_rank: {{keys: {rank}}}}}' for group, rank in told.items())}}}"
+        f"  {layer}: {{{', '.join(f'{group}: {{low_rank: {{{side}: {rank}}}}}' for group, rank in told.items())}}}"
         for layer, told in ranks.items()
     )
     return (
@@ -109,6 +109,51 @@ def test_changes_of_the_loss_are_its_derivative(observed):
     torch.testing.assert_close(told, derivative, atol=1e-5, rtol=1e-4)
 
 
+def test_bases_of_values_are_about_zero():
+    """Nothing is added to what heads put out, so what they put out on average has to be in the basis."""
+    generator = torch.Generator().manual_seed(0)
+    moments = GroupMoments(6)
+    outputs, gradients = torch.randn(200, 6, generator=generator) + 5, torch.randn(200, 6, generator=generator)
+    moments.add(outputs, gradients, 1.0)
+    found = moments.basis(3, about_mean=False)
+    assert not found.offset.any()
+    left = outputs - found.reduced(outputs)
+    assert left.mean(0).norm() < 0.1 * outputs.mean(0).norm()
+
+
+def test_costs_of_values_are_the_derivative(observed, monkeypatch):
+    """Of the loss at changed values, computed by autograd; e is linear in them, so keys' and values' add up."""
+    from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
+    from sa_convert.domain.units import Units
+    from sa_convert.treatments.low_rank import cost
+
+    found, _, _ = observed
+    geometry = ModelGeometry((LayerGeometry(4, 2, 5, rotary=False),))
+    generator = torch.Generator().manual_seed(2)
+    mixing = torch.randn(5, 5, generator=generator)
+
+    class Some:
+        def basis(self, layer, group, rank, side):
+            assert side == "values"
+            return Basis(mixing[:rank] / 5, mixing[:rank], torch.zeros(5))
+
+    monkeypatch.setattr(cost, "learned", Some)
+    monkeypatch.setattr(cost, "SIDES", ("values",))
+    units = Units(geometry)
+    ledger = cost.LowRankCosts(units, "fisher")
+    ledger.add(found)
+    for unit in units.all:
+        for ranks in ledger.ranks(unit):
+            ((_, rank),) = ranks
+            value = found.value.clone()
+            for group in unit.groups:
+                value[group] = found.value[group] @ (mixing[:rank].T / 5 @ mixing[:rank]).T
+            weights = found.probabilities[:, -4:].transpose(0, 1).unflatten(0, (2, 2))
+            output = torch.einsum("gpts,gsd->tgpd", weights, value).flatten(1, 2)
+            change = ((output - found.output) * found.gradient).sum((1, 2))
+            assert ledger.cost(unit, ranks) == pytest.approx(0.5 * float(change.square().sum()), rel=1e-4)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A Llama in which KV group 2 of layer 3 has keys of rank 8, about a mean."""
@@ -135,6 +180,39 @@ def test_keys_that_are_of_low_rank_lose_nothing(base, tmp_path):
     assert saved.before - saved.after == 8 * 4  # measured on a real cache
 
 
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory):
+    """A Llama in which values of KV group 1 of layer 2 are of rank 8, with their bias."""
+    folder = tmp_path_factory.mktemp("narrow")
+    save_tiny("llama", folder, max_shard_size="10GB")
+    save_tokenizer(folder)
+    tensors = load_file(folder / "model.safetensors")
+    weight, bias = (tensors[f"model.layers.2.self_attn.v_proj.{part}"] for part in ("weight", "bias"))
+    u, s, v = torch.linalg.svd(weight[16:32], full_matrices=False)
+    weight[16:32] = u[:, :8] * s[:8] @ v[:8]
+    bias[16:32] = u[:, :8] @ (u[:, :8].T @ bias[16:32])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_values_that_are_of_low_rank_lose_nothing(narrow, tmp_path):
+    report = converted(narrow, tmp_path / "out", recipe_text({2: {1: 8}}, side="values"))
+    assert report.perplexity.increase == pytest.approx(0, abs=1e-5)
+    assert report.decode_check.same_greedy_tokens
+    saved = report.savings.cache_bytes_per_token
+    assert saved.before - saved.after == 8 * 4  # measured on a real cache
+    assert report.savings.parameters.before - report.savings.parameters.after == 8 * 64 + 8 + 2 * 8 * 64
+
+
+def test_a_search_finds_values(narrow, tmp_path):
+    text = (
+        "description: a test\nsearch: {cache: 1%, at: 64}\ntreatments: [low_rank]\nrefit: none\n"
+        f"calibration: {{sequences: 6, length: {LENGTH}}}\n"
+    )
+    found = plan(str(narrow), parse_recipe(text, "r.yaml"), ConvertOptions(device="cpu"))
+    assert found.plan.to_json() == {"2": {"1": {"low_rank": {"values": 8}}}}
+
+
 def test_a_search_finds_them(base, tmp_path):
     text = (
         "description: a test\nsearch: {cache: 1%, at: 64}\ntreatments: [low_rank]\nrefit: none\n"
@@ -156,10 +234,14 @@ def test_what_is_tried_is_what_is_written(family, tmp_path):
     ranks = {1: {0: 5, 3: 4}, 2: {2: 6}}
     save_tiny(family, tmp_path / "base")
     save_tokenizer(tmp_path / "base")
-    converted(tmp_path / "base", tmp_path / "out", recipe_text(ranks), validate=False)
+    text = recipe_text(ranks).replace("\n  2: {", "\n  2: {1: {low_rank: {values: 6}}, ")
+    text = text.replace("3: {low_rank: {keys: 4}}", "3: {low_rank: {keys: 4, values: 5}}")
+    converted(tmp_path / "base", tmp_path / "out", text, validate=False)
     model = load_converted(tmp_path / "out", dtype=torch.float32)
     tokens = torch.randint(3, 120, (1, 16), generator=torch.Generator().manual_seed(1))
     layers = {layer: {at: {"low_rank": {"keys": rank}} for at, rank in told.items()} for layer, told in ranks.items()}
+    layers[1][3]["low_rank"]["values"] = 5
+    layers[2][1] = {"low_rank": {"values": 6}}
     wanted, subject = Plan(layers), model_of(open_model(str(tmp_path / "base")))
     with open_session(subject, Calibration(sequences=6, length=LENGTH)) as session:
         learn(session, wanted)
