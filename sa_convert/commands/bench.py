@@ -37,6 +37,9 @@ class NumbersType(click.ParamType):
 
 NUMBERS = NumbersType()
 
+_OF_TURNS = ("contexts", "steps", "repeats", "seed", "threads", "dtype", "device", "trust")
+_NOT_OF_TURNS = {"batches": "--batches", "warmup": "--warmup", "attention": "--attn", "static": "--cache"}
+
 
 @click.command()
 @model_argument
@@ -46,7 +49,10 @@ NUMBERS = NumbersType()
     type=click.IntRange(min=2),
     metavar="N",
     help="Time a conversation of N turns instead: its first tokens, with the cache kept in a file and without. BASE "
-    "may be left out, --contexts is the conversation's tokens (4096), --new-tokens those of an answer.",
+    "may be left out; --contexts is the conversation's tokens (4096).",
+)
+@click.option(
+    "--message", type=click.IntRange(min=1), default=128, show_default=True, help="With --turns: tokens of a message."
 )
 @click.option(
     "--contexts",
@@ -94,6 +100,7 @@ def command(
     model: str,
     against: str | None,
     turns: int | None,
+    message: int,
     output: Path | None,
     as_json: bool,
     **options: Any,
@@ -112,10 +119,10 @@ def command(
     Examples:
       sa-convert bench ./Llama-3-8B-shared --against ./Llama-3-8B
       sa-convert bench ./shared --against ./base --contexts 512,4096 --batches 4 --threads 2 -o bench
-      sa-convert bench ./shared --turns 6 --new-tokens 128 -o turns
+      sa-convert bench ./shared --turns 6 -o turns
     """
     if turns is not None:
-        benchmark, text = _turns(context, model, against, turns, output)
+        benchmark, text = _turns(context, model, against, (turns, message), output)
     elif against is None:
         raise click.MissingParameter(param_hint="'--against'", param_type="option")
     else:
@@ -132,24 +139,19 @@ def command(
         click.echo(f"\nWritten to {output}")
 
 
-def _turns(context: click.Context, model: str, against: str | None, turns: int, output: Path | None) -> tuple[Any, str]:
+def _turns(
+    context: click.Context, model: str, against: str | None, lengths: tuple[int, int], output: Path | None
+) -> tuple[Any, str]:
     """The result of --turns, and its text. Options that say nothing of a conversation are refused."""
     from click.core import ParameterSource
 
-    from sa_convert.jobs.timing_turns import time_turns
+    from sa_convert.jobs.timing_turns import Lengths, time_turns
     from sa_convert.measure.speed.request import BenchOptions
     from sa_convert.present.terminal.turns_text import render_turns
 
-    for name, option in {
-        "batches": "--batches",
-        "warmup": "--warmup",
-        "attention": "--attn",
-        "static": "--cache",
-    }.items():
+    for name, option in _NOT_OF_TURNS.items():
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise click.UsageError(f"{option} and --turns do not go together.")
-    given = {
-        name: context.params[name] for name in ("contexts", "steps", "repeats", "seed", "dtype", "device", "trust")
-    }
-    benchmark = time_turns(model, against, turns, BenchOptions(**given, threads=context.params["threads"]), output)
+    options = BenchOptions(**{name: context.params[name] for name in _OF_TURNS})
+    benchmark = time_turns(model, against, Lengths(*lengths), options, output)
     return benchmark, render_turns(benchmark)

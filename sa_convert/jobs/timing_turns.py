@@ -1,6 +1,7 @@
 """What `sa-convert bench --turns` does: a conversation timed, with the cache that was kept and without."""
 
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -29,14 +30,27 @@ _LARGEST_CACHE = 2_000_000_000
 """Bytes of disk for a session."""
 
 
-def time_turns(
-    model: str, against: str | None, turns: int, options: BenchOptions, output: Path | None = None
-) -> TurnsBenchmark:
-    """Time a conversation of so many turns with each of the models, one after the other.
+@dataclass(frozen=True)
+class Lengths:
+    """turns: of the conversation. message: tokens of each of the user's. context: tokens of all, 0: the default."""
 
-    options: the first of its contexts is that of the whole conversation; `steps` are the tokens of an answer. output:
-    a folder to make, with the table and the figure. Raises CheckpointError, DataError (a model that does not continue
-    text), OutputError, and SaConvertError for a conversation that has no room.
+    turns: int
+    message: int
+    context: int = 0
+
+    @property
+    def answer(self) -> int:
+        return self.context // self.turns - self.message
+
+
+def time_turns(
+    model: str, against: str | None, lengths: Lengths, options: BenchOptions, output: Path | None = None
+) -> TurnsBenchmark:
+    """Time a conversation with each of the models, one after the other.
+
+    options: the largest of its contexts is that of the whole conversation; `steps` are the tokens of an answer that the
+    model says itself. output: a folder to make, with the table and the figure. Raises CheckpointError, DataError (a
+    model that does not continue text), OutputError, and SaConvertError for a conversation that has no room.
     """
     keep_module_cache_clean()
     with ExitStack() as stack:
@@ -57,13 +71,13 @@ def time_turns(
         ]
 
         # 3. How long the messages are, and whether the models can read them.
-        context, message = _lengths(subjects, turns, options)
+        lengths = _possible(subjects, lengths, options)
 
         # 4. Each model's conversation.
         results = []
         conditions = None
         for subject in subjects:
-            timed, conditions = _timed(subject, temporary, (turns, message, context), options)
+            timed, conditions = _timed(subject, temporary, lengths, options)
             results.append(timed)
 
         # 5. What was measured.
@@ -75,8 +89,8 @@ def time_turns(
     return benchmark
 
 
-def _lengths(subjects: list[Subject], turns: int, options: BenchOptions) -> tuple[int, int]:
-    """Tokens of the conversation, and of each message of the user."""
+def _possible(subjects: list[Subject], lengths: Lengths, options: BenchOptions) -> Lengths:
+    """With the tokens of the conversation. Raises SaConvertError if there is no room for the answers."""
     limits = [(limit, subject) for subject in subjects if (limit := positions(subject.config)) is not None]
     for subject in subjects:
         if prediction_task(subject.config, subject.name) != "next-token":
@@ -87,17 +101,18 @@ def _lengths(subjects: list[Subject], turns: int, options: BenchOptions) -> tupl
         context = max(options.contexts)
         for limit, subject in limits:
             check_context(context, 0, limit, subject.name)
-    message = context // turns - options.steps
-    if message < 1:
+    found = replace(lengths, context=context)
+    if found.answer < options.steps:
         raise SaConvertError(
-            f"{turns} turns of a conversation of {context} tokens have {context // turns} tokens each, in which "
-            f"answers of {options.steps} leave no room: give fewer --turns or --new-tokens, or larger --contexts."
+            f"{found.turns} turns of a conversation of {context} tokens have {context // found.turns} tokens each, in "
+            f"which messages of {found.message} and answers of {options.steps} have no room: give fewer --turns, a "
+            "shorter --message, fewer --new-tokens or larger --contexts."
         )
-    return context, message
+    return found
 
 
 def _timed(
-    subject: Subject, temporary: Path, lengths: tuple[int, int, int], options: BenchOptions
+    subject: Subject, temporary: Path, lengths: Lengths, options: BenchOptions
 ) -> tuple[TimedConversation, TurnConditions]:
     import torch
 
@@ -105,15 +120,15 @@ def _timed(
     from sa_convert.measure.speed.conversation_timer import ConversationTimer
     from sa_convert.models.load import embedded_tokens
 
-    turns, message, context = lengths
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     placement = place(subject.folder, options.device, options.dtype)
     with subject.load(placement) as loaded:
         generator = torch.Generator().manual_seed(options.seed)
-        said = torch.randint(embedded_tokens(loaded.model), (turns, message), generator=generator)
-        with progress(turns * (options.repeats + 1), f"turns of {subject.name}", "run") as bar:
-            timer = ConversationTimer(loaded.model, said, options.steps, bar.update)
+        shapes = (lengths.turns, lengths.message), (lengths.turns, lengths.answer - options.steps)
+        said, more = (torch.randint(embedded_tokens(loaded.model), shape, generator=generator) for shape in shapes)
+        with progress(lengths.turns * (options.repeats + 1), f"turns of {subject.name}", "run") as bar:
+            timer = ConversationTimer(loaded.model, said, more, options.steps, bar.update)
             times = timer.turns(temporary / "session", options.repeats)
         (temporary / "session").unlink()
         conditions = TurnConditions(
@@ -121,7 +136,7 @@ def _timed(
             dtype=placement.dtype_name,
             threads=torch.get_num_threads(),
             processor=processor(),
-            context=context,
+            context=lengths.context,
             new_tokens=options.steps,
             repeats=options.repeats,
             seed=options.seed,

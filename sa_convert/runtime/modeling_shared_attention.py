@@ -729,12 +729,16 @@ def count_tokens(cache, number, states, *extra):
 
 
 class ConfigView:
-    """The model's config, but for the attention function that it names: ours."""
+    """The model's config, but for the attention function that it names: ours. vLLM asks whether a module would call its
+    function, before it gives the module the layer that this function runs: until then the name is vLLM's."""
 
-    _attn_implementation = EXCHANGE
+    def __init__(self, config, module):
+        self._config, self._module = config, module
 
-    def __init__(self, config):
-        self._config = config
+    @property
+    def _attn_implementation(self):
+        chosen = self._config._attn_implementation
+        return EXCHANGE if chosen != "vllm" or hasattr(self._module, "attn") else chosen
 
     def __getattr__(self, name):
         if name.startswith("__") or "_config" not in self.__dict__:
@@ -970,8 +974,14 @@ class TreatedAttention(nn.Module):
 @cache
 def treated_class(attention, ours):
     """The attention class of a family with ours in front."""
+
+    @wraps(attention.forward)  # who reads the source of a forward (vLLM, for how it scales scores) finds the family's
+    def forward(self, *args, **kwargs):
+        return ours.forward(self, *args, **kwargs)
+
     members = {
         "__module__": __name__,
+        "forward": forward,
         # The class is no attribute of its module, so an instance is pickled by what the class is made of.
         "__reduce__": lambda self: (_unmade, (attention, ours), self.__dict__),
     }
@@ -1091,7 +1101,7 @@ def _treat_stack(model, names, stack, chosen, described, treatments, ours):
         attention.__class__ = treated_class(type(attention), ours)
         attention.plan = LayerPlan(stack.name, number, heads, group, own, mine, views)
         attention.names, attention.size, attention.model_config = names, size, configs[number]
-        attention.config = ConfigView(configs[number])
+        attention.config = ConfigView(configs[number], attention)
         if not hasattr(attention, "is_causal"):  # kernels take it for granted if a module does not say
             attention.is_causal = not names.bidirectional or getattr(configs[number], "is_decoder", False)
         layer = model.get_submodule(stack.path)[number]
@@ -1105,6 +1115,10 @@ def _treat_stack(model, names, stack, chosen, described, treatments, ours):
         for treatment in mine:
             if hasattr(treatment, "enter"):
                 treatment.enter(attention)
+    if getattr(model.config, "_attn_implementation", None) == "vllm":
+        for treatment in active:
+            if reason := getattr(treatment, "unserved", lambda: None)():
+                raise ValueError(f"shared_attention: {reason}: install sa-convert-vllm, or serve another conversion.")
     return active
 
 

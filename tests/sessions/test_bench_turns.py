@@ -20,17 +20,17 @@ def model(tmp_path_factory):
 
 def test_as_a_process(cli, model, tmp_path):
     out = tmp_path / "out"
-    asked = ("--turns", 3, "--contexts", 60, "--new-tokens", 6, "--repeats", 2)
+    asked = ("--turns", 3, "--contexts", 60, "--message", 12, "--new-tokens", 6, "--repeats", 2)
     done = cli("bench", model, "--against", model, *asked, "-o", out, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found == json.loads((out / "bench.json").read_text())
     assert [each["id"] for each in found["models"]] == ["tiny", "tiny"]
     turns = found["models"][0]["turns"]
-    assert [(turn["history"], turn["new"]) for turn in turns] == [(0, 14), (20, 14), (40, 14)]
+    assert [(turn["history"], turn["new"]) for turn in turns] == [(0, 12), (20, 12), (40, 12)]
     assert all(turn["same_tokens"] for turn in turns)
-    # A token of 6 layers with 4 KV groups of 16 numbers of 4 bytes; the last one of an answer is not in the cache.
-    assert [turn["cache_bytes"] for turn in turns] == [6 * 2 * 4 * 16 * 4 * tokens for tokens in (19, 39, 59)]
+    # A token of 6 layers with 4 KV groups of 16 numbers of 4 bytes.
+    assert [turn["cache_bytes"] for turn in turns] == [6 * 2 * 4 * 16 * 4 * tokens for tokens in (20, 40, 60)]
     for number, turn in enumerate(turns):
         assert turn["cache_bytes"] < turn["file_bytes"] < turn["cache_bytes"] + 10_000
         assert (turn["kept_seconds"] is None) == (number == 0)
@@ -57,14 +57,14 @@ def test_an_answer_from_a_file_that_differs_is_told(tmp_path, monkeypatch):
 
     conversation_timer_load = conversation_timer.load
     said = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))
-    timer = conversation_timer.ConversationTimer(model_named("base"), said, 8, lambda: None)
+    timer = conversation_timer.ConversationTimer(model_named("base"), said, said[:, :0], 8, lambda: None)
     assert [turn.same_tokens for turn in timer.turns(tmp_path / "session", 1)] == [True, True]
     monkeypatch.setattr(conversation_timer, "load", load)
     assert [turn.same_tokens for turn in timer.turns(tmp_path / "session", 1)] == [True, False]
 
 
 def test_in_the_terminal(cli, model):
-    done = cli("bench", model, "--turns", 2, "--contexts", 40, "--new-tokens", 4, "--repeats", 1)
+    done = cli("bench", model, "--turns", 2, "--contexts", 40, "--message", 16, "--new-tokens", 4, "--repeats", 1)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "tiny"
@@ -77,7 +77,7 @@ def test_in_the_terminal(cli, model):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (("--turns", 3, "--contexts", 60, "--new-tokens", 20), "leave no room: give fewer --turns"),
+        (("--turns", 3, "--contexts", 60, "--new-tokens", 20), "have no room: give fewer --turns"),
         (("--turns", 2, "--contexts", 4096), "more than the model's 512 positions"),
     ],
 )

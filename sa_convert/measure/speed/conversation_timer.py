@@ -22,12 +22,16 @@ class ConversationTimer:
     """A model that is told random tokens and answers greedily, twice: in one conversation the cache never leaves
     memory, in the other it is written into a file after each turn, and nothing else goes on to the next.
 
-    said: (turns, tokens), the user's messages. answer: tokens of each answer. step: called once for each run that is
-    timed and for each turn.
+    said: (turns, tokens), the user's messages. more: (turns, tokens), how answers go on after the tokens that the model
+    says itself; they are only read. answer: tokens that it says. step: called once for each run that is timed and for
+    each turn.
     """
 
-    def __init__(self, model: Any, said: torch.Tensor, answer: int, step: Callable[[], Any]) -> None:
-        self.model, self.said, self.answer, self.step = model, said.to(input_device(model)), answer, step
+    def __init__(
+        self, model: Any, said: torch.Tensor, more: torch.Tensor, answer: int, step: Callable[[], Any]
+    ) -> None:
+        device = input_device(model)
+        self.model, self.said, self.more, self.answer, self.step = model, said.to(device), more.to(device), answer, step
         self.last = last_logits_only(model)
 
     @torch.inference_mode()
@@ -35,7 +39,7 @@ class ConversationTimer:
         """file: of the session; it is there afterwards."""
         tokens = self.said[:1, :0]
         memory, found = dynamic_cache(self.model), []
-        for number, message in enumerate(self.said):
+        for number, (message, more) in enumerate(zip(self.said, self.more[:, None], strict=True)):
             history, tokens = tokens.shape[1], torch.cat([tokens, message[None]], dim=1)
             runs: list[tuple[float, float, float]] = []
             kept: Any = None
@@ -49,7 +53,9 @@ class ConversationTimer:
             wanted = self._continued(memory, tokens)
             cache, said = kept or (dynamic_cache(self.model), None)
             same = torch.equal(self._continued(cache, tokens, said), wanted)
-            tokens = torch.cat([tokens, wanted], dim=1)
+            tokens = torch.cat([tokens, wanted, more], dim=1)
+            for one in (memory, cache) if more.numel() else ():
+                self._next(one, tokens[:, int(one.get_seq_length()) :])
             began = time.perf_counter()
             size = save(cache, tokens, file, self.model)
             writing = time.perf_counter() - began

@@ -13,6 +13,8 @@ from sa_convert.present.files.report_file import heal_summary, limits_text, refi
 
 FILE = "README.md"
 HUB = "https://huggingface.co"
+IN_VLLM = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+"""Families that the plugin for vLLM serves; docs/engines.md has what was run."""
 PLACEHOLDER = "PATH_OR_REPO_ID"
 """What the card in a local folder says in place of the name that the model will have on the Hub."""
 
@@ -185,6 +187,12 @@ def _limits(report: Report, remark: str | None) -> Iterator[str]:
         yield (
             "Validated in transformers. Other runtimes, such as llama.cpp, may not honour windows of single layers: "
             "their answers would then differ beyond the first window, without a word."
+        )
+    elif report.family in IN_VLLM:
+        yield (
+            "With the plugin sa-convert-vllm, vLLM runs it and saves the cache of windows and of layers that borrow "
+            "as a whole. Without it, vLLM saves parameters alone and refuses windows. Other runtimes with model "
+            "code of their own, such as llama.cpp, do not know this type of model."
         )
     else:
         yield (

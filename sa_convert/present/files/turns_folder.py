@@ -56,7 +56,7 @@ def turn_notes(benchmark: TurnsBenchmark) -> Iterator[str]:
         f"Times to the first token, medians of {made.repeats} runs: computed again, all that was said is read; from "
         "the file, the session is loaded (asked to be out of memory before) and the new message is read"
     )
-    yield f"Messages are random tokens; answers are {made.new_tokens} greedy tokens"
+    yield f"Messages are random tokens; answers are {made.new_tokens} greedy tokens, then random ones that are read"
     yield "Same tokens: the answer from the file is that of a conversation whose cache never left memory"
 
 

@@ -58,6 +58,10 @@ class Window:
     def takes(self, layer):
         return tuple(self.layers[layer])
 
+    def unserved(self):
+        """Why an attention layer that pages all KV groups alike does not do, or None."""
+        return f"layer {min(self.layers)} has windows of its KV groups, and vLLM has one window for a layer"
+
     def outgrown(self, layer, total, limit):
         """KV groups that a layer of a cache does not hold itself once it has seen so many tokens; None: there is no
         telling. limit: the tokens that it holds at the most, or None."""
