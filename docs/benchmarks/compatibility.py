@@ -52,6 +52,21 @@ If the base model's logits differ between the releases, those of a folder may di
 |---|{rules}
 """
 TAIL = """
+## Treatments beside sharing
+
+The maps above share attention. Folders with other treatments run on 4.57.6 and on the pinned release, in `make test`:
+the same logits and tokens there as here, with a growing cache, with none and with a static one. Releases between them
+were not run with these.
+
+| treatment | families | command |
+|---|---|---|
+| window | 17, and `llama` with two more treatments | `pytest tests/ecosystem/test_window_transformers_4.py` |
+| low_rank | 9 | `pytest tests/ecosystem/test_low_rank_transformers_4.py` |
+| linear, drop | 8 | `pytest tests/ecosystem/test_drop_transformers_4.py` |
+
+Before 5.0, Qwen 3 Next has a cache of a make of its own. A folder of it with windows runs there without a cache, and
+refuses that one by a sentence.
+
 ## New releases
 
 `make test` ends with a look at the newest release. `tests/support/newest.py` asks the registry for it. If it is not the

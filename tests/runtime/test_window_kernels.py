@@ -84,3 +84,27 @@ def test_padding(side, kernel, uncompiled):
     for cuts in CUTS.values():
         found, _ = in_pieces(pair.model, ids, cuts, mask)
         torch.testing.assert_close(found[real], expected[real], atol=1e-4, rtol=1e-4)
+
+
+PACKED = torch.tensor([[*range(12), *range(18)]])
+
+
+@pytest.mark.parametrize("told", ["position_ids", "cu_seq_lens_q"])
+@torch.no_grad()
+def test_packed_sequences_are_refused_where_only_flash_attention_would_tell_them_apart(told):
+    pair = paired("llama", MIXED, "flash_stand_in")
+    given = {"position_ids": PACKED} if told == "position_ids" else {told: torch.tensor([0, 12, 30])}
+    with pytest.raises(ValueError, match=r"^shared_attention: several sequences are packed into one row") as refused:
+        pair.model(some_ids(LENGTH)[:1], use_cache=False, **given)
+    assert "\n" not in str(refused.value)
+
+
+@torch.no_grad()
+def test_packed_sequences_elsewhere():
+    """Each sees itself alone. The sinks are those of the row, so they are in the first one."""
+    pair, ids = Pair("llama", MIXED), some_ids(LENGTH)[:1]
+    expected = pair.expected(ids, position_ids=PACKED)
+    found = pair.model(ids, position_ids=PACKED, use_cache=False).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[:, :12], pair.expected(ids[:, :12]), atol=1e-4, rtol=1e-4)
+    assert (found[:, 12:] - pair.expected(ids[:, 12:])).abs().max() > 0.01

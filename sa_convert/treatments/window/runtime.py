@@ -75,6 +75,7 @@ class Window:
         """Windowed KV groups by their windows, the others by what comes next. mask: for all heads alike, or by head."""
         if call.exchange.paged:
             return self._in_pages(call, query, key, value, mask, then)
+        _refuse_packed(call, mask, value)
         cached, windows, size = call.cached, self.layers[call.layer], self.shapes[call.layer][1]
         every, tokens = range(len(call.view.heads) // size), value.shape[-2]
         own = sorted({head // size for head in call.view.own})
@@ -166,6 +167,24 @@ def narrowed(exchange, mask, sinks, tokens):
         made = kept if mask.dtype == torch.bool else mask.masked_fill(~kept, torch.finfo(mask.dtype).min)
         exchange.notes[name] = mask, made  # the mask is kept, so that no other has its id
     return exchange.notes[name][1]
+
+
+def _refuse_packed(call, mask, value):
+    """Flash attention is told by positions which sequences lie in one row, one behind the other, and not by a mask: no
+    other kernel would keep them apart. value: (1 or B, G, T, D)."""
+    if mask is not None or not call.implementation.startswith("flash") or value.shape[-2] == 1:
+        return
+    positions, packed = call.arguments.get("position_ids"), call.arguments.get("cu_seq_lens_q") is not None
+    if positions is not None and not packed and value.shape[0] == 1 and not torch.compiler.is_compiling():
+        known = call.exchange.notes.get(("packed", id(positions)))
+        packed = bool((positions.diff(dim=-1) < 0).any()) if known is None else known[1]
+        call.exchange.notes["packed", id(positions)] = positions, packed
+    if packed:
+        raise ValueError(
+            "shared_attention: several sequences are packed into one row, which KV groups with windows cannot tell "
+            f"apart under {call.implementation}: give each sequence a row and pad it, or choose "
+            "attn_implementation='sdpa'."
+        )
 
 
 def _heads(groups, size):
