@@ -5,8 +5,8 @@ As the refit, it changes weights only if that helps on held-out text and held-ou
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from sa_convert.heal.trained import prepare, trained_tensors
 from sa_convert.models.auto_class import prediction_task
 from sa_convert.models.load import embedded_tokens, load_base, load_converted, load_tokenizer
 from sa_convert.models.placement import Placement, placed
+from sa_convert.models.products import fast_products
 from sa_convert.models.quiet import quiet
 from sa_convert.observe.written import written_by
 
@@ -136,21 +137,6 @@ def heal(task: HealingTask) -> Healed:
         refused=() if state.best is not None else worse(curve[-1], curve[0], state.base),
     )
     return Healed(tensors, report)
-
-
-@contextmanager
-def fast_products() -> Iterator[None]:
-    """While open, float32 matrices may be multiplied with less precision where that is faster.
-
-    On a processor, oneDNN multiplies them then, and not MKL: twice as fast on one of AMD, and as precise. Processors
-    with matrix units (AMX) round the factors to bfloat16, accelerators to TF32.
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _placement(folder: Path, run: RunOptions) -> Placement:

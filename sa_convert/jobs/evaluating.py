@@ -22,6 +22,7 @@ from sa_convert.measure.quality.questions import decoded
 from sa_convert.measure.quality.walk import in_one_piece, walk
 from sa_convert.models.load import embedded_tokens, refuse_foreign_tokens, release_memory
 from sa_convert.models.placement import most_positions, placed, positions, usable_positions
+from sa_convert.models.products import precise_products
 from sa_convert.models.quiet import keep_module_cache_clean
 from sa_convert.models.subject import Subject, open_subject
 from sa_convert.models.task import Task, task_of
@@ -177,7 +178,7 @@ class _Asked:
     def measure(self, subject: Subject, observe: Callable[[torch.Tensor], None] = lambda logits: None) -> ModelQuality:
         """observe: called with the scored logits of each sequence of the text."""
         placement = placed(subject.folder, self.options)
-        with subject.load(placement) as loaded:
+        with precise_products(placement.device), subject.load(placement) as loaded:
             model = loaded.model
             refuse_foreign_tokens(subject.folder, embedded_tokens(model), self.tokens, self.task.inserted)
             _check_length(self.tokens.shape[1], usable_positions(model))

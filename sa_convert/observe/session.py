@@ -13,6 +13,7 @@ from sa_convert.errors import DataError
 from sa_convert.models.load import load_base, load_tokenizer
 from sa_convert.models.placement import Placement, placed_in_launch, positions
 from sa_convert.models.processes import from_first
+from sa_convert.models.products import precise_products
 from sa_convert.models.task import NEXT_TOKEN, task_of
 from sa_convert.observe.long_sequences import LENGTH, SHORTEST, LongSet, long_set
 from sa_convert.observe.probe import Probe
@@ -76,7 +77,7 @@ def open_session(
     placement = placed_in_launch(folder, run)
     most = positions(model.checkpoint.config) or max(calibration.length, at or 0)
     length = min(calibration.length, most)
-    with load_base(folder, placement) as loaded:
+    with precise_products(placement.device), load_base(folder, placement) as loaded:
         embeddings = loaded.model.get_input_embeddings().weight.shape[0]
         written = None
         own = calibration.sequences // WRITTEN_PART

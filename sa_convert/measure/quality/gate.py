@@ -31,6 +31,7 @@ from sa_convert.models.load import (
     release_memory,
 )
 from sa_convert.models.placement import Placement, placed, positions
+from sa_convert.models.products import precise_products
 from sa_convert.models.quiet import keep_module_cache_clean
 from sa_convert.models.task import task_of
 from sa_convert.models.tokens import long_sequences, token_sequences
@@ -88,7 +89,7 @@ def validate(
     placement = placed(base, run or RunOptions())
     if max_memory is not None:
         placement = replace(placement, max_memory=max_memory)
-    with TemporaryDirectory(prefix="sa-convert-logits-") as kept:
+    with TemporaryDirectory(prefix="sa-convert-logits-") as kept, precise_products(placement.device):
         asked = Questions(
             tokens=tokens,
             task=task,
