@@ -157,7 +157,8 @@ def _layer(
     if config.get(family.groups) not in (None, groups) and not _as_in_transformers(checkpoint, query, key):
         raise CheckpointError(f"config.json: '{family.groups}' is {config[family.groups]}, but '{key}' holds {groups}.")
     stored = tensors[f"{start}{projection(family, 'value')}.weight"].dtype
-    return LayerGeometry(heads, groups, head_dim, value_dim=rows["value"] // groups, stored=stored)
+    value_dim = rows["value"] // groups
+    return LayerGeometry(heads, groups, head_dim, value_dim=None if value_dim == head_dim else value_dim, stored=stored)
 
 
 def told_layer(config: Mapping[str, Any], family: Family, stack: Stack) -> LayerGeometry:

@@ -266,7 +266,7 @@ class CacheView(Over):
 
     def _append(self, layer, keys, values, layer_idx, *args, **kwargs):
         """As `Cache.update`, without the copy of everything cached that a plain dynamic layer makes at every step."""
-        plain = type(layer).update is cache_utils.DynamicLayer.update and layer.is_initialized
+        plain = getattr(type(layer), "update", None) is cache_utils.DynamicLayer.update and layer.is_initialized
         lent = getattr(self.whole, "offloading", False) or torch.is_grad_enabled() or torch.compiler.is_compiling()
         if not plain or lent:
             return self.whole.update(keys, values, layer_idx, *args, **kwargs)

@@ -175,12 +175,12 @@ def test_what_is_held():
     assert cache.layers[0].nbytes == (6 + 7 + 2 * 60) * token
 
 
-def test_pages_are_refused(pair):
+def test_pages_without_a_mask_are_refused(pair):
     class PagedCache(DynamicCache):
         pass
 
     ids = some_ids(9)
-    with pytest.raises(ValueError, match="PagedCache has no room"):
+    with pytest.raises(NotImplementedError, match="need a mask in continuous batching"):
         in_pieces(pair.model, ids, [9], cache=PagedCache())
 
 

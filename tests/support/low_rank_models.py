@@ -95,10 +95,10 @@ PLACES = {
     "stablelm": ("k_layernorm", "heads"),
     "bart": ("k_proj", "flat"),
     "t5": ("k", "flat"),
-    "falcon": ("query_key_value", "groups"),
 }
 # The same, of the layers that do not turn keys in families that turn those of others.
 UNTURNED = {
+    "falcon": ("query_key_value", "groups"),  # with ALiBi
     "smollm3": ("k_proj", "flat"),
     "cohere2": ("k_proj", "flat"),
     "exaone4": ("k_norm", "heads"),

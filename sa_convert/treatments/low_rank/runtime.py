@@ -108,8 +108,10 @@ class LowRank:
         bases, group, size = attention.low_rank, attention.plan.group, attention.size
         own, held = (tuple(sorted({head // group for head in heads})) for heads in (call.own, call.heads))
         if key is not None and bases.ranks:
-            if bases.encoder is not None and bases.coded not in call.exchange.notes:
+            # Told by the cache, and taken back: a checkpointed layer that is computed again has to do the same again.
+            if bases.encoder is not None and not call.exchange.notes.pop(bases.coded, False):
                 key = Codec(bases, call.exchange, own, held).reduced(key)
+                del call.exchange.notes[bases.coded]
             if not bases.expands:
                 if bases.encoder is not None:
                     query = bases.asked(query, call.own)
