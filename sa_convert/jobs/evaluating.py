@@ -22,7 +22,7 @@ from sa_convert.measure.quality.questions import decoded
 from sa_convert.measure.quality.walk import in_one_piece, walk
 from sa_convert.models.load import embedded_tokens, refuse_foreign_tokens, release_memory
 from sa_convert.models.placement import most_positions, placed, positions, usable_positions
-from sa_convert.models.products import precise_products
+from sa_convert.models.products import plain_products, precise_products
 from sa_convert.models.quiet import keep_module_cache_clean
 from sa_convert.models.subject import Subject, open_subject
 from sa_convert.models.task import Task, task_of
@@ -194,8 +194,9 @@ class _Asked:
             decoding = decoded(self.task, model, self.tokens, window, positions(subject.config))
             if decoding is not None:
                 pieces = None if window is None else pieces_of(len(decoding.tokens), window)
-                rounding = rounding_without_cache(model, decoding.tokens, decoding.source)
-                check = decode_check(model, decoding.tokens, rounding, decoding.source, pieces)
+                with plain_products():
+                    rounding = rounding_without_cache(model, decoding.tokens, decoding.source)
+                    check = decode_check(model, decoding.tokens, rounding, decoding.source, pieces)
             if self.task.copies:
                 probes = copying.Probes.of(self.tokenizer, embedded_tokens(model), self.probe_length, self.options.seed)
                 losses, period = probes.losses(model), probes.period

@@ -24,8 +24,22 @@ def fast_products() -> Iterator[None]:
 
     Processors with matrix units (AMX) round the factors to bfloat16, accelerators to TF32.
     """
+    with _precision("medium"):
+        yield
+
+
+@contextmanager
+def plain_products() -> Iterator[None]:
+    """While open, float32 matrices are multiplied as torch does unless it is told otherwise, which is how people run
+    models: so for what tells about rounding itself."""
+    with _precision("highest"):
+        yield
+
+
+@contextmanager
+def _precision(name: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision(name)
     try:
         yield
     finally:

@@ -147,7 +147,7 @@ def test_what_both_find_wrong_is_told_once(reader, tmp_path):
     done = run_in_two("convert", reader, "--recipe", recipe, "-o", tmp_path / "out")
     assert [one.returncode for one in done] == [1, 1]
     assert len(errors_of(done)) == 1
-    assert "99% of the cache is more than" in errors_of(done)[0]
+    assert "recipe.json, line 1: 99% of the cache is more than" in errors_of(done)[0]
 
 
 @pytest.mark.parametrize(

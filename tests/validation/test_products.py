@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sa_convert.models import products
-from sa_convert.models.products import error_of, fast_products, precise_products
+from sa_convert.models.products import error_of, fast_products, plain_products, precise_products
 
 
 @pytest.fixture
@@ -39,3 +39,10 @@ def test_accelerators_are_left_alone():
     before = torch.get_float32_matmul_precision()
     with precise_products("cuda"):
         assert torch.get_float32_matmul_precision() == before
+
+
+def test_within_it_a_part_may_run_as_torch_does_for_everyone():
+    with fast_products():
+        with plain_products():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "medium"

@@ -18,6 +18,7 @@ from sa_convert.measure.quality.perplexity import Perplexity, perplexity
 from sa_convert.measure.quality.walk import in_one_piece, walk, walked_length
 from sa_convert.models.load import embedded_tokens
 from sa_convert.models.placement import Placement
+from sa_convert.models.products import plain_products
 from sa_convert.models.task import Decoding, Task
 
 DECODED = 128
@@ -91,7 +92,8 @@ def ask(model: Any, asked: Questions, who: str, base: Answered | None = None) ->
     found = Answered(perplexity=measured)
     if stored.is_wider(placement):
         found = replace(found, few=stored.first(model, tokens, task, who))
-    found = _decoding(model, asked, found, base)
+    with plain_products():
+        found = _decoding(model, asked, found, base)
     if not task.copies:
         return found
     probes = Probes.of(asked.tokenizer, embedded_tokens(model), asked.probe_length)
