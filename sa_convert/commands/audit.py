@@ -34,6 +34,8 @@ def command(ctx: click.Context, model: str, as_json: bool) -> None:
         ctx.exit(int(done.fault is not None))
     for file in done.files:
         click.echo(f"{file.sha256[:16]}  {file.name}: {file.written_by or 'NOT as sa-convert writes it'}")
+    if done.engine is not None and not done.files:
+        click.echo(f"no code: written for {done.engine}, transformers and the engine run classes of their own")
     for name in done.missing:
         click.echo(f"{'-' * 16}  {name}: MISSING")
     if done.fault is not None:

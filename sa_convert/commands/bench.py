@@ -37,10 +37,23 @@ class NumbersType(click.ParamType):
 
 NUMBERS = NumbersType()
 
+_OF_TURNS = ("contexts", "steps", "repeats", "seed", "threads", "dtype", "device", "trust")
+_NOT_OF_TURNS = {"batches": "--batches", "warmup": "--warmup", "attention": "--attn", "static": "--cache"}
+
 
 @click.command()
 @model_argument
-@click.option("--against", required=True, metavar="BASE", help="The model to compare with, such as the base of MODEL.")
+@click.option("--against", metavar="BASE", help="The model to compare with, such as the base of MODEL.")
+@click.option(
+    "--turns",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Time a conversation of N turns instead: its first tokens, with the cache kept in a file and without. BASE "
+    "may be left out; --contexts is the conversation's tokens (4096).",
+)
+@click.option(
+    "--message", type=click.IntRange(min=1), default=128, show_default=True, help="With --turns: tokens of a message."
+)
 @click.option(
     "--contexts",
     type=NUMBERS,
@@ -81,7 +94,17 @@ NUMBERS = NumbersType()
     "-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder to make: bench.json, .md and .png."
 )
 @json_option
-def command(model: str, against: str, output: Path | None, as_json: bool, **options: Any) -> None:
+@click.pass_context
+def command(
+    context: click.Context,
+    model: str,
+    against: str | None,
+    turns: int | None,
+    message: int,
+    output: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Time MODEL against BASE, side by side, and compare their memory.
 
     Each model runs in a process of its own, and both are in memory. They take turns: a prefill each, then a few decode
@@ -96,14 +119,39 @@ def command(model: str, against: str, output: Path | None, as_json: bool, **opti
     Examples:
       sa-convert bench ./Llama-3-8B-shared --against ./Llama-3-8B
       sa-convert bench ./shared --against ./base --contexts 512,4096 --batches 4 --threads 2 -o bench
+      sa-convert bench ./shared --turns 6 -o turns
     """
-    from sa_convert.jobs.benchmarking import BenchOptions, bench
-    from sa_convert.present.terminal.benchmark_text import render_benchmark
+    if turns is not None:
+        benchmark, text = _turns(context, model, against, (turns, message), output)
+    elif against is None:
+        raise click.MissingParameter(param_hint="'--against'", param_type="option")
+    else:
+        from sa_convert.jobs.benchmarking import BenchOptions, bench
+        from sa_convert.present.terminal.benchmark_text import render_benchmark
 
-    benchmark = bench(model, against, BenchOptions(**options), output)
+        benchmark = bench(model, against, BenchOptions(**options), output)
+        text = render_benchmark(benchmark)
     if as_json:
         echo_json(benchmark.to_json())
         return
-    click.echo(render_benchmark(benchmark))
+    click.echo(text)
     if output is not None:
         click.echo(f"\nWritten to {output}")
+
+
+def _turns(
+    context: click.Context, model: str, against: str | None, lengths: tuple[int, int], output: Path | None
+) -> tuple[Any, str]:
+    """The result of --turns, and its text. Options that say nothing of a conversation are refused."""
+    from click.core import ParameterSource
+
+    from sa_convert.jobs.timing_turns import Lengths, time_turns
+    from sa_convert.measure.speed.request import BenchOptions
+    from sa_convert.present.terminal.turns_text import render_turns
+
+    for name, option in _NOT_OF_TURNS.items():
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{option} and --turns do not go together.")
+    options = BenchOptions(**{name: context.params[name] for name in _OF_TURNS})
+    benchmark = time_turns(model, against, Lengths(*lengths), options, output)
+    return benchmark, render_turns(benchmark)

@@ -78,4 +78,4 @@ class _Piped:
         if self._read:
             return None
         self._read = True
-        return sys.stdin.read()
+        return sys.stdin.read().removesuffix("\n")

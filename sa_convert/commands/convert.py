@@ -19,6 +19,13 @@ from sa_convert.commands.options import (
 @click.command("convert")
 @model_argument
 @click.option("--recipe", "recipe_name", required=True, metavar="NAME-or-FILE", help="A shipped recipe or a YAML file.")
+@click.option(
+    "--for",
+    "engine",
+    type=click.Choice(["transformers", "vllm"]),
+    help="What the result is to run in. transformers (default): it carries its code. vllm: it has no code, and only "
+    "what vLLM itself saves memory with. Default: the recipe's.",
+)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder to make.")
 @click.option(
     "--dry-run",
@@ -61,6 +68,7 @@ def command(
     recipe_name: str,
     output: Path,
     dry_run: bool,
+    engine: str | None,
     max_perplexity_increase: float | None,
     push_to: str | None,
     private: bool,
@@ -72,7 +80,8 @@ def command(
     What the recipe takes from the model is deleted. The result is run and compared with MODEL. DIR appears complete or
     not at all. If the result is worse than the gate allows, the exit status is 3 and there is no DIR.
 
-    DIR loads with AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True).
+    DIR loads with AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True), and with --for vllm without
+    trusting any code.
 
     \b
     Examples:
@@ -98,6 +107,8 @@ def command(
             "--push-to does not go with --trust-remote-code: look at the result, which may carry code, then push it."
         )
     recipe = load_recipe(recipe_name)
+    if engine is not None:
+        recipe = recipe.with_engine(engine)
     if max_perplexity_increase is not None:
         recipe = recipe.with_gate(max_perplexity_increase)
 

@@ -169,7 +169,9 @@ def _none(value: object) -> object:
 
 
 class Recipe(_Frozen):
-    """A whole recipe. `origin` tells where it was written."""
+    """A whole recipe. `origin` tells where it was written. engine: the key `for`, what the result is to run in."""
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
 
     description: StrictStr = ""
     search: CacheSearch | None = None
@@ -180,6 +182,7 @@ class Recipe(_Frozen):
     heal: Annotated[HealSettings | None, BeforeValidator(_none)] = None
     calibration: Calibration = Calibration()
     gate: Gate = Gate()
+    engine: Annotated[Literal["transformers", "vllm"], Field(alias="for")] = "transformers"
     _origin: Origin = PrivateAttr(default_factory=Origin)
 
     @field_validator("plan", mode="before")
@@ -219,6 +222,10 @@ class Recipe(_Frozen):
     def with_heal(self, settings: HealSettings) -> "Recipe":
         """The same recipe with a healing."""
         return self.model_copy(update={"heal": settings})
+
+    def with_engine(self, engine: str) -> "Recipe":
+        """The same recipe for another engine."""
+        return self.model_copy(update={"engine": engine})
 
     def with_gate(self, max_perplexity_increase: float) -> "Recipe":
         """The same recipe with another limit of the perplexity, a fraction (0.05 is 5%)."""

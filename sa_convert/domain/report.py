@@ -13,6 +13,7 @@ from sa_convert.domain.healed import HealReport
 from sa_convert.domain.long_context import LongChange
 from sa_convert.domain.losses import LossChange
 from sa_convert.domain.stacks import Stacks
+from sa_convert.domain.stock import StockForm
 from sa_convert.domain.treated import Treated
 
 PredictionTask = Literal["next-token", "masked-token", "teacher-forced"]
@@ -175,6 +176,8 @@ class Report:
     versions: Mapping[str, str] = field(default_factory=dict)
     auto_class: str = "AutoModelForCausalLM"
     stacks: Stacks = ()
+    stock: StockForm | None = None
+    """How it was written without code; None: it carries its code."""
     kept: Mapping[str, Any] = field(default_factory=dict)
     """Keys of report.json as an earlier report of the same conversion has them."""
 
@@ -199,6 +202,7 @@ class Report:
             "base_model": self.base_model.to_json(),
             "family": self.family,
             "recipe": self.recipe,
+            **({"for": self.stock.to_json()} if self.stock else {}),
             **self.sections,
             "treatments": {treated.name: dict(treated.counts) for treated in self.used},
             "savings": self.savings.to_json(),

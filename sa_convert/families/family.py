@@ -3,7 +3,8 @@
 Every default is what Llama does. This file imports neither torch nor transformers.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 PREFIX = "shared_attention_"
@@ -151,6 +152,29 @@ class Windows:
 
 
 @dataclass(frozen=True)
+class StockWindows:
+    """How a model is told by config.json alone which of its layers attend within a window: by `layer_types` and one
+    `sliding_window`, in a class of transformers that engines know, too. Tests run what is written."""
+
+    written_as: str | None = None
+    """The model type of that class; None: the base's own."""
+    needs: Mapping[str, Any] = field(default_factory=dict)
+    """Config keys, and the values with which both types compute the same. A missing key has that value."""
+    fills: Mapping[str, Any] = field(default_factory=dict)
+    """Config keys that the base may leave out, and what its type takes then; the other type takes something else."""
+    sets: Mapping[str, Any] = field(default_factory=dict)
+    """Config keys that are written besides."""
+    drops: tuple[str, ...] = ()
+    """Config keys that the other type does not have."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Command-line options that an engine needs, by its name."""
+    why: str = ""
+    """What is particular about it."""
+    refused: str | None = None
+    """Why it cannot be, of a type for which one would expect it."""
+
+
+@dataclass(frozen=True)
 class Tokenizer:
     """How transformers reads the family's tokenizer files. Tests compare it with transformers."""
 
@@ -193,6 +217,8 @@ class Family:
     """What travels with a converted model."""
     windows: Windows = Windows()
     """Sliding windows."""
+    stock_windows: StockWindows | None = field(default=None, hash=False)
+    """How config.json says which layers have one; None: it cannot, in a class that transformers and engines know."""
     tokenizer: Tokenizer = Tokenizer()
     """Classes of tokenizers."""
     processor: Processor = Processor()

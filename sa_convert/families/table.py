@@ -9,16 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from sa_convert.families.entries import Entries, made
-from sa_convert.families.family import PREFIX, Family, Modules, Processor, Stack, Tokenizer, Windows
+from sa_convert.families.family import PREFIX, Family, Modules, Processor, Stack, StockWindows, Tokenizer, Windows
 
 HOME = Path(__file__).parent / "models"
 
-_PARTS: dict[str, type] = {"modules": Modules, "windows": Windows, "tokenizer": Tokenizer, "processor": Processor}
+_PARTS: dict[str, type] = {
+    "modules": Modules,
+    "windows": Windows,
+    "stock_windows": StockWindows,
+    "tokenizer": Tokenizer,
+    "processor": Processor,
+}
 
 
 def families_in(home: Path) -> Entries[Family]:
     """Every family of a folder, by model type."""
-    return Entries(home, _family, own=("config_class", "default_class"))
+    return Entries(home, _family, own=("config_class", "default_class", "stock_windows"))
 
 
 def _family(model_type: str, said: dict[str, Any], where: str) -> Family:

@@ -11,17 +11,20 @@ from sa_convert.read.hub_download import download_file
 from sa_convert.read.hub_names import HubName
 from sa_convert.read.open_model import open_model
 from sa_convert.read.side_files import is_code
+from sa_convert.read.stock_folder import REPORT, stock_told
 
 
 @dataclass(frozen=True)
 class Audit:
     """model: as the user called it. files: every Python file in the folder. missing: files without which it does not
-    load. fault: what is wrong in one sentence, or None."""
+    load. fault: what is wrong in one sentence, or None. engine: what it was written for without code; None: it has
+    some."""
 
     model: str
     files: tuple[AuditedFile, ...]
     missing: tuple[str, ...]
     fault: str | None
+    engine: str | None = None
 
 
 def audit(reference: str) -> Audit:
@@ -31,7 +34,10 @@ def audit(reference: str) -> Audit:
     """
     # 1. Find the folder, from headers alone.
     checkpoint = open_model(reference)
-    if not str(checkpoint.config.get("model_type")).startswith(PREFIX):
+    if Path(REPORT) in checkpoint.absent:
+        download_file(HubName(checkpoint.identity, checkpoint.revision), REPORT)
+    stock = stock_told(checkpoint.folder)
+    if stock is None and not str(checkpoint.config.get("model_type")).startswith(PREFIX):
         raise CheckpointError(
             f"{reference}: is no converted model (its model_type is '{checkpoint.config.get('model_type')}'), so "
             "sa-convert wrote no code for it."
@@ -44,9 +50,9 @@ def audit(reference: str) -> Audit:
     fault = foreign_code(checkpoint)
     if fault is None and missing:
         fault = f"its code {missing[0]} is missing"
-    if fault is None and not files:
+    if fault is None and not files and stock is None:
         fault = "it has no code"
-    return Audit(reference, tuple(files), tuple(missing), fault)
+    return Audit(reference, tuple(files), tuple(missing), fault, str(stock.get("engine")) if stock else None)
 
 
 def _fetch_code(checkpoint: Checkpoint) -> None:

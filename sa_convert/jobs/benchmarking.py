@@ -138,7 +138,7 @@ def _benchmark(
             seed=options.seed,
             peak_memory=mine.answer["memory"],
             mixture_of_experts=mine.weights.experts or theirs.weights.experts,
-            processor=_processor(),
+            processor=processor(),
         ),
         pairings=pairings,
         versions=installed_versions(),
@@ -164,7 +164,7 @@ def _loaded(worker: Worker, subject: Subject, options: BenchOptions) -> _Timed:
     return _Timed(worker=worker, subject=subject, answer=answer, weights=Weights(**answer["weights"]), layers=layers)
 
 
-def _processor() -> str:
+def processor() -> str:
     """The name of the processor, as far as the system tells it."""
     file = Path("/proc/cpuinfo")
     lines: Iterator[str] = iter(file.read_text().splitlines()) if file.exists() else iter(())

@@ -17,7 +17,8 @@ from sa_convert.models.trust import trusting
 from sa_convert.output.staging import Stage, staging
 from sa_convert.plan.cache_used import cache_used
 from sa_convert.plan.conversion import ConversionPlan, plan_conversion, resolved_recipe
-from sa_convert.plan.converted import converted_parts
+from sa_convert.plan.converted import converted_parts, stock_parts
+from sa_convert.plan.engines import check_engine
 from sa_convert.plan.savings import depends_on_length, longest_window
 from sa_convert.present.files.report_file import installed_versions, write_report
 from sa_convert.read.folder import open_folder
@@ -58,6 +59,7 @@ def plan(reference: str, recipe: "Recipe", options: ConvertOptions) -> Conversio
     recipe = _with_text(recipe, options)
     model = describe(reference, options)
     notes(model.checkpoint.identity, left_out(model.checkpoint))
+    check_engine(recipe, model)
     if recipe.searches is None:
         return plan_conversion(model, recipe)
     _check_calibration(model, recipe)
@@ -83,6 +85,7 @@ def convert(
     model = describe(reference, options)
     notes(model.checkpoint.identity, left_out(model.checkpoint))
     described = model.checkpoint
+    check_engine(recipe, model)
     if options.validate:
         prediction_task(described.config, reference)
 
@@ -113,7 +116,13 @@ def convert(
         announce("rewriting weights")
         edits, runtimes = conversion.edits, runtime_files()
         written = rewrite_checkpoint(
-            model.checkpoint, model.family, conversion.plan, edits, stage.folder, runtimes=runtimes
+            model.checkpoint,
+            model.family,
+            conversion.plan,
+            edits,
+            stage.folder,
+            runtimes=runtimes,
+            stock=conversion.stock,
         )
 
         # 7. A little training, if the recipe asks for it; then both models run, and the gate may refuse the result.
@@ -168,7 +177,11 @@ def _heal(
     recipe = recipe.with_heal(resolve(recipe.heal, recipe, conversion))
     assert recipe.heal is not None
     base, folder = conversion.model.checkpoint, stage.workspace / "healing"
-    converted, found = converted_parts(open_folder(stage.folder))
+    folder_now = open_folder(stage.folder)
+    if conversion.stock is None:
+        converted, found = converted_parts(folder_now)
+    else:
+        converted, found = stock_parts(folder_now, conversion.plan), conversion.plan
     task = HealingTask(converted=converted, plan=found, base=base, settings=recipe.heal, run=options, state=folder)
     announce("loading both models to heal the converted one")
     with trusting(base.folder, base.trusted):
@@ -232,6 +245,7 @@ def report_of(
         recipe=recipe_name,
         versions=installed_versions(),
         auto_class=auto_class_name(checkpoint.config),
+        stock=conversion.stock,
     )
 
 

@@ -25,6 +25,7 @@ from sa_convert.plan.conversion import ConversionPlan, conversion_of, resolved_r
 from sa_convert.plan.converted import converted_parts
 from sa_convert.read.folder import open_folder, read_json
 from sa_convert.read.open_model import complete
+from sa_convert.read.stock_folder import base_type_of, stock_told
 from sa_convert.read.work_on import describe
 from sa_convert.rewrite.overwrite import overwrite_tensors
 
@@ -74,7 +75,7 @@ def heal_folder(reference: str, output: Path, settings: "HealSettings", options:
         converted, plan = converted_parts(checkpoint)
         base = base_of(checkpoint, options)
         recipe = _recipe(checkpoint.folder, plan, base)
-        conversion = conversion_of(base, plan, recipe.at)
+        conversion = conversion_of(base, plan, recipe)
         check_base(conversion, checkpoint)
         settings = resolve(settings, recipe, conversion, options=True)
 
@@ -173,7 +174,7 @@ def _finish(
 def _converted(reference: str, options: HealOptions) -> Checkpoint:
     """Raises CheckpointError if it is no folder of a converted model, or its code is not ours and not trusted."""
     checkpoint = open_folder(Path(reference), reference)
-    if not str(checkpoint.config.get("model_type")).startswith(PREFIX):
+    if not str(checkpoint.config.get("model_type")).startswith(PREFIX) and stock_told(checkpoint.folder) is None:
         raise CheckpointError(f"{reference}: is not a converted model: convert it first.")
     if not options.trust and (fault := foreign_code(checkpoint)):
         raise CheckpointError(
@@ -209,7 +210,7 @@ def check_base(conversion: ConversionPlan, checkpoint: Checkpoint) -> None:
     alone have the same shapes, and begin with the same bytes."""
     base = conversion.model.checkpoint
     wrong = f"{base.identity}: is not the base of {checkpoint.identity}:"
-    if PREFIX + conversion.model.family.model_type != checkpoint.config.get("model_type"):
+    if conversion.model.family.model_type != base_type_of(checkpoint.folder, checkpoint.config).removeprefix(PREFIX):
         raise CheckpointError(f"{wrong} it is a {base.config.get('model_type')}.")
     touched = _layer_starts(conversion)
     for name, tensor in base.tensors.items():

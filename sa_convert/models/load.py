@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.errors import CheckpointError, DataError
+from sa_convert.families.family import PREFIX
 from sa_convert.families.model_classes import MAPPINGS
 from sa_convert.models.auto_class import auto_class_name, headless, prediction_task
 from sa_convert.models.placement import NO_MEMORY, Placement
@@ -54,14 +55,24 @@ def load_converted(
     unexpected: frozenset[str] | None = frozenset(),
     who: str = "The converted model",
 ) -> Iterator[Loaded]:
-    """The converted model, by the code in its own folder, for as long as the context lasts.
+    """The converted model, by the code in its own folder, for as long as the context lasts; one that carries none, as
+    it was written for an engine, by a class of transformers.
 
     unexpected: names of tensors that the base model does not know either; None: superfluous tensors are no fault, since
     the base model is not known. who: what messages call it. Raises CheckpointError if it cannot be loaded, or a
     tensor is missing, superfluous or of another shape, and DataError if it has no language-modelling head.
     """
     keep_module_cache_clean()
-    prediction_task(read_config(folder), who)
+    told = read_config(folder)
+    prediction_task(told, who)
+    if not str(told.get("model_type")).startswith(PREFIX):
+        import transformers
+
+        auto_class, options = getattr(transformers, auto_class_name(told)), {"trust_remote_code": False}
+        with _loaded(auto_class, folder, placement, who, options) as (loaded, info):
+            _refuse_faulty(who, loaded, info, unexpected)
+            yield loaded
+        return
     with quiet():
         config = _remote_config(folder, who)
     options = {"config": config, "trust_remote_code": True}
@@ -69,9 +80,14 @@ def load_converted(
         if not type(loaded.model).__module__.startswith("transformers_modules."):
             ran = type(loaded.model).__module__
             raise CheckpointError(f"{who}: transformers ran {ran} instead of the code in its folder.")
-        info["unexpected_keys"] = loaded.unexpected - unexpected if unexpected is not None else ()
-        _refuse_incomplete(who, info, ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+        _refuse_faulty(who, loaded, info, unexpected)
         yield loaded
+
+
+def _refuse_faulty(who: str, loaded: Loaded, info: dict[str, Any], unexpected: frozenset[str] | None) -> None:
+    """Raises CheckpointError. unexpected: as in `load_converted`."""
+    info["unexpected_keys"] = loaded.unexpected - unexpected if unexpected is not None else ()
+    _refuse_incomplete(who, info, ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
 
 
 def load_tokenizer(folder: Path, converted: bool = False, otherwise: str = ", or use --no-validate") -> Any:

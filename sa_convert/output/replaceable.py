@@ -37,6 +37,8 @@ def _is_output(folder: Path) -> bool:
     """Whether sa-convert wrote this folder: a converted model or an analysis."""
     if "shared_attention" in _json(folder / "config.json"):
         return (folder / "report.json").is_file()
+    if "for" in _json(folder / "report.json"):  # a conversion that carries no code
+        return (folder / "recipe.yaml").is_file()
     versions = _json(folder / "analysis.json").get("versions")
     return isinstance(versions, dict) and "sa_convert" in versions and (folder / "recipe.yaml").is_file()
 

@@ -10,8 +10,10 @@ from sa_convert.domain.geometry import ModelGeometry
 from sa_convert.domain.model import Model
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.stacks import parse_label
+from sa_convert.domain.stock import StockForm
 from sa_convert.domain.treated import Treated
 from sa_convert.errors import PlanError, RecipeError
+from sa_convert.plan.engines import stock_form
 from sa_convert.plan.savings import plan_savings, used_at
 from sa_convert.treatments.registry import lenders, named, treatments, used_in
 from sa_convert.treatments.tensor_edits import plan_edits
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 class ConversionPlan:
     """A model, the plan for it, what happens to each tensor, and what that saves.
 
-    used_at: tokens of a sequence that the result is for.
+    used_at: tokens of a sequence that the result is for. stock: how it is written without code of ours; None: with it.
     """
 
     model: Model
@@ -32,6 +34,7 @@ class ConversionPlan:
     edits: Mapping[str, TensorEdit]
     savings: Savings
     used_at: int
+    stock: StockForm | None = None
 
     @property
     def treated(self) -> tuple[Treated, ...]:
@@ -51,14 +54,16 @@ def plan_conversion(model: Model, recipe: "Recipe", plan: Plan | None = None) ->
             f"{recipe.origin.at('sharing')}: no head borrows from another, so there is nothing to convert; "
             "name at least one source."
         )
-    return conversion_of(model, plan, recipe.at)
+    return conversion_of(model, plan, recipe)
 
 
-def conversion_of(model: Model, plan: Plan, at: int | None = None) -> ConversionPlan:
-    """What a plan that was checked does to a model. at: as in a recipe."""
+def conversion_of(model: Model, plan: Plan, recipe: "Recipe") -> ConversionPlan:
+    """What a plan that was checked does to a model. recipe: says what for. Raises PlanError if the engine that it names
+    cannot run the plan."""
+    stock = stock_form(model, plan, recipe)
     edits = plan_edits(model, plan)
-    at = used_at(model, at)
-    return ConversionPlan(model, plan, edits, plan_savings(model, plan, edits, at), at)
+    at = used_at(model, recipe.at)
+    return ConversionPlan(model, plan, edits, plan_savings(model, plan, edits, at), at, stock)
 
 
 def planned(recipe: "Recipe", model: Model) -> Plan:

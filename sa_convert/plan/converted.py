@@ -1,6 +1,7 @@
 """A converted model: what its base was like, and its plan."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from sa_convert.domain.checkpoint import Checkpoint
@@ -12,8 +13,11 @@ from sa_convert.errors import CheckpointError, UnsupportedModelError
 from sa_convert.families.family import PREFIX, Family
 from sa_convert.families.table import FAMILIES
 from sa_convert.plan.conversion import check_plan
-from sa_convert.read.geometry_of import geometry_of
+from sa_convert.plan.engines import without_windows
+from sa_convert.read.family_of import family_of
+from sa_convert.read.geometry_of import geometry_of, groups_in
 from sa_convert.read.names import attention_config
+from sa_convert.read.stock_folder import stock_told
 from sa_convert.treatments.registry import named, treatments
 
 
@@ -22,6 +26,9 @@ def converted_parts(checkpoint: Checkpoint) -> tuple[Model, Plan]:
 
     Raises UnsupportedModelError for an unknown base type, CheckpointError or PlanError for wrong files.
     """
+    stock = stock_told(checkpoint.folder)
+    if stock is not None:
+        return _stock_parts(checkpoint, stock.get("layers"))
     config = checkpoint.config
     base = str(config["model_type"]).removeprefix(PREFIX)
     family = FAMILIES.get(base)
@@ -66,6 +73,37 @@ def _names_in(groups: Any) -> set[str]:
         return {groups}
     named = groups.values() if isinstance(groups, Mapping) else ()
     return {name for treated in named if isinstance(treated, Mapping) for name in treated}
+
+
+def _stock_parts(checkpoint: Checkpoint, layers: Any) -> tuple[Model, Plan]:
+    """Of a model that was written without code. layers: its plan, as report.json has it."""
+    try:
+        plan = Plan.from_json(layers)
+        windows = [window for groups in plan.groups_of("window").values() for window in groups.values()]
+        told = {(window["sinks"], window["tokens"]) for window in windows}
+    except (AttributeError, TypeError, ValueError, LookupError):
+        raise CheckpointError("report.json: 'for' does not list treatments for KV groups under 'layers'.") from None
+    model = stock_parts(checkpoint, plan)
+    check_plan(plan, model)
+    if told != {(0, checkpoint.config.get("sliding_window"))}:
+        raise CheckpointError("config.json has another 'sliding_window' than report.json tells of.")
+    return model, plan
+
+
+def stock_parts(checkpoint: Checkpoint, plan: Plan) -> Model:
+    """A model that was written without code, with the geometry of its base: layers that the plan treats see all.
+
+    Raises CheckpointError if config.json does not give a window to each of them.
+    """
+    family = family_of(checkpoint.config, checkpoint.tensors)
+    geometry = geometry_of(checkpoint, family)
+    wrong = next((at for at in plan.layers if at >= len(geometry.layers) or geometry.layers[at].window is None), None)
+    if wrong is not None:
+        raise CheckpointError(f"config.json: 'layer_types' gives layer {wrong} no window, which the plan has one for.")
+    layers = tuple(
+        without_windows(layer) if index in plan.layers else layer for index, layer in enumerate(geometry.layers)
+    )
+    return Model(checkpoint=checkpoint, family=family, geometry=replace(geometry, layers=layers))
 
 
 VERSION = 2
@@ -116,11 +154,3 @@ def _by_group(
         raise ValueError(f"{len(row)} heads in {groups} KV groups")
     parts = {str(group): list(row[group * size : (group + 1) * size]) for group in range(groups)}
     return {group: {"share": heads} for group, heads in parts.items() if any(heads)}
-
-
-def groups_in(config: Mapping[str, Any], family: Family, heads: int) -> int:
-    """KV groups of layers with so many query heads, as far as config.json tells: as many, if it says nothing."""
-    read = family.groups_if is None or bool(config.get(family.groups_if))
-    if family.one_group and not (family.groups_if and read):
-        return 1 if config.get(family.one_group, True) else heads
-    return int(config.get(family.groups) or heads)

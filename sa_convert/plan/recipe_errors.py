@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pydantic import ValidationError
+    from pydantic import BaseModel, ValidationError
 
     from sa_convert.domain.recipe import Origin
 
@@ -51,7 +51,7 @@ def explain(error: "ValidationError", origin: "Origin") -> str:
                 text = f"{_dotted(path)}: {text}"
         elif kind in ("extra_forbidden", "invalid_key", "missing"):
             parent, key = path[:-1], str(path[-1])
-            known = list(models[tuple(part for part in parent if isinstance(part, str))].model_fields)
+            known = keys_of(models[tuple(part for part in parent if isinstance(part, str))])
             under = f" under {_dotted(parent)}" if parent else ""
             if kind == "missing":
                 text = f"the key '{key}' is missing{under}"
@@ -67,6 +67,11 @@ def explain(error: "ValidationError", origin: "Origin") -> str:
         where = origin.at(*path)
         found.append((rank, int(where.rpartition(" ")[2]), f"{where}: {text}"))
     return min(found)[2]
+
+
+def keys_of(model: "type[BaseModel]") -> list[str]:
+    """The keys of a part of a recipe, as people write them."""
+    return [told.alias or name for name, told in model.model_fields.items()]
 
 
 def _dotted(path: tuple[str | int, ...]) -> str:

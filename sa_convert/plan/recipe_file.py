@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import sa_convert
 from sa_convert.domain.plan import plain
 from sa_convert.errors import RecipeError
-from sa_convert.plan.recipe_errors import did_you_mean, explain
+from sa_convert.plan.recipe_errors import did_you_mean, explain, keys_of
 from sa_convert.plan.yaml_lines import parse_yaml
 from sa_convert.treatments.base import Treatment
 from sa_convert.treatments.registry import named, treatments
@@ -75,7 +75,7 @@ def parse_recipe(text: str, file: str) -> "Recipe":
     if value is None:
         raise RecipeError(f"{file} is empty; a recipe needs at least one of the keys 'search', 'plan' and 'sharing'.")
     if not isinstance(value, Mapping):
-        raise RecipeError(f"{origin.at()}: a recipe is a mapping of keys ({', '.join(Recipe.model_fields)})")
+        raise RecipeError(f"{origin.at()}: a recipe is a mapping of keys ({', '.join(keys_of(Recipe))})")
     try:
         recipe = Recipe.model_validate(value).written_at(origin)
     except ValidationError as error:
@@ -128,7 +128,10 @@ def dump_recipe(recipe: "Recipe") -> str:
     Dumper.add_representer(OneLine, lambda d, data: d.represent_sequence("tag:yaml.org,2002:seq", data, True))
     Dumper.add_representer(Inline, lambda d, data: d.represent_mapping("tag:yaml.org,2002:map", data, True))
 
-    content = recipe.model_dump()
+    content = recipe.model_dump(by_alias=True)
+    engine = content.pop("for")
+    if engine != "transformers":
+        content = {"description": content.pop("description"), "for": engine, **content}
     if recipe.search is None:
         del content["search"]
     else:

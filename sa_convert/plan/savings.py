@@ -18,6 +18,8 @@ USED_AT = 4096
 CONTEXTS = (512, 2048, 4096, 8192)
 """Lengths at which caches are shown."""
 
+_WEIGHT = "weight"
+
 
 def plan_savings(model: Model, plan: Plan, edits: Mapping[str, TensorEdit], at: int) -> Savings:
     """Parameters, bytes of the tensors, and the cache of one sequence, before and after.
@@ -117,7 +119,10 @@ def value_size(model: Model, index: int) -> int:
     layer = model.geometry.layers[index]
     if model.family.modules.fused:
         return layer.head_dim
-    shape = model.checkpoint.tensors[_value_name(model, index)].shape
+    name = _value_name(model, index)
+    if name.endswith(f".down.{_WEIGHT}"):  # narrower than in the base, in every layer of a converted model
+        return layer.head_dim
+    shape = model.checkpoint.tensors[name].shape
     return shape[1 if model.family.modules.transposed else 0] // layer.groups
 
 
@@ -125,7 +130,8 @@ def _value_name(model: Model, index: int) -> str:
     """That of the layer, or of another one of its stack if it has no attention any more."""
     layers, module = model.geometry.layers, projection(model.family, "value")
     alike = (at for at, layer in enumerate(layers) if layer.heads and layer.stack == layers[index].stack)
-    names = (f"{attention_prefix(model, at)}{module}.weight" for at in chain((index,), alike))
+    starts = [f"{attention_prefix(model, at)}{module}." for at in chain((index,), alike)]
+    names = (f"{start}{end}" for end in (_WEIGHT, f"down.{_WEIGHT}") for start in starts)
     return next(name for name in names if name in model.checkpoint.tensors)
 
 

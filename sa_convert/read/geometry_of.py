@@ -15,6 +15,9 @@ from sa_convert.read.names import attention_config, attention_start, has_stack, 
 DEPTHS = ("num_hidden_layers", "num_layers")
 """Config keys of the number of layers that stand in if a family's own key is missing."""
 
+HIDDEN, SIZES = ("hidden_size", "d_model", "n_embd"), ("head_dim", "d_kv")
+"""Config keys of the numbers of a state, and of a head."""
+
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 
 
@@ -31,9 +34,10 @@ def number(config: Mapping[str, Any], key: str, *others: str, least: int = 1) ->
 def geometry_of(checkpoint: Checkpoint, family: Family, reusing: Container[str] = ()) -> ModelGeometry:
     """Heads, groups, attention types and windows of every layer.
 
-    reusing: labels of layers that have lost queries and keys, in a model that shares already; they are as the first
-    layer of their stack, which owns all its attention. Raises CheckpointError if tensors are missing or contradict
-    config.json, UnsupportedModelError if the projections are quantised, and as `refuse_foreign_weights`.
+    reusing: labels of layers whose tensors have other shapes than in the base, in a converted model; they are as the
+    first layer of their stack that is as it was, or as config.json says if there is none. Raises CheckpointError if
+    tensors are missing or contradict config.json, UnsupportedModelError if the projections are quantised, and as
+    `refuse_foreign_weights`.
     """
     refuse_foreign_weights(checkpoint)
     config = attention_config(checkpoint.config, family)
@@ -43,14 +47,12 @@ def geometry_of(checkpoint: Checkpoint, family: Family, reusing: Container[str] 
             continue  # an encoder saved alone
         depth, cached = _depth(checkpoint, config, stack), caches(config, family, stack)
         lost = [f"{stack.name}.{index}".removeprefix(".") in reusing for index in range(depth)]
-        if all(lost):
-            raise CheckpointError(
-                "config.json: 'shared_attention' lets every layer borrow, so that none is left to borrow from."
-            )
         found = [
             None if lost[index] else _layer(checkpoint, config, family, stack, index, depth) for index in range(depth)
         ]
         whole = next((layer for layer in found if layer), None)
+        if all(lost):
+            whole = told_layer(config, family, stack)
         if whole is None:
             raise _missing(checkpoint, family, stack, 0, depth)
         for at, (kind, window, rotary) in enumerate(attention_kinds(config, family, depth)):
@@ -59,7 +61,9 @@ def geometry_of(checkpoint: Checkpoint, family: Family, reusing: Container[str] 
                 layers.append(LayerGeometry(0, 0, 0, "none", stack=stack.name))
                 continue
             layers.append(replace(layer, attention=kind, window=window, rotary=rotary, stack=stack.name, cached=cached))
-    return ModelGeometry(tuple(layers), family.granularity, turning_problem(config, family))
+    return ModelGeometry(
+        tuple(layers), family.granularity, turning_problem(config, family), weighing_problem(config, family)
+    )
 
 
 def turning_problem(config: Mapping[str, Any], family: Family) -> str | None:
@@ -73,6 +77,20 @@ def turning_problem(config: Mapping[str, Any], family: Family) -> str | None:
                 return "how much its keys are turned changes as the text grows longer"
             if "mrope_section" in each:
                 return "positions of its tokens have several parts"
+    return None
+
+
+def weighing_problem(config: Mapping[str, Any], family: Family) -> str | None:
+    """Why values cannot have fewer numbers, or None if nothing is done to them or to their sums before `output`."""
+    modules = family.modules
+    if modules.output_norm:
+        return "what its heads put out is normalised before it is projected"
+    if modules.gate:
+        return "what its heads put out is scaled number by number before it is projected"
+    if modules.value_limit and config.get(modules.value_limit) is not None:
+        return "its values are clipped"
+    if modules.output_outside:
+        return "its output projection is no part of its attention"
     return None
 
 
@@ -109,9 +127,7 @@ def _layer(
     if family.mixed and f"{start}{projection(family, 'query')}" not in checkpoint.modules:
         return None
     rows, modules = {}, family.modules
-    # Keys of a converted model that are cached in fewer numbers have as many KV groups as there are values.
-    short = not modules.fused and f"{start}{modules.key}.down.weight" in tensors
-    for side in ("query", "value") if short else ("query", "key", "value"):
+    for side in ("query", "key", "value"):
         module = projection(family, side)
         if (part := part_of_quantised(f"{start}{module}.", checkpoint)) is not None:
             raise quantised(checkpoint, part)
@@ -134,13 +150,31 @@ def _layer(
         raise CheckpointError(
             f"config.json: 'head_dim' is {config['head_dim']}, but '{query}' has {head_dim} rows a head."
         )
-    rows.setdefault("key", rows["value"])
     groups = rows["key"] // head_dim
     if not groups or rows["key"] % head_dim or heads % groups:
         raise CheckpointError(f"'{key}' has {rows['key']} rows; they do not fit {heads} query heads of {head_dim}.")
     if config.get(family.groups) not in (None, groups) and not _as_in_transformers(checkpoint, query, key):
         raise CheckpointError(f"config.json: '{family.groups}' is {config[family.groups]}, but '{key}' holds {groups}.")
     return LayerGeometry(heads, groups, head_dim)
+
+
+def told_layer(config: Mapping[str, Any], family: Family, stack: Stack) -> LayerGeometry:
+    """A layer as config.json alone tells of it, if no layer of a converted model is as it was."""
+    heads = number(config, stack.heads, "num_attention_heads")
+    hidden = next((config[key] for key in HIDDEN if isinstance(config.get(key), int)), 0)
+    head_dim = next((config[key] for key in SIZES if isinstance(config.get(key), int)), hidden // heads)
+    groups = groups_in(config, family, heads)
+    if head_dim < 1 or groups < 1 or heads % groups:
+        raise CheckpointError("config.json does not tell how many heads there are, and of which size.")
+    return LayerGeometry(heads, groups, head_dim)
+
+
+def groups_in(config: Mapping[str, Any], family: Family, heads: int) -> int:
+    """KV groups of layers with so many query heads, as far as config.json tells: as many, if it says nothing."""
+    read = family.groups_if is None or bool(config.get(family.groups_if))
+    if family.one_group and not (family.groups_if and read):
+        return 1 if config.get(family.one_group, True) else heads
+    return int(config.get(family.groups) or heads)
 
 
 def _fused_layer(
@@ -194,7 +228,7 @@ def attention_kinds(config: Mapping[str, Any], family: Family, depth: int) -> li
     window = config.get(key, family.windows.size)
     if config.get("use_sliding_window", family.windows.used) is False:
         window = None
-    rotates = [rotary != "none"] * depth
+    rotates = [rotary != "none" and not config.get("alibi")] * depth
     if rotary == "no_rope_layers":
         rotates = [bool(flag) for flag in _listed(config, "no_rope_layers", object) or _without_rotary(config, depth)]
     types = _listed(config, "layer_types", str) or _default_types(config, family.windows, depth, window, rotates)

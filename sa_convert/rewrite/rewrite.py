@@ -7,6 +7,7 @@ from pathlib import Path
 from sa_convert.console.progress import progress_bytes
 from sa_convert.domain.checkpoint import Checkpoint, TensorEdit
 from sa_convert.domain.plan import Plan
+from sa_convert.domain.stock import StockForm
 from sa_convert.families.family import Family
 from sa_convert.rewrite.carried import TOKENIZERS, carried_files
 from sa_convert.rewrite.config import classes_in, converted_config
@@ -33,28 +34,32 @@ def rewrite_checkpoint(
     folder: Path,
     *,
     runtimes: Mapping[str, Path],
+    stock: StockForm | None = None,
 ) -> Written:
     """Write weights, index, configuration, code and side files of the converted model into `folder`, an empty folder.
 
-    runtimes: the runtime file of each treatment that there is. Shows a progress bar. Raises CheckpointError if the base
-    cannot be read, OSError if the result cannot be written; `staging` makes that an OutputError and removes what was
-    written.
+    runtimes: the runtime file of each treatment that there is. stock: what a model is written as that needs no code;
+    its tokenizer is the base's, whose class has to be told if the model's type is another one. Shows a progress bar.
+    Raises CheckpointError if the base cannot be read, OSError if the result cannot be written; `staging` makes that an
+    OutputError and removes what was written.
     """
     for path in (*checkpoint.side_files, *tokenizer_code(checkpoint)):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkpoint.folder / path, folder / path)
-    tokenizer = tokenizer_config(checkpoint, family)
-    if tokenizer is not None:
-        (folder / TOKENIZER_CONFIG).write_text(as_json(tokenizer), encoding="utf-8")
-        if TOKENIZERS.stem in str(tokenizer.get("auto_map")):
-            shutil.copyfile(TOKENIZERS, folder / TOKENIZERS.name)
-    for name, content in processor_configs(checkpoint, family).items():
-        (folder / name).write_text(as_json(content), encoding="utf-8")
-    used = {name: path for name, path in runtimes.items() if name in plan.treatments}
-    for name, code in carried_files(family, used, classes_in(checkpoint, family).values()).items():
-        (folder / name).write_bytes(code)
-    config = as_json(converted_config(checkpoint, family, plan))
-    (folder / "config.json").write_text(config, encoding="utf-8")
+    if stock is None or stock.model_type != family.model_type:
+        tokenizer = tokenizer_config(checkpoint, family)
+        if tokenizer is not None:
+            (folder / TOKENIZER_CONFIG).write_text(as_json(tokenizer), encoding="utf-8")
+            if TOKENIZERS.stem in str(tokenizer.get("auto_map")):
+                shutil.copyfile(TOKENIZERS, folder / TOKENIZERS.name)
+    if stock is None:
+        for name, content in processor_configs(checkpoint, family).items():
+            (folder / name).write_text(as_json(content), encoding="utf-8")
+        used = {name: path for name, path in runtimes.items() if name in plan.treatments}
+        for name, code in carried_files(family, used, classes_in(checkpoint, family).values()).items():
+            (folder / name).write_bytes(code)
+    config = stock.config if stock else converted_config(checkpoint, family, plan)
+    (folder / "config.json").write_text(as_json(config), encoding="utf-8")
     total = sum(plan.bytes for plan in plan_shards(checkpoint, edits))
     with progress_bytes(total, "Writing weights") as bar:
         return write_shards(checkpoint, edits, folder, bar.update)

@@ -97,6 +97,13 @@ def in_front(ours, theirs):
     """The class `theirs` with `ours` in front. It is no attribute of a module, so an instance is pickled by what it is
     made of."""
     members = {"__module__": __name__, "__reduce__": lambda self: (_unmade, (ours, theirs), self.__dict__)}
+    if hasattr(theirs, "forward"):  # who reads the source of a forward (vLLM, for how it scales scores) finds theirs
+
+        @wraps(theirs.forward)
+        def forward(self, *args, **kwargs):
+            return ours.forward(self, *args, **kwargs)
+
+        members["forward"] = forward
     return type(f"Treated{theirs.__name__}", (ours, theirs), members)
 
 
@@ -186,7 +193,7 @@ QUANTIZED = _classes("BaseQuantizedLayer", "QuantizedLayer")
 
 class CacheView(Over):
     """A cache as a layer sees it that keeps `own` heads of keys; see the drawing at the top. codec: None, or what makes
-    of keys (B, own, T, D) those that are cached, (B, 1, T, width), and of these the keys again."""
+    of keys (B, own, T, D) and values what is cached, often in one wide head, and of that keys and values again."""
 
     def __init__(self, cache, own, codec=None):
         super().__init__(cache, own=own, codec=codec)
@@ -211,8 +218,8 @@ class CacheView(Over):
         layer = layers[layer_idx] if layer_idx < len(layers) else None
         kind = getattr(cache, "layer_class_to_replicate", None) if layer is None else type(layer)
         way, append = getattr(kind, "update", None), cache.update
-        keys = self.codec.encode(key) if self.codec is not None and own else key
-        slots = (keys, value) if own else (value, value[..., :0])
+        coded, packed = (key, value) if self.codec is None else self.codec.encode(key if own else None, value)
+        slots = (coded, packed) if own else (packed, packed[..., :0])
         if way in GROW:
             held = (getattr(layer, "keys", None), getattr(layer, "values", None))
             for states, new in zip(held, slots, strict=True):
@@ -227,23 +234,27 @@ class CacheView(Over):
                 raise self.foreign(layer_idx)
             if layer is not None:
                 layer.shared_attention = True
-            if isinstance(kind, type) and issubclass(kind, QUANTIZED) and (own or value.shape[-1] % 2 == 0):
-                slots = slots if own else value.chunk(2, dim=-1)
+            if isinstance(kind, type) and issubclass(kind, QUANTIZED) and (own or packed.shape[-1] % 2 == 0):
+                slots = slots if own else packed.chunk(2, dim=-1)
                 fit_groups(layer, slots)
                 keys, values = append(*slots, layer_idx, *args, **kwargs)
-                return (self._decoded(keys), values) if own else (None, torch.cat([keys, values], dim=-1))
+                return self._decoded(*((keys, values) if own else (None, torch.cat([keys, values], dim=-1))))
             if way in STATIC and fresh:
                 make_slots(layer, *slots)
             if way not in STATIC or not all(map(_alike, slots, (layer.keys, layer.values))):
                 room = max(layer.keys.shape[1] if way in STATIC else groups, groups)
-                slots = [_filled(states, room) for states in (key if own else value, value)]
+                slots = [_filled(states, room) for states in (self._reduced(key) if own else value, value)]
                 keys, values = append(*slots, layer_idx, *args, **kwargs)
                 return (keys[:, :own] if own else None), values[:, :groups]
         keys, values = append(*slots, layer_idx, *args, **kwargs)
-        return (self._decoded(keys), values) if own else (None, keys)
+        return self._decoded(*((keys, values) if own else (None, keys)))
 
-    def _decoded(self, keys):
-        return keys if self.codec is None else self.codec.decode(keys)
+    def _decoded(self, keys, values):
+        return (keys, values) if self.codec is None else self.codec.decode(keys, values)
+
+    def _reduced(self, key):
+        """A key as it would come out of a cache that had a place for its codes."""
+        return key if self.codec is None else self.codec.reduced(key)
 
     def foreign(self, number, found="tokens"):
         return ValueError(
@@ -312,8 +323,8 @@ def _grown(layer, slot, new):
 
 class LayerPlan:
     """What one layer has, and which treatments it runs, the first outermost. own, own_groups: query heads, and KV
-    groups, that compute their attention, all of them or fewer. group: query heads in a KV group. coder, whole: the
-    treatment that caches keys in another form, and that which puts something else in the place of attention, or None.
+    groups, that compute their attention, all of them or fewer. group: query heads in a KV group. coder: the treatment
+    that caches keys or values in another form, or None; whole: that which puts something in the place of attention.
     """
 
     def __init__(self, stack, layer, heads, group, reached=()):
@@ -325,6 +336,16 @@ class LayerPlan:
         self.own_groups = tuple(sorted({head // group for head in self.own}))
         self.coder = next((treatment for treatment in self.treatments if hasattr(treatment, "codec")), None)
         self.whole = next((treatment for treatment in self.treatments if hasattr(treatment, "output")), None)
+
+
+class ConfigView(Over):
+    """The model's config, but for the attention function that it names: ours. vLLM asks whether a module would call its
+    function, before it gives the module the layer that this function runs: until then the name is vLLM's."""
+
+    @property
+    def _attn_implementation(self):
+        chosen = self.whole._attn_implementation
+        return EXCHANGE if chosen != "vllm" or hasattr(self.module, "attn") else chosen
 
 
 class Gone:
@@ -361,18 +382,28 @@ class Call:
         return self.attention.plan.layer
 
     @property
-    def groups(self):
-        """The KV groups whose keys a treatment is given."""
-        return self.attention.plan.own_groups
+    def heads(self):
+        """The heads that a treatment is given, by their numbers in the layer."""
+        return range(self.attention.plan.heads)
+
+    @property
+    def own(self):
+        """Those of them that compute their attention."""
+        return self.attention.plan.own
 
     def kernel(self, query, key, value, mask, group=None, arguments=None, sinks=None):
         """The family's attention, of heads that lie `group` to a key: output (B, T, H, D), probabilities or None."""
         attention, eager = self.attention, self.implementation == "eager"
         function = attention.family_eager if eager else ALL_ATTENTION_FUNCTIONS[self.implementation]
         changed = {} if sinks is None else {attention.names.sinks: sinks}
-        group = group or attention.plan.group
+        group, size = group or attention.plan.group, value.shape[-1]
         module = Over(attention, num_key_value_groups=group, config=attention.model_config, **changed)
-        return function(module, query, key, value, mask, **(self.arguments if arguments is None else arguments))
+        if not eager and key.shape[-1] != size:  # fused kernels take keys and values of one size, or are slow
+            wide = max(key.shape[-1], size)
+            query, key, value = (nn.functional.pad(each, (0, wide - each.shape[-1])) for each in (query, key, value))
+        arguments = self.arguments if arguments is None else arguments
+        output, weights = function(module, query, key, value, mask, **arguments)
+        return output[..., :size], weights
 
 
 class TreatedAttention(nn.Module):
@@ -423,8 +454,10 @@ class TreatedAttention(nn.Module):
 
     def view(self, cache, exchange):
         """A cache as this layer sees it."""
-        coder, groups = self.plan.coder, self.plan.own_groups
-        return CacheView(cache, len(groups), coder and exchange and coder.codec(self, exchange, groups))
+        plan, codec = self.plan, None
+        if plan.coder is not None and exchange is not None:
+            codec = plan.coder.codec(self, exchange, plan.own_groups, tuple(range(plan.heads // plan.group)))
+        return CacheView(cache, len(plan.own_groups), codec)
 
     def attend(self, query, key, value, mask, arguments, exchange):
         """The attention function. query: (B, O, T, D); key: (B, own groups, S, D), both without meaning if nothing is
@@ -590,8 +623,9 @@ def _treat_stack(model, names, stack, chosen, described, treatments, ours):
     for name in [name for name in treatments if name in chosen]:  # in the order of the literal, the first outermost
         # A model may be made of its first layers alone (`num_hidden_layers`), whose sources come before them.
         layers = {number: chosen[name][number] for number in sorted(chosen[name]) if number in shapes}
-        view = SimpleNamespace(name=stack.name, shapes=shapes, heads=heads, layers=layers, options=described)
-        view = ours.reach(view, reached)
+        sizes = {number: (size, heads // group) for number, (heads, group, size) in shapes.items()}
+        view = {"name": stack.name, "shapes": shapes, "heads": heads, "layers": layers, "options": described}
+        view = ours.reach(SimpleNamespace(**view, told=layers, sizes=sizes), reached)
         reached.append((treatments[name](view), view.heads))
     for number, attention in enumerate(attentions):
         mine = tuple((treatment, heads[number]) for treatment, heads in reached if treatment.touches(number))
@@ -600,7 +634,7 @@ def _treat_stack(model, names, stack, chosen, described, treatments, ours):
         attention.__class__ = in_front(ours, type(attention))
         plan = attention.plan = ours.plan_class(stack.name, number, *shapes[number][:2], mine)
         attention.names, attention.size, attention.model_config = names, shapes[number][2], configs[number]
-        attention.config = Over(configs[number], _attn_implementation=EXCHANGE)
+        attention.config = ConfigView(configs[number], module=attention)
         if not hasattr(attention, "is_causal"):  # kernels take it for granted if a module does not say
             attention.is_causal = not names.bidirectional or getattr(configs[number], "is_decoder", False)
         layer = model.get_submodule(stack.path)[number]
@@ -612,7 +646,11 @@ def _treat_stack(model, names, stack, chosen, described, treatments, ours):
         for treatment in plan.treatments:
             if hasattr(treatment, "enter"):
                 treatment.enter(attention)
-    return [treatment for treatment, _ in reached]
+    active = [treatment for treatment, _ in reached]
+    for treatment in active if getattr(model.config, "_attn_implementation", None) == "vllm" else ():
+        if reason := getattr(treatment, "unserved", lambda: None)():
+            raise ValueError(f"shared_attention: {reason}: install sa-convert-vllm, or serve another conversion.")
+    return active
 
 
 def _opening(forward):

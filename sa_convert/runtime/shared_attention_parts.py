@@ -100,15 +100,17 @@ class PartedLayer(cache_utils.CacheLayerMixin):
             return start + tokens, limit
         return (None if self.is_sliding else limit), (limit if self.is_sliding else None)
 
-    def advance(self, key, value, tokens):
-        """Count tokens without holding any: as if there were no head."""
-        key, value = key[:, :0], value[:, :0]
+    def advance(self, value, tokens):
+        """Count tokens without holding any: as if there were no head. value: (B, G, T, D)."""
+        key, value = value[:, :0], value[:, :0, :, :0]  # as `CacheView.put` would lay them
         if not self.is_initialized:
             if self.static:
                 make_slots(self, key, value)
             else:
-                needed = (key, value)[: len(signature(self.lazy_initialization).parameters)]
-                self.lazy_initialization(*needed)
+                # Layers that quantise would try it with nothing.
+                whole = cache_utils.DynamicLayer if isinstance(self, QUANTIZED) else type(self)
+                make = whole.lazy_initialization
+                make(self, *(key, value)[: len(signature(make).parameters) - 1])
                 self.keys, self.values = key[..., :0, :], value[..., :0, :]
         for name in ("cumulative_length", "cumulative_length_int"):
             if hasattr(self, name):
@@ -130,7 +132,7 @@ class PartedLayer(cache_utils.CacheLayerMixin):
         }
         value = pick(value, [before.index(group) for group in held])
         left = [place for place, group in enumerate(own) if group in held]
-        self.keys, self.values = (pick(key, left), value) if left or not held else (value, value[..., :0])
+        self.keys, self.values = (pick(key, left), value) if left else (value, value[..., :0])
         self.__dict__.pop("shared_attention_rooms", None)
         return taken
 
@@ -140,7 +142,8 @@ class PartedLayer(cache_utils.CacheLayerMixin):
         return self.count if self.static else self.keys.shape[-2]
 
     def reorder_cache(self, beam_idx):
-        super().reorder_cache(beam_idx)
+        if self.held or not isinstance(self, QUANTIZED):  # which have quantised nothing
+            super().reorder_cache(beam_idx)
         self._rows(beam_idx)
 
     def batch_select_indices(self, indices):
@@ -258,9 +261,18 @@ class PartedCall(Call):
     pick = staticmethod(pick)
 
     @property
-    def groups(self):
-        size = self.attention.plan.group
-        return tuple(sorted({self.view.heads[head] // size for head in self.view.own}))
+    def heads(self):
+        return self.view.heads
+
+    @property
+    def own(self):
+        return [self.view.heads[place] for place in self.view.own]
+
+    def value_size(self, group):
+        """Numbers that a value of a KV group has, by its number in the layer."""
+        plan = self.attention.plan
+        told = [one.value_size(plan.layer, group) for one in plan.treatments if hasattr(one, "value_size")]
+        return min([self.attention.size, *told])
 
     def seen(self, view, chosen=None):
         """This call, of all heads, as a treatment of this view gets it. chosen: which of the sinks are its own."""
@@ -314,13 +326,16 @@ class PartsView(CacheView):
         plan, tokens = self.plan, value.shape[-2]
         held, taken, keys, values = plan.held_after(layer.held, *layer.reach(start, tokens)), {}, None, None
         if held != layer.held:
+            if getattr(self.whole, "offloading", False) and layer.is_initialized:  # what it has may be on its way back
+                torch.cuda.default_stream(value.device).wait_stream(self.whole.prefetch_stream)
+                layer.prefetch()
             taken = layer.let_go(plan, held)
         if held or getattr(self.whole, "offloading", False):
             own = [place for place, group in enumerate(plan.own_groups) if group in held]
-            view = CacheView(self.whole, len(own), self.codec(tuple(plan.own_groups[place] for place in own)))
+            view = CacheView(self.whole, len(own), self.codec(tuple(plan.own_groups[place] for place in own), held))
             keys, values = view.put(pick(key, own) if own else None, pick(value, held), number, *args, **kwargs)
         else:
-            layer.advance(key, value, tokens)
+            layer.advance(value, tokens)
         if layer.count is not None:
             start = start.clone() if torch.compiler.is_compiling() else int(start)
             layer.count.add_(tokens)
@@ -335,7 +350,8 @@ class PartsView(CacheView):
         if is_paged(cache) or not isinstance(layers, list) or number >= len(layers):
             raise ValueError(
                 f"shared_attention: layer {plan.layer} caches some KV groups in a way of its own, for which "
-                f"{type(cache).__name__} has no room. Choose a dynamic, static or quantised cache."
+                f"{type(cache).__name__} has no room. Choose a dynamic, static or quantised cache; models with other "
+                "layers than attention have them since transformers 5.0."
             )
         layer = layers[number]
         if isinstance(layer, PartedLayer):
@@ -368,8 +384,8 @@ class PartedAttention:
         if not plan.caching:
             return super().view(cache, exchange)
 
-        def codec(groups):
-            return None if plan.coder is None or exchange is None else plan.coder.codec(self, exchange, groups)
+        def codec(own, held):
+            return None if plan.coder is None or exchange is None else plan.coder.codec(self, exchange, own, held)
 
         return PartsView(cache, plan, exchange, codec)
 

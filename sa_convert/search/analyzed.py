@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def frontier_analysis(model: Model, recipe: "Recipe", run: RunOptions, *, seed: int) -> Analysis:
     """What treatments would cost the model, the frontier of a search, and the plan for the part of the cache that the
     recipe searches for. Raises RecipeError."""
-    search, treatments = recipe.search, treatments_of(recipe)
+    search, treatments = recipe.search, treatments_of(recipe, model)
     assert search is not None
     assert search.cache is not None
     check_search(model, recipe)

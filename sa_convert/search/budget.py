@@ -9,6 +9,7 @@ from sa_convert.domain.model import Model
 from sa_convert.domain.units import Units
 from sa_convert.errors import RecipeError
 from sa_convert.models.placement import positions
+from sa_convert.plan.engines import engine_of, own_window, searched_for
 from sa_convert.treatments.base import Treatment
 from sa_convert.treatments.registry import SEARCHED_FOR_CACHE, searched
 
@@ -16,15 +17,16 @@ if TYPE_CHECKING:
     from sa_convert.domain.recipe import CacheSearch, Origin, Recipe, Search
 
 
-def treatments_of(recipe: "Recipe") -> tuple[Treatment, ...]:
+def treatments_of(recipe: "Recipe", model: Model) -> tuple[Treatment, ...]:
     """What the recipe's search may use."""
-    return searched(recipe.treatments or (SEARCHED_FOR_CACHE if recipe.search else None))
+    return searched_for(model, recipe) or searched(recipe.treatments or (SEARCHED_FOR_CACHE if recipe.search else None))
 
 
 def check_search(model: Model, recipe: "Recipe") -> None:
     """Raises RecipeError, before any weight is read, if headers tell that a recipe's search cannot reach its aim."""
-    treatments = treatments_of(recipe)
+    treatments = treatments_of(recipe, model)
     if recipe.search is not None:
+        _check_own_windows(model, recipe, recipe.search)
         _check_cache(model, treatments, recipe.search, recipe.origin)
     elif recipe.sharing is not None and recipe.sharing.search is not None:
         check_budget(Units(model.geometry), treatments, recipe.sharing.search, recipe.origin)
@@ -41,6 +43,16 @@ def _check_cache(model: Model, treatments: Sequence[Treatment], search: "CacheSe
         raise RecipeError(f"{origin.at('search')}: the model caches nothing, so no part of its cache can be saved.")
     if not any(treatment.candidates(units) for treatment in treatments):
         raise RecipeError(" ".join(treatment.impossible for treatment in treatments))
+
+
+def _check_own_windows(model: Model, recipe: "Recipe", search: "CacheSearch") -> None:
+    """A stock class has one length for all windows, so those that a model has already must be worth a search."""
+    size = own_window(model.geometry)
+    if engine_of(recipe) is not None and size is not None and size >= search.at:
+        raise RecipeError(
+            f"{recipe.origin.at('search', 'at')}: windows for {recipe.engine} have one length, and layers of this "
+            f"model have {size} tokens already, which saves nothing at {search.at}: write more than {size}."
+        )
 
 
 def check_budget(units: Units, treatments: Sequence[Treatment], search: "Search", origin: "Origin") -> None:

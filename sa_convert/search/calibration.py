@@ -10,6 +10,7 @@ from sa_convert.domain.plan import Plan
 from sa_convert.heal.refit import Refit, refit
 from sa_convert.observe.session import Session, open_session
 from sa_convert.observe.tried import Reference
+from sa_convert.plan.engines import searched_model
 from sa_convert.search.budget import check_search, too_much, treatments_of
 from sa_convert.search.choose import Step, path, rounds
 from sa_convert.search.fitting import fit, learn
@@ -41,7 +42,8 @@ def calibrate(model: Model, recipe: "Recipe", plan: Plan | None, run: RunOptions
     """
     refits = refits and recipe.refit == "ridge"
     check_search(model, recipe)
-    treatments, at = treatments_of(recipe), recipe.search.at if recipe.search and plan is None else None
+    model = searched_model(model, recipe)
+    treatments, at = treatments_of(recipe, model), recipe.search.at if recipe.search and plan is None else None
     with open_session(model, recipe.calibration, run, treatments=treatments, at=at) as session:
         announce(f"calibrating on {_told(session)}; costs by {session.measure}")
         learn(session, plan)

@@ -27,7 +27,7 @@ class State:
         factors: Mapping[str, float] | None = None,
     ) -> None:
         """ledgers: by treatment; filled at `plan`, so that it costs nothing more, or without any plan. account: in what
-        savings are counted; None: keys. factors: of the costs of each treatment; those that are not named have 1."""
+        savings are counted; None: keys. factors: of the costs of each kind of offer; others have 1."""
         self.ledgers = ledgers
         self.units = next(iter(ledgers.values())).units
         self.account, self.factors = account or Keys(self.units), factors or {}
@@ -74,7 +74,7 @@ class State:
         return users_of(self.units, unit, self.chosen)
 
     def cost(self, offer: Offer) -> float:
-        return offer.cost * self.factors.get(offer.treatment, 1.0)
+        return offer.cost * self.factors.get(offer.kind or offer.treatment, 1.0)
 
     def bar(self, unit: Unit) -> None:
         """From now on the unit gets nothing that saves more than what it has."""

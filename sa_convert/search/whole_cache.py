@@ -6,7 +6,7 @@ on held-out repetition. One that raises the loss of copying beyond the limit is 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from math import inf
@@ -27,7 +27,7 @@ from sa_convert.search.retrieving import measure_retrieval
 from sa_convert.search.rounds import State
 from sa_convert.search.scoring import Ledgers, collect
 from sa_convert.search.within import longest
-from sa_convert.treatments.ledger import Offer
+from sa_convert.treatments.ledger import Ledger, Offer
 from sa_convert.treatments.window.cost import WindowCosts
 
 if TYPE_CHECKING:
@@ -77,6 +77,14 @@ class Priced:
     reference: Reference
     again: Callable[[Plan, int], Ledgers] | None = None
 
+    def alternatives(self) -> "list[Priced]":
+        """One for each choice that a plan makes once for all of its units, such as one length for all windows."""
+        found: list[dict[str, Ledger]] = [{}]
+        for name, ledger in self.ledgers.items():
+            found = [{**known, name: other} for known in found for other in ledger.alternatives()]
+        again: Callable[..., Ledgers] | None = self.again
+        return [replace(self, ledgers=ledgers, again=again and partial(again, known=ledgers)) for ledgers in found]
+
     def state(self, plan: Plan = NOTHING, ledgers: Ledgers | None = None, emphasis: float = 1.0) -> State:
         """The state at a plan. ledgers: costs that were measured again. emphasis: of repetition."""
         measured = self.ledgers if ledgers is None else ledgers
@@ -110,18 +118,19 @@ def _costs(session: "Session", plan: Plan = NOTHING, number: int = 0, known: Led
         seed=session.seed + number,
         description="costs under the plan so far" if plan else "costs",
         known=known,
-        long=_half(long) if plan else long,
+        long=_fewer(long) if plan else long,
         screened=SCREENED,
     )
 
 
-def _half(samples: Sequence[Sample]) -> list[Sample]:
-    """The first half of each kind. Under a plan every sequence is passed twice, and what was measured without one stays
-    the larger part of the estimate."""
-    found = []
+def _fewer(samples: Sequence[Sample]) -> list[Sample]:
+    """Half of the texts, which then count twice, and all of what is said again: that is where a plan costs other than
+    its parts do. Under a plan every sequence is passed twice."""
+    found: list[Sample] = []
     for kind in dict.fromkeys(sample.kind for sample in samples):
         among = [sample for sample in samples if sample.kind == kind]
-        found += among[: (len(among) + 1) // 2]
+        kept = among if among[0].repetition else among[: (len(among) + 1) // 2]
+        found += [replace(sample, weight=sample.weight * len(among) / len(kept)) for sample in kept]
     return found
 
 
@@ -129,12 +138,13 @@ def _factors(ledgers: Ledgers, account: WholeCache, reference: Reference) -> dic
     """For each kind of treatment, what a plan of it alone costs, to what was estimated. None is needed if there is only
     one kind."""
     found: dict[str, float] = {}
-    for name, ledger in ledgers.items() if len(ledgers) > 1 else ():
-        state = State({name: ledger}, account=account)
+    kinds = [(name, kind) for name, ledger in ledgers.items() for kind in ledger.kinds]
+    for name, kind in kinds if len(kinds) > 1 else ():
+        state = State({name: ledgers[name].of_kind(kind)}, account=account)
         state.extend(TRIED)
         if state.chosen and state.estimate > 0:
-            cost = cost_of(reference.measure(state.plan, f"what {name} costs"))
-            found[name] = min(max(cost / state.estimate, FACTORS[0]), FACTORS[1])
+            cost = cost_of(reference.measure(state.plan, f"what {kind} costs"))
+            found[kind] = min(max(cost / state.estimate, FACTORS[0]), FACTORS[1])
     if found:
         announce(
             "cost as measured to estimated: " + ", ".join(f"{name} {factor:.2g}" for name, factor in found.items())
@@ -253,13 +263,36 @@ def search_cache(session: "Session", recipe: "Recipe") -> Step:
     found, copying = priced(session, search.at), most_copying(recipe)
     if search.cache is not None:
         last = None
-        for step in cache_path(found, {search.cache: copying}):
+        for step in cache_path(_best_alternative(found, search.cache), {search.cache: copying}):
             last = step
         if last is None or last.removed < search.cache - 1e-9:
             raise more_than_the_cache(search.cache, last.removed if last else 0.0, recipe.origin)
         return last
     assert search.max_perplexity_increase is not None
-    return cache_within(found, search.max_perplexity_increase, copying, recipe.origin)
+    limit, steps, refusals = search.max_perplexity_increase, list[Step](), list[RecipeError]()
+    for choice in found.alternatives():
+        try:
+            steps.append(cache_within(choice, limit, copying, recipe.origin))
+        except RecipeError as error:
+            refusals.append(error)
+    if not steps and refusals:
+        raise refusals[0]
+    return max(steps, key=lambda step: step.removed)
+
+
+def _best_alternative(priced: Priced, part: float) -> Priced:
+    """The one whose first plan for `part` of the cache costs least, as measured; those that reach it go before those
+    that do not."""
+    choices = priced.alternatives()
+    if len(choices) < 2:
+        return choices[0] if choices else priced
+    rated = []
+    for number, choice in enumerate(choices, start=1):
+        state = choice.state()
+        if state.extend(part):
+            measured = priced.reference.measure(state.plan, f"choice {number} of {len(choices)}")
+            rated.append((cost_of(measured), number, choice))
+    return min(rated)[2] if rated else choices[0]
 
 
 def most_copying(recipe: "Recipe") -> float | None:

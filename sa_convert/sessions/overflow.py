@@ -143,10 +143,11 @@ class _Move:
         groups = [group for group in plan.own_groups if held is None or group in held]
         if not groups:
             return 0, 1
-        if not hasattr(self.attention, "low_rank"):
+        low_rank = getattr(self.attention, "low_rank", None)
+        if low_rank is None or not low_rank.expands:  # else full keys lie side by side
             return slot.shape[-1], 1
-        whole = [group for group in groups if group not in self.attention.low_rank.ranks]
-        return len(whole) * self.attention.low_rank.size, max(len(whole), 1)
+        whole = [group for group in groups if group not in low_rank.ranks]
+        return len(whole) * low_rank.size, max(len(whole), 1)
 
     def _sources(self, one: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """For each slot of a window, sinks first, the place that it will hold (-1: none), and the slot that holds it

@@ -48,7 +48,7 @@ class Treatment:
     """Whether other heads may use the scores of a KV group that is treated so."""
 
     keeps_shapes = False
-    """Whether queries, values and outputs of a treated layer are as many as in the base."""
+    """Whether all tensors of a treated layer have the shapes that they have in the base."""
 
     fits = False
     """Whether some of its tensors are fitted on calibration text."""
@@ -111,6 +111,10 @@ class Treatment:
     def fit(self, session: Any, plan: Plan) -> Fitted:
         """The tensors that are fitted, of a treatment that `fits`. session: a `sa_convert.observe.session.Session`."""
         return Fitted()
+
+    def keeps_outputs(self, plan: Plan) -> bool:
+        """Whether the output projections of its part of the plan read as many numbers as in the base."""
+        return self.keeps_shapes
 
     # How it is searched for.
 

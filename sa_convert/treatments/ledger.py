@@ -77,7 +77,8 @@ class Offer:
     the whole cache asks the answers of the treated KV groups instead. plan:
     treatments and arguments of each of the unit's KV groups. sources: heads whose scores it uses, which then have to
     keep them. lends: whether others may use the scores of the unit nevertheless. whole: the treatment of its whole
-    layer, of which this is the unit's part; all units of the layer have such offers, or none.
+    layer, of which this is the unit's part; all units of the layer have such offers, or none. kind: of the treatment's
+    kinds of offers (`Ledger.kinds`), whose estimates err differently; "": it has one.
     """
 
     treatment: str
@@ -87,6 +88,7 @@ class Offer:
     sources: tuple[Head, ...] = ()
     lends: bool = False
     whole: str | None = None
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,20 @@ class Ledger:
 
     def emphasized(self, emphasis: float) -> "Ledger":
         """The same costs, of which those on repetition count more, if they are known apart."""
+        return self
+
+    def alternatives(self) -> "Iterator[Ledger]":
+        """The same costs with each choice that a plan has to make once for all of its units; by default there is none
+        to make."""
+        yield self
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of offers, for each of which is measured how far its estimate is off."""
+        return (self.treatment,)
+
+    def of_kind(self, kind: str) -> "Ledger":
+        """The same costs, with offers of one kind."""
         return self
 
     def best(self, unit: Unit, taken: Taken) -> Offer | None:

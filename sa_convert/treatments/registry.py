@@ -60,7 +60,7 @@ def searched(names: Sequence[str] | None = None) -> tuple[Treatment, ...]:
 def refittable(plan: Plan) -> bool:
     """Whether a fit of the output projections may repair what the plan costs, and fits their shapes."""
     used = used_in(plan)
-    return any(one.refits for one in used) and all(one.refits or one.keeps_shapes for one in used)
+    return any(one.refits for one in used) and all(one.refits or one.keeps_outputs(plan) for one in used)
 
 
 def lenders(plan: Plan, geometry: ModelGeometry) -> list[tuple[int, Head]]:

@@ -35,8 +35,9 @@ SURFACE = {
         "--trust-remote-code", "--json",
     ],
     "bench": [
-        "MODEL", "--against", "--contexts", "--batches", "--new-tokens", "--repeats", "--warmup", "--dtype", "--device",
-        "--threads", "--attn", "--cache", "--seed", "--trust-remote-code", "-o", "--json",
+        "MODEL", "--against", "--turns", "--message", "--contexts", "--batches", "--new-tokens", "--repeats",
+        "--warmup", "--dtype", "--device", "--threads", "--attn", "--cache", "--seed", "--trust-remote-code",
+        "-o", "--json",
     ],
     "chat": [
         "MODEL", "--session", "--system", "--max-new-tokens", "--context", "--temperature", "--seed", "--dtype",

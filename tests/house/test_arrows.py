@@ -88,7 +88,7 @@ def test_no_circles():
     assert not left
 
 
-@pytest.mark.parametrize("job", ["inspecting", "converting", "analyzing", "benchmarking", "pushing"])
+@pytest.mark.parametrize("job", ["inspecting", "converting", "analyzing", "benchmarking", "timing_turns", "pushing"])
 def test_what_headers_tell_is_told_before_torch_is_loaded(job):
     """Loading torch and transformers takes seconds: nothing imports them before it needs them."""
     needed: set[str] = set()

@@ -171,7 +171,22 @@ def test_low_rank_keys_in_plain_words():
     plan = Plan({1: {0: {"low_rank": {"keys": 8}}, 1: {"low_rank": {"keys": 12}}}, 3: {0: {"low_rank": {"keys": 8}}}})
     told = low_rank.treated(plan, MODEL)
     assert told.summary == "3 of 24 KV groups, in 2 layers: 2 in 8 numbers, 1 in 12 numbers"
-    assert told.table[2:] == ("| 8 | 2 | 1, 3 |", "| 12 | 1 | 1 |")
+    assert told.table[2:] == ("| 8 of a key | 2 | 1, 3 |", "| 12 of a key | 1 | 1 |")
     assert low_rank.drawing(plan, MODEL).looks[1, 1].label == "r12"
     assert low_rank.inspected(MODEL, plan, None).rows == (("Low-rank keys", told.summary),)
     assert low_rank.inspected(MODEL, Plan(), None).rows == ()
+
+
+def test_low_rank_values_in_plain_words():
+    values = Plan({1: {0: {"low_rank": {"values": 8}}}})
+    told = low_rank.treated(values, MODEL)
+    assert (told.label, told.summary) == ("Low-rank values", "1 of 24 KV groups, in 1 layer: 1 in 8 numbers")
+    assert not told.remarks  # they cost no time
+    both = Plan({1: {0: {"low_rank": {"keys": 12, "values": 8}}, 1: {"low_rank": {"keys": 8}}}})
+    told = low_rank.treated(both, MODEL)
+    assert told.label == "Low-rank keys and values"
+    assert told.summary == (
+        "keys of 2 of 24 KV groups, in 1 layer: 1 in 8 numbers, 1 in 12 numbers; "
+        "values of 1 of 24 KV groups, in 1 layer: 1 in 8 numbers"
+    )
+    assert low_rank.drawing(both, MODEL).looks[1, 0].label == "r12 v8"

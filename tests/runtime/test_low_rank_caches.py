@@ -1,4 +1,4 @@
-"""Low-rank keys in every kind of cache: positions of cached tokens are told by each call."""
+"""Low-rank keys and values in every kind of cache: positions of cached tokens are told by each call."""
 
 import copy
 
@@ -7,10 +7,11 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer
 
-from support.low_rank_models import convert, projected_keys, projected_logits
+from support.low_rank_models import convert, projected, projected_logits
 from support.tiny_models import load_converted, with_cache
 
 RANKS = {0: {0: 8, 2: 8}, 1: {0: 6, 1: 9}, 3: {0: 8, 1: 8, 2: 8, 3: 8}}
+VALUES = {0: {2: 5}, 1: {0: 6, 3: 7}, 4: {0: 6, 1: 6, 2: 6, 3: 6}}
 FAMILIES = ("llama", "gemma2", "qwen3")
 LENGTH = 20
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
@@ -18,7 +19,7 @@ CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def case(request, tmp_path_factory):
-    found = convert(tmp_path_factory.mktemp(request.param), request.param, RANKS)
+    found = convert(tmp_path_factory.mktemp(request.param), request.param, RANKS, values=VALUES)
     return found, load_converted(found.folder, dtype=torch.float32)
 
 
@@ -89,6 +90,8 @@ def test_a_static_cache(case, ids):
         assert layer.keys.shape[1] * layer.keys.shape[-1] == (
             4 * size if ranks is None else (4 - len(ranks)) * size + sum(ranks.values())
         )
+        values = VALUES.get(number, {})
+        assert layer.values.shape[1] * layer.values.shape[-1] == (4 - len(values)) * size + sum(values.values())
 
 
 class Rounded(QuantizedLayer):
@@ -138,7 +141,7 @@ def test_generation_from_padded_prompts(case, ids):
     found.base.set_attn_implementation("eager")
     for options in ({}, {"num_beams": 3}):
         asked = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, **options}
-        with torch.no_grad(), projected_keys(found):
+        with torch.no_grad(), projected(found):
             wanted = found.base.generate(ids, use_cache=False, **asked)
         for kind in (None, "static"):
             told = {} if kind is None else {"cache_implementation": kind}
@@ -147,7 +150,7 @@ def test_generation_from_padded_prompts(case, ids):
 
 def test_assisted_generation_takes_tokens_back(case, ids):
     found, model = case
-    with torch.no_grad(), projected_keys(found):
+    with torch.no_grad(), projected(found):
         wanted = found.base.generate(ids[:1], max_new_tokens=12, do_sample=False, use_cache=False)
     helper = copy.deepcopy(found.base)
     made = model.generate(ids[:1], max_new_tokens=12, do_sample=False, assistant_model=helper)

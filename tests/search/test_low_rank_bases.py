@@ -14,7 +14,7 @@ from sa_convert.read.model_of import model_of
 from sa_convert.read.open_model import open_model
 from sa_convert.search.fitting import fit, learn
 from sa_convert.treatments.ledger import Observed
-from sa_convert.treatments.low_rank.bases import KeyMoments
+from sa_convert.treatments.low_rank.bases import GroupMoments
 from sa_convert.treatments.low_rank.scores import change_of_loss, gradient_of_keys, gradient_of_scores
 from support.tiny_models import load_converted, save_tiny, save_tokenizer
 
@@ -38,7 +38,7 @@ def test_no_other_basis_of_its_rank_loses_less():
     mixing = torch.randn(8, 8, generator=generator)
     keys = torch.randn(400, 8, generator=generator) @ mixing + 3
     gradients = torch.randn(400, 8, generator=generator) * torch.linspace(0.1, 3, 8)
-    moments = KeyMoments(8)
+    moments = GroupMoments(8)
     for rows in (slice(0, 100), slice(100, 400)):
         moments.add(keys[rows], gradients[rows], 0.5)
     found = moments.basis(3)
@@ -178,9 +178,11 @@ def test_what_is_tried_is_what_is_written(family, tmp_path):
     [
         ("{keys: 16}", "no less than the 16 numbers"),
         ("{keys: 0}", "keys is a whole number from 1"),
+        ("{values: 16}", "no less than the 16 numbers"),
+        ("{keys: 8, values: true}", "values is a whole number from 1"),
         ("{rank: 4}", "low_rank takes keys"),
+        ("{}", "low_rank takes keys"),
         ("8", "low_rank takes keys"),
-        ("{keys: 8, values: 8}", "values cannot be cached"),
     ],
 )
 def test_ranks_that_cannot_be_are_refused(base, told, message):

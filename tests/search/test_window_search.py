@@ -385,7 +385,8 @@ def test_repetition_counts_more_in_the_costs_of_every_treatment_that_knows_it_ap
     long = [sample(tokens), repeated, repeated]
     ledger = collect(Probe(model, subject.family), units, [], Plan(), WINDOW, long=long)["window"]
     keys = LowRankCosts(units, "fisher")
-    keys.costs, keys.repeated = {(unit, 12): 0.5, (unit, 8): 0.9}, {(unit, 12): 0.1, (unit, 8): 0.2}
+    twelve, eight = (unit, (("keys", 12),)), (unit, (("keys", 8),))
+    keys.costs, keys.repeated = {twelve: 0.5, eight: 0.9}, {twelve: 0.1, eight: 0.2}
     for found in (ledger, keys):
         once, thrice, five = (
             [offer.cost for offer in found.emphasized(emphasis).offers(unit, frozenset())]

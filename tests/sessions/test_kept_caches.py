@@ -120,6 +120,23 @@ def test_taking_tokens_back_after_loading_is_refused_where_the_cache_lost_them(t
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_the_code_in_a_folder_and_the_package_read_each_others_files(tmp_path):
+    from sa_convert.families.table import FAMILIES
+    from sa_convert.treated_classes import model_class_of
+
+    mine, ids = model_named("low rank, windows, share"), some_ids(LENGTH)
+    kind = model_class_of(FAMILIES["llama"], "LlamaForCausalLM")
+    other = kind.from_pretrained(mine.config._name_or_path, dtype=torch.float32).eval()
+    assert type(other).__module__ != type(mine).__module__
+    for writer, reader in ((mine, other), (other, mine)):
+        cache = new_cache(writer, "dynamic")
+        read(writer, cache, ids, [20, 1])
+        save(cache, ids[:, :21], tmp_path / "session", writer)
+        session = load(tmp_path / "session", reader)
+        rest = (ids[:, 21:], [3, 1, 1])
+        assert torch.equal(read(reader, session.cache, *rest), read(writer, cache, *rest))
+
+
 def test_a_cache_in_a_static_cache_keeps_its_room(tmp_path):
     model, ids = model_named("base"), some_ids(LENGTH)
     cache = new_cache(model, "static", 40)

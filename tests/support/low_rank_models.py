@@ -1,11 +1,11 @@
-"""Tiny models with low-rank keys in random bases; and the reference, the unmodified base model, whose keys are
-projected before it turns them.
+"""Tiny models with low-rank keys and values in random bases; and the reference, the unmodified base model, whose keys
+are projected before it turns them, and whose values are projected as they come out of its projection.
 
 The reference shares no code with sa_convert but the random bases themselves.
 """
 
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,40 +30,51 @@ RECIPE = "description: a test\nplan: {0: {0: {low_rank: {keys: 4}}}}\n"
 
 
 class RandomBases:
-    """Bases by layer, KV group and rank; their projections are oblique, as fitted ones are."""
+    """Bases by layer, KV group, and what they are of; their projections are oblique, as fitted ones are."""
 
     def __init__(self, size: int) -> None:
         self.size, self.made = size, {}
 
-    def basis(self, layer: int, group: int, rank: int) -> Basis:
-        if (layer, group) not in self.made:
-            generator = torch.Generator().manual_seed(100 * layer + group)
+    def basis(self, layer: int, group: int, rank: int, side: str = "keys") -> Basis:
+        if (layer, group, side) not in self.made:
+            generator = torch.Generator().manual_seed(100 * layer + group + (50 if side == "values" else 0))
             basis, _ = torch.linalg.qr(torch.randn(self.size, rank, generator=generator))
             other = basis + 0.2 * torch.randn(self.size, rank, generator=generator)
             encoder = torch.linalg.solve(other.T @ basis, other.T)  # encoder @ basis is 1
-            mean = 0.1 * torch.randn(self.size, generator=generator)
-            self.made[layer, group] = Basis(basis.T.contiguous(), encoder, mean - basis @ (encoder @ mean))
-        return self.made[layer, group]
+            mean = (side == "keys") * 0.1 * torch.randn(self.size, generator=generator)
+            offset = mean - basis @ (encoder @ mean)
+            self.made[layer, group, side] = Basis(basis.T.contiguous(), encoder, offset)
+        return self.made[layer, group, side]
 
 
-def convert(root: Path, family: str, ranks: dict, more: dict | None = None, **changes):
-    """Save a tiny model of a family in `root`/base, and convert it into `root`/out with keys of these ranks:
-    {layer: {KV group: rank}}. more: other treatments, by layer and KV group."""
+def convert(root: Path, family: str, ranks: dict, more: dict | None = None, values: dict | None = None, **changes):
+    """Save a tiny model of a family in `root`/base, and convert it into `root`/out with keys, and values, of these
+    ranks: {layer: {KV group: rank}}. more: other treatments, by layer and KV group."""
     base = save_tiny(family, root / "base", **changes).eval()
     model = model_of(open_model(str(root / "base")))
     layers = {}
-    for layer, told in ranks.items():
-        layers[layer] = {group: {"low_rank": {"keys": rank}} for group, rank in told.items()}
+    for side, every in (("keys", ranks), ("values", values or {})):
+        for layer, told in every.items():
+            for group, rank in told.items():
+                layers.setdefault(layer, {}).setdefault(group, {}).setdefault("low_rank", {})[side] = rank
     for layer, told in (more or {}).items():
-        layers[layer] = {**layers.get(layer, {}), **told}
+        for group, treatments in told.items():
+            layers.setdefault(layer, {}).setdefault(group, {}).update(treatments)
     plan = Plan(layers, model.geometry.stacks)
     conversion = plan_conversion(model, parse_recipe(RECIPE, "recipe.yaml"), plan)
-    bases = RandomBases(model.geometry.layers[min(ranks)].head_dim)
+    bases = RandomBases(model.geometry.layers[min(layers)].head_dim)
     edits = {**conversion.edits, **fitted_edits(fitted(model, plan, bases), root / "fitted.safetensors")}
     (root / "out").mkdir()
     rewrite_checkpoint(model.checkpoint, model.family, plan, edits, root / "out", runtimes=runtime_files())
     return SimpleNamespace(
-        base=base, family=family, model=model, bases=bases, conversion=conversion, folder=root / "out", ranks=ranks
+        base=base,
+        family=family,
+        model=model,
+        bases=bases,
+        conversion=conversion,
+        folder=root / "out",
+        ranks=ranks,
+        values=values or {},
     )
 
 
@@ -83,30 +94,80 @@ PLACES = {
     "phi": ("k_layernorm", "heads"),
     "stablelm": ("k_layernorm", "heads"),
     "bart": ("k_proj", "flat"),
+    "t5": ("k", "flat"),
+    "falcon": ("query_key_value", "groups"),
 }
+# The same, of the layers that do not turn keys in families that turn those of others.
+UNTURNED = {
+    "smollm3": ("k_proj", "flat"),
+    "cohere2": ("k_proj", "flat"),
+    "exaone4": ("k_norm", "heads"),
+    "llama4_text": ("k_proj", "flat"),
+    "jamba": ("k_proj", "flat"),
+}
+
+
+@contextmanager
+def projected_values(found):
+    """While open, values of the treated groups are projected."""
+    attentions, modules = list(attentions_of(found.base, FAMILIES[found.family])), FAMILIES[found.family].modules
+
+    def project(layer, output):
+        size, geometry = found.bases.size, found.model.geometry.layers[layer]
+        heads = output.unflatten(-1, (-1, size)).clone()  # (B, T, places, D)
+        places = list(range(heads.shape[2] - geometry.groups, heads.shape[2]))
+        if modules.fused and modules.fused_order == "groups":
+            places = list(range(geometry.group_size + 1, heads.shape[2], geometry.group_size + 2))
+        for group, rank in found.values[layer].items():
+            one = found.bases.basis(layer, group, rank, "values")
+            heads[:, :, places[group]] = heads[:, :, places[group]] @ (one.basis.T @ one.encoder).T
+        return heads.flatten(-2)
+
+    handles = [
+        attentions[layer]
+        .get_submodule(modules.fused or modules.value)
+        .register_forward_hook(lambda _, args, output, layer=layer: project(layer, output))
+        for layer in found.values
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def projected(found):
+    """While open, keys and values of the treated groups are projected."""
+    with projected_keys(found) if found.ranks else nullcontext(), projected_values(found):
+        yield
 
 
 @contextmanager
 def projected_keys(found):
     """While open, keys of the treated groups are projected before the base turns them."""
-    attentions = list(attentions_of(found.base, FAMILIES[found.family]))
-    if found.family in PLACES:
-        name, order = PLACES[found.family]
-        handles = [
-            attentions[layer]
-            .get_submodule(name)
-            .register_forward_hook(lambda _, args, output, layer=layer: _projected_in(found, layer, output, order))
-            for layer in found.ranks
-        ]
+    attentions, geometry = list(attentions_of(found.base, FAMILIES[found.family])), found.model.geometry
+    handles = []
+    for layer in found.ranks:
+        place = UNTURNED if found.family in UNTURNED and not geometry.layers[layer].rotary else PLACES
+        if found.family in place:
+            name, order = place[found.family]
+            module = attentions[layer].get_submodule(name)
+            handles.append(
+                module.register_forward_hook(
+                    lambda _, args, output, layer=layer, order=order: _projected_in(found, layer, output, order)
+                )
+            )
+    module = sys.modules[type(found.base).__module__]
+    if len(handles) == len(found.ranks) or not hasattr(module, "apply_rotary_pos_emb"):
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
         return
-    module = sys.modules[type(found.base).__module__]
     original, running = module.apply_rotary_pos_emb, []
-    handles = [
+    handles += [
         attention.register_forward_pre_hook(lambda *_, layer=layer: running.append(layer))
         for layer, attention in enumerate(attentions)
         if attention is not None
@@ -150,10 +211,10 @@ def _projected_in(found, layer: int, output: torch.Tensor, order: str) -> torch.
 
 @torch.no_grad()
 def projected_logits(found, ids, mask=None, positions=None, **inputs):
-    """Logits of the base in eager mode, with projected keys and without a cache."""
+    """Logits of the base in eager mode, with projected keys and values and without a cache."""
     found.base.set_attn_implementation("eager")
     told = {} if positions is None else {"position_ids": positions}
-    with projected_keys(found):
+    with projected(found):
         return found.base(ids, attention_mask=mask, use_cache=False, **told, **inputs).logits
 
 

@@ -64,17 +64,18 @@ def attention_layers(checkpoint: Checkpoint, converted: bool) -> tuple[Attention
     cross = {stack.name for stack in model.family.all_stacks if stack.cross}
     layers = []
     for index, layer in enumerate(model.geometry.layers):
-        by_window: dict[int | None, list[Answers]] = defaultdict(list)
-        for answers in layer_answers(plan, model.geometry, index) if layer.heads else ():
+        by_window: dict[tuple[int | None, int, int], list[Answers]] = defaultdict(list)
+        for answers in layer_answers(plan, model.geometry, index, value_size(model, index)) if layer.heads else ():
             limits = [limit for limit in (layer.window, answers.reach) if limit is not None]
-            by_window[min(limits, default=None)].append(answers)
-        for window, groups in by_window.items():
+            size = layer.head_dim if layer.rotary or not answers.keys else answers.keys  # turned keys are expanded
+            by_window[min(limits, default=None), size, answers.values].append(answers)
+        for (window, size, values), groups in by_window.items():
             layers.append(
                 Attention(
                     heads=sum(len(answers.heads) for answers in groups),
                     own=sum(len(answers.scores) for answers in groups),
-                    size=layer.head_dim,
-                    value_size=value_size(model, index),
+                    size=size,
+                    value_size=values,
                     window=window,
                     causal=layer.cached and layer.stack not in cross,
                     cached=layer.cached,

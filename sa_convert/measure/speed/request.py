@@ -10,6 +10,7 @@ from sa_convert.families.family import PREFIX
 from sa_convert.models.auto_class import prediction_task
 from sa_convert.models.placement import positions
 from sa_convert.models.subject import Subject
+from sa_convert.read.stock_folder import base_type_of
 
 CONTEXTS = (128, 512, 2048, 4096)
 
@@ -50,7 +51,7 @@ def common_task(subjects: Sequence[Subject], options: BenchOptions) -> Predictio
     """How both predict text. Raises CheckpointError for two that cannot be compared, DataError for one without a
     language-modelling head, SaConvertError for a cache that they do not have."""
     configs = [subject.config for subject in subjects]
-    types = [str(config.get("model_type")).removeprefix(PREFIX) for config in configs]
+    types = [base_type_of(subject.folder, subject.config).removeprefix(PREFIX) for subject in subjects]
     names = [subject.name for subject in subjects]
     if types[0] != types[1]:
         raise CheckpointError(

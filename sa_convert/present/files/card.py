@@ -13,6 +13,8 @@ from sa_convert.present.files.report_file import heal_summary, limits_text, refi
 
 FILE = "README.md"
 HUB = "https://huggingface.co"
+IN_VLLM = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+"""Families that the plugin for vLLM serves; docs/engines.md has what was run."""
 PLACEHOLDER = "PATH_OR_REPO_ID"
 """What the card in a local folder says in place of the name that the model will have on the Hub."""
 
@@ -39,6 +41,8 @@ def write_card(report: Report, recipe_yaml: str, folder: Path, base_card: Path |
 def for_repository(text: str, repo_id: str, revision: str | None = None) -> str:
     """The text of a card whose lines of code load the model from a repository on the Hub."""
     branch = f', revision="{revision}"' if revision else ""
+    served = f" --revision {revision}" if revision else ""
+    text = text.replace(f"vllm serve {PLACEHOLDER}", f"vllm serve {repo_id}{served}")
     return text.replace(f'"{PLACEHOLDER}"', f'"{repo_id}"{branch}')
 
 
@@ -53,20 +57,7 @@ def _sections(report: Report, name: str, recipe: str, remark: str | None, drawn:
     )
     yield _summary(report)
     yield "## How to load it"
-    reader = "processor" if report.auto_class == "AutoModelForImageTextToText" else "tokenizer"
-    auto_reader = f"Auto{reader.capitalize()}"
-    yield (
-        f"```python\nfrom transformers import {report.auto_class}, {auto_reader}\n\n"
-        f'model = {report.auto_class}.from_pretrained("{PLACEHOLDER}", trust_remote_code=True)\n'
-        f'{reader} = {auto_reader}.from_pretrained("{PLACEHOLDER}", trust_remote_code=True)\n```'
-    )
-    family = FAMILIES.get(report.family)
-    oldest = "5" if family and family.transformers_5 else "4.57"
-    yield (
-        "The code of the model lies beside its weights (the `.py` files, which import torch and transformers only), so "
-        "transformers asks to trust it; if sa_convert is installed, `import sa_convert` does instead. It runs with "
-        f"transformers {oldest} and later, in releases that know models of type `{report.family}`."
-    )
+    yield from _loading(report)
     for number, treated in enumerate(report.used):
         yield f"## {treated.heading}"
         if drawn and number == 0:
@@ -84,6 +75,33 @@ def _sections(report: Report, name: str, recipe: str, remark: str | None, drawn:
     versions = ", ".join(f"{package} {number}" for package, number in sorted(report.versions.items()))
     yield f"Made with {versions}." if versions else "The versions of the software were not recorded."
     yield from _limits(report, remark)
+
+
+def _loading(report: Report) -> Iterator[str]:
+    reader = "processor" if report.auto_class == "AutoModelForImageTextToText" else "tokenizer"
+    auto_reader = f"Auto{reader.capitalize()}"
+    trust = "" if report.stock else ", trust_remote_code=True"
+    yield (
+        f"```python\nfrom transformers import {report.auto_class}, {auto_reader}\n\n"
+        f'model = {report.auto_class}.from_pretrained("{PLACEHOLDER}"{trust})\n'
+        f'{reader} = {auto_reader}.from_pretrained("{PLACEHOLDER}"{trust})\n```'
+    )
+    family = FAMILIES.get(report.stock.model_type if report.stock else report.family)
+    oldest = "5" if family and family.transformers_5 and not report.stock else "4.57"
+    if report.stock is None:
+        yield (
+            "The code of the model lies beside its weights (the `.py` files, which import torch and transformers "
+            "only), so transformers asks to trust it; if sa_convert is installed, `import sa_convert` does instead. It "
+            f"runs with transformers {oldest} and later, in releases that know models of type `{report.family}`."
+        )
+        return
+    options = f" {report.stock.options}" if report.stock.options else ""
+    yield (
+        f"```console\nvllm serve {PLACEHOLDER}{options}\n```\n\n"
+        f"The model carries no code. It is a `{report.stock.architecture}` of transformers {oldest} and later, told by "
+        "`layer_types` and `sliding_window` in config.json which layers attend within a window, and how long that is. "
+        "vLLM, too, frees what no window sees any more."
+    )
 
 
 def _summary(report: Report) -> str:
@@ -165,10 +183,22 @@ def _limits(report: Report, remark: str | None) -> Iterator[str]:
             f"The base model brings code of its own ({', '.join(f'`{name}`' for name in code)}). This one runs as "
             f"transformers' own class for `{report.family}` does, and was compared with that."
         )
-    yield (
-        "Runtimes with model code of their own, such as llama.cpp and vLLM, do not know this type of model and were "
-        "not tried."
-    )
+    if report.stock is not None:
+        yield (
+            "Validated in transformers. Other runtimes, such as llama.cpp, may not honour windows of single layers: "
+            "their answers would then differ beyond the first window, without a word."
+        )
+    elif report.family in IN_VLLM:
+        yield (
+            "With the plugin sa-convert-vllm, vLLM runs it and saves the cache of windows and of layers that borrow "
+            "as a whole. Without it, vLLM saves parameters alone and refuses windows. Other runtimes with model "
+            "code of their own, such as llama.cpp, do not know this type of model."
+        )
+    else:
+        yield (
+            "Runtimes with model code of their own, such as llama.cpp and vLLM, do not know this type of model and "
+            "were not tried."
+        )
     yield "Limits, biases and intended use of the base model apply to this one."
     if remark is not None:
         yield remark

@@ -81,7 +81,7 @@ def metadata(report: Report, name: str, base: Mapping[str, Any]) -> "ModelCardDa
         base_model=report.base_model.id if report.base_model.on_hub else None,
         library_name="transformers",
         pipeline_tag=pipeline,
-        tags=["shared-attention", "sa-convert", report.family, "custom_code"],
+        tags=["shared-attention", "sa-convert", report.family, report.stock.engine if report.stock else "custom_code"],
         eval_results=results,
         **relation,
         **base,

@@ -17,6 +17,7 @@ from sa_convert.present.files import card
 from sa_convert.present.files import report_file as report
 from sa_convert.read.folder import INDEX, open_folder, read_json
 from sa_convert.read.inside import check_inside
+from sa_convert.read.stock_folder import stock_told
 
 RECIPE_FILE = "recipe.yaml"
 _WRITTEN = (card.FILE, RECIPE_FILE, report.FILE)
@@ -57,7 +58,8 @@ def complete_conversion(folder: Path, allow_unvalidated: bool = False) -> Conver
 def _check_model(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], Path]:
     """Configuration, plan and code. Returns what report.json should say of the plan, and where its figure should be."""
     folder, config = checkpoint.folder, checkpoint.config
-    if not str(config.get("model_type")).startswith(PREFIX) or not isinstance(config.get("shared_attention"), dict):
+    ours = str(config.get("model_type")).startswith(PREFIX) and isinstance(config.get("shared_attention"), dict)
+    if not ours and stock_told(folder) is None:
         raise CheckpointError(
             f"{folder}: is no conversion: its config.json has no 'shared_attention'; run 'sa-convert convert' first."
         )

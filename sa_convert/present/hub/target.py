@@ -10,6 +10,7 @@ from sa_convert.errors import OutputError
 from sa_convert.families.family import PREFIX
 from sa_convert.present.hub.upload_errors import no_token, offline, push_errors
 from sa_convert.read.folder import read_json
+from sa_convert.read.stock_folder import REPORT, stock_told
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -92,9 +93,10 @@ def check_content(api: "HfApi", info: "ModelInfo", target: Target) -> None:
     names = names_in(info)
     if "config.json" in names:
         with TemporaryDirectory(prefix="sa-convert-") as folder:
-            file = api.hf_hub_download(target.repo_id, "config.json", revision=info.sha, local_dir=folder)
-            kind = str(read_json(Path(file)).get("model_type"))
-        if kind.startswith(PREFIX):
+            for name in {"config.json", REPORT} & names:
+                api.hf_hub_download(target.repo_id, name, revision=info.sha, local_dir=folder)
+            kind, stock = str(read_json(Path(folder) / "config.json").get("model_type")), stock_told(Path(folder))
+        if kind.startswith(PREFIX) or stock is not None:
             return
         held = f"a model of type '{kind}'"
     else:

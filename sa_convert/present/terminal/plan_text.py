@@ -17,6 +17,7 @@ def plan_json(plan: "ConversionPlan") -> dict[str, Any]:
     return {
         "dry_run": True,
         "family": plan.model.family.model_type,
+        **({"for": plan.stock.to_json()} if plan.stock else {}),
         **{key: value for treated in plan.treated for key, value in treated.section.items()},
         "savings": plan.savings.to_json(),
         "cache_bytes": {str(cache.at): sizes(cache) for cache in plan.savings.caches} or None,
@@ -36,6 +37,7 @@ def render_plan(plan: "ConversionPlan") -> str:
     added = sum(edit.after is not None for edit in plan.edits.values())
     lines = [
         ("family", plan.model.family.model_type),
+        *([("written for", f"{plan.stock.engine}, without code: {plan.stock.architecture}")] if plan.stock else []),
         *(row for treated in plan.treated if treated.used for row in treated.rows),
         ("tensors", f"{dropped} dropped, {sliced} sliced" + (f", {added} added" if added else "")),
         ("parameters", change_text(savings.parameters, human_count)),

@@ -20,6 +20,11 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
     yield "Base model", f"{report.base_model.id}{revision} ({report.family})"
     if report.recipe:
         yield "Recipe", report.recipe
+    if stock := report.stock:
+        yield (
+            "Written for",
+            f"{stock.engine}, without code: {stock.architecture}{f', {stock.options}' * bool(stock.options)}",
+        )
     for treated in report.used:
         yield treated.label, treated.summary
     savings = report.savings

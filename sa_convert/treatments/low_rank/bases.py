@@ -1,4 +1,4 @@
-"""Bases of keys: the r dimensions of a KV group in which its keys lose least.
+"""Bases of keys and values: the r dimensions of a KV group in which they lose least.
 
 Let k be a key before it is turned by position, m the mean of keys, C their covariance, and M the second moment of the
 gradient of the loss at a key. In place of k comes m + P (k - m), P being of rank r. To second order that costs
@@ -6,6 +6,9 @@ gradient of the loss at a key. In place of k comes m + P (k - m), P being of ran
 and V the first r eigenvectors of S C S. (Plain PCA of the keys, with M = I, costs six to eight times as much on text.)
 
 As U has orthonormal columns: P = U E, and what is cached is E k; c = m - P m makes up for the mean.
+
+For values, k is what a head puts out, a sum of values v that attention weighs: P v in their place make P k of it. There
+m is 0, since nothing would add c to the sums of heads whose probabilities do not sum to 1 (attention sinks).
 """
 
 from dataclasses import dataclass
@@ -32,8 +35,9 @@ class Basis:
         return keys @ encoder.T @ basis + offset
 
 
-class KeyMoments:
-    """Of one KV group, sums over tokens: of keys, of their squares, and of squares of gradients. D is the head size."""
+class GroupMoments:
+    """Of one KV group, sums over tokens: of keys (or outputs of heads), their squares, and squares of gradients. D is
+    the head size."""
 
     def __init__(self, size: int) -> None:
         import torch
@@ -50,11 +54,12 @@ class KeyMoments:
         self.square += (keys.T @ keys).double() * weight
         self.fisher += (gradients.T @ gradients).double() * weight
 
-    def basis(self, rank: int) -> Basis:
-        """The best basis of this rank. Of keys that never change, or never matter, any will do."""
+    def basis(self, rank: int, about_mean: bool = True) -> Basis:
+        """The best basis of this rank. Of keys that never change, or never matter, any will do. about_mean: or about 0,
+        so that there is no offset."""
         import torch
 
-        mean = self.mean / max(self.weight, 1e-30)
+        mean = self.mean / max(self.weight, 1e-30) if about_mean else torch.zeros_like(self.mean)
         covariance = self.square / max(self.weight, 1e-30) - mean[:, None] * mean
         values, vectors = torch.linalg.eigh(self.fisher)
         values = values.clamp(min=max(float(values.max()) * _LEAST, 1e-30)).sqrt()

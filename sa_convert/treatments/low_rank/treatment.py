@@ -1,7 +1,8 @@
-"""Low-rank keys: what the treatment is called, its rules, and what it changes.
+"""Low rank: what the treatment is called, its rules, and what it changes.
 
 After Eigen Attention (arXiv 2408.05646), chosen by KV group, in bases that are weighted by what the loss is sensitive
-to. Its arguments are {"keys": r}: so many numbers are cached of a key, before it is turned by position.
+to. Its arguments are {"keys": r, "values": v}, or one of them: so many numbers are cached of a key (before it is turned
+by position) and of a value.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -19,7 +20,7 @@ from sa_convert.domain.units import Unit, Units
 from sa_convert.errors import PlanError
 from sa_convert.treatments.base import Treatment
 from sa_convert.treatments.low_rank import drawing
-from sa_convert.treatments.low_rank.rules import refusal
+from sa_convert.treatments.low_rank.rules import SIDES, refusal
 
 if TYPE_CHECKING:
     from sa_convert.domain.calibrated import Measure
@@ -29,48 +30,48 @@ if TYPE_CHECKING:
 
 
 class LowRankTreatment(Treatment):
-    """A KV group caches its keys in fewer numbers, before they are turned by position."""
+    """A KV group caches its keys, its values, or both in fewer numbers."""
 
     name = "low_rank"
     file = __file__
     fits = True
-    keeps_shapes = True
-    impossible = "No layer of this model caches keys that could be cached in fewer numbers."
+    impossible = "No layer of this model caches keys or values that could be cached in fewer numbers."
 
     def parse(self, arguments: Any) -> Arguments:
-        if isinstance(arguments, Mapping) and "values" in arguments:
-            raise RecipeValueError(
-                "values cannot be cached in fewer numbers: that costs twenty times what the same bytes of keys cost",
-                "values",
-            )
-        if not isinstance(arguments, Mapping) or set(arguments) != {"keys"}:
-            raise RecipeValueError(f"low_rank takes keys, such as {{keys: 32}}, not {arguments!r}")
-        rank = arguments["keys"]
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise RecipeValueError(f"keys is a whole number from 1, not {rank!r}", "keys")
-        return frozen({"keys": rank})
+        if not isinstance(arguments, Mapping) or not arguments or set(arguments) - set(SIDES):
+            raise RecipeValueError(f"low_rank takes keys, values, or both, such as {{keys: 32}}, not {arguments!r}")
+        for side, rank in arguments.items():
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise RecipeValueError(f"{side} is a whole number from 1, not {rank!r}", side)
+        return frozen(arguments)
 
     def check(self, plan: Plan, geometry: ModelGeometry) -> None:
         for index, groups in plan.groups_of(self.name).items():
             layer, name = geometry.layers[index], plan.label(index)
-            reason = refusal(geometry, index)
-            if reason:
-                raise PlanError(f"Layer {name} KV group {next(iter(groups))} cannot have low-rank keys: {reason}.")
             for group, told in groups.items():
-                if told["keys"] >= layer.head_dim:
-                    raise PlanError(
-                        f"Layer {name} KV group {group}: keys of rank {told['keys']} are no less than the "
-                        f"{layer.head_dim} numbers that a key has; write fewer."
-                    )
+                for side, rank in told.items():
+                    reason = refusal(geometry, index, side)
+                    if reason:
+                        raise PlanError(f"Layer {name} KV group {group} cannot have low-rank {side}: {reason}.")
+                    if rank >= layer.head_dim:
+                        raise PlanError(
+                            f"Layer {name} KV group {group}: {side} of rank {rank} are no less than the "
+                            f"{layer.head_dim} numbers that they have in the base; write fewer."
+                        )
                 others = set(plan.layers[index][group]) & {"window", "share"}
-                if others:
+                if "keys" in told and others:
                     raise PlanError(
                         f"Layer {name} KV group {group} cannot have low-rank keys and {others.pop()} together; choose "
                         "one of them."
                     )
 
+    def keeps_outputs(self, plan: Plan) -> bool:
+        told = (each for groups in plan.groups_of(self.name).values() for each in groups.values())
+        return not any("values" in each for each in told)
+
     def answers(self, before: Answers, layer: LayerGeometry, arguments: Arguments) -> Answers:
-        return replace(before, keys=min(before.keys, arguments["keys"]))
+        keys, values = (arguments.get(side, layer.head_dim) for side in SIDES)
+        return replace(before, keys=min(before.keys, keys), values=min(before.values, values))
 
     def edits(self, model: "Model", plan: Plan) -> Mapping[str, TensorEdit]:
         from sa_convert.treatments.low_rank.edits import awaited
@@ -90,7 +91,7 @@ class LowRankTreatment(Treatment):
 
     def candidates(self, units: Units) -> Collection[Unit]:
         geometry = units.geometry
-        return [unit for unit in units.all if refusal(geometry, unit.layer) is None]
+        return [unit for unit in units.all if any(refusal(geometry, unit.layer, side) is None for side in SIDES)]
 
     def trial(self, plan: Plan) -> "Trial":
         from sa_convert.treatments.low_rank.trying import LowRankTrial

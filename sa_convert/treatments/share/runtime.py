@@ -166,6 +166,13 @@ class Share:
     def own_heads(self, layer):
         return self.layers[layer].own
 
+    def unserved(self):
+        """Why an attention layer that has one key for each KV group does not do, or None."""
+        for number, layer in self.layers.items():
+            if layer.key_group != layer.group:
+                return f"heads of one KV group of layer {number} have different keys, and vLLM has one key for them"
+        return None
+
     def attend(self, call, query, key, value, mask, then):
         """Own heads from query and key, the others from the exchange. mask: for all heads alike, or (., H, T, S)."""
         layer, exchange, arguments = self.layers[call.layer], call.exchange, call.arguments

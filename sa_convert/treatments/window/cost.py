@@ -22,7 +22,7 @@ from sa_convert.domain.calibrated import Measure
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.units import Unit, Units
 from sa_convert.treatments.ledger import Attended, Ledger, Offer, Taken
-from sa_convert.treatments.window.rules import refusal
+from sa_convert.treatments.window.rules import WindowLimits
 
 if TYPE_CHECKING:
     import torch
@@ -30,11 +30,10 @@ if TYPE_CHECKING:
 NAME = "window"
 
 SINKS = 4
-"""First tokens that are always seen."""
+"""First tokens that are always seen, if nothing says otherwise."""
 
 WINDOWS = (64, 128, 256, 512, 1024)
 """Lengths that may be on offer, of which a search takes those that its calibration tests."""
-
 
 SEVERAL = 2
 """Sequences that have to repeat after longer than a window before it is on offer."""
@@ -46,16 +45,27 @@ class WindowCosts(Ledger):
     tokens. windows: on offer, ascending. scales: what costs on repetition are multiplied with, as they were measured.
     emphasis: what they are multiplied with besides, whatever the unit.
 
+    limits: see `WindowLimits`. only: the one window that is on offer; None: all of them.
+
     Under a plan, changes are those from what a unit sees already.
     """
 
     long = True
 
     def __init__(
-        self, units: Units, measure: Measure, plan: Plan | None = None, known: "WindowCosts | None" = None
+        self,
+        units: Units,
+        measure: Measure,
+        plan: Plan | None = None,
+        known: "WindowCosts | None" = None,
+        *,
+        limits: WindowLimits | None = None,
     ) -> None:
-        """known: costs without a plan, whose scales hold for these, too."""
+        """known: costs without a plan, whose scales hold for these, too, as does what is on offer."""
         super().__init__(units, NAME, measure, without_plan=not plan)
+        self.limits = limits or WindowLimits()
+        self.sinks = SINKS if self.limits.sinks is None else self.limits.sinks
+        self.only: int | None = known.only if known else None
         self.scales: dict[Unit, float] = dict(known.scales) if known else {}
         self.emphasis = 1.0
         self.slopes: dict[tuple[Unit, int], dict[int, float]] = {}
@@ -65,24 +75,28 @@ class WindowCosts(Ledger):
         self.repetitions: set[int] = set()
         self._units: dict[int, list[Unit]] = {}
         for unit in units.all:
-            if refusal(units.geometry.layers[unit.layer]) is None:
+            if self.limits.refusal(units.geometry.layers[unit.layer]) is None:
                 self._units.setdefault(unit.layer, []).append(unit)
 
     def tested_by(self, periods: Sequence[int]) -> None:
-        self.windows = tuple(window for window in WINDOWS if sum(period > window for period in periods) >= SEVERAL)
+        self.windows = tuple(
+            window
+            for window in self.limits.sizes or WINDOWS
+            if sum(period > window for period in periods) >= SEVERAL and self.only in (None, window)
+        )
 
     def attend(self, attended: Attended) -> None:
         if attended.layer not in self._units or not self.windows:
             return
         # Windows as wide as the layer's own save nothing there.
         own = self.units.geometry.layers[attended.layer].window
-        windows = [window for window in self.windows if own is None or window + SINKS < own]
+        windows = [window for window in self.windows if own is None or window + self.sinks < own]
         scored = max(1, int(attended.scored[1:].sum()))
         self.weights[attended.sample] = attended.weight * scored
         if attended.repetition:
             self.repetitions.add(attended.sample)
         for start, probabilities in attended.blocks():
-            changes = changes_of(attended, start, probabilities, windows, SINKS)  # (windows, H, B)
+            changes = changes_of(attended, start, probabilities, windows, self.sinks)  # (windows, H, B)
             for unit in self._units[attended.layer]:
                 e = changes[:, list(unit.heads)].sum(1).double()  # (windows, B)
                 costs = e.sum(-1) / scored if attended.slope else e.square().sum(-1) * (0.5 / scored)
@@ -101,7 +115,7 @@ class WindowCosts(Ledger):
 
     def offer(self, unit: Unit, window: int) -> Offer:
         """A window of all KV groups of a unit."""
-        plan = {group: {NAME: {"sinks": SINKS, "tokens": window}} for group in unit.groups}
+        plan = {group: {NAME: {"sinks": self.sinks, "tokens": window}} for group in unit.groups}
         return Offer(NAME, self.cost(unit, window), 0, plan)
 
     def cost(self, unit: Unit, window: int, repetition: bool | None = None) -> float:
@@ -110,6 +124,15 @@ class WindowCosts(Ledger):
         kept = [at for at in found if repetition is None or (at in self.repetitions) == repetition]
         second = sum(self._weight(at) * found[at] * self._scale(unit, at) for at in kept)
         return second + certain([self._weight(at) * slopes[at] for at in kept if at in slopes])
+
+    def alternatives(self) -> "Iterator[WindowCosts]":
+        """If all windows of a plan have one length, one for each length."""
+        for window in self.windows if self.limits.whole_layers else ():
+            other = copy(self)
+            other.only, other.windows = window, (window,)
+            yield other
+        if not self.limits.whole_layers:
+            yield self
 
     def emphasized(self, emphasis: float) -> "WindowCosts":
         other = copy(self)

@@ -62,6 +62,10 @@ class Window:
         """Tokens up to which nothing is different in a layer."""
         return min(map(sum, self.layers[layer].values()))
 
+    def unserved(self):
+        """Why an attention layer that pages all KV groups alike does not do, or None."""
+        return f"layer {min(self.layers)} has windows of its KV groups, and vLLM has one window for a layer"
+
     def outgrown(self, layer, total, limit):
         """KV groups that a layer of a cache does not hold itself once it has seen so many tokens; None: there is no
         telling. limit: the tokens that it holds at the most, or None."""
@@ -104,14 +108,16 @@ class Window:
             run = run or call.only(places).kernel
             given = [None, None] if not rest else [call.pick(query, places), _of(call, keys, rest)]
             pieces.append((groups, run(*given, _of(call, values, groups), _by_head(call, mask, heads))))
-        for window in dict.fromkeys(windows.values()):
-            groups = [group for group in windows if windows[group] == window and group not in short]
+        numbers = {group: call.view.heads[group * size] // size for group in windows}
+        kinds = {group: (*window, call.value_size(numbers[group])) for group, window in windows.items()}
+        for window in dict.fromkeys(kinds.values()):
+            groups = [group for group in windows if kinds[group] == window and group not in short]
             if groups:
                 places, old = _own(call, groups, size), state and state.kept.get(window)
-                given = call.pick(query, places), _of(call, (own, key), groups), _of(call, (every, value), groups)
-                numbers = [call.view.heads[group * size] // size for group in groups]
-                if cached is not None and numbers[0] in cached.taken:
-                    past = [cached.taken[number] for number in numbers]
+                values_of = _of(call, (every, value), groups)[..., : window[2]]
+                given = call.pick(query, places), _of(call, (own, key), groups), values_of
+                if cached is not None and numbers[groups[0]] in cached.taken:
+                    past = [cached.taken[numbers[group]] for group in groups]
                     given = (
                         given[0],
                         *(
@@ -120,7 +126,7 @@ class Window:
                         ),
                     )
                 static, seen = state is not None and state.static, _by_head(call, mask, _heads(groups, size))
-                run = WindowPass(call.only(places), *window, start, offset, tokens, seen, static)
+                run = WindowPass(call.only(places), *window[:2], start, offset, tokens, seen, static)
                 those = state.real if state and given[1].shape[2] > tokens else real
                 found, kept = run.attend(*given, those, old)
                 pieces.append((groups, found))
@@ -128,23 +134,23 @@ class Window:
                     state.kept = {**state.kept, window: kept}
         if state and not short:
             state.real = None
-        return _joined(pieces, size)
+        return _joined(pieces, size, value.shape[-1])
 
     def _step_of(self, call, held):
         """How one token is computed if the layer of the cache holds these KV groups; None: not in the short way."""
         view, layer = call.view, call.layer
         if (layer, held) not in self.steps:
-            treatments, sinks = call.attention.plan.treatments, call.attention.names.sinks
-            plain = treatments[-1] is self and len(view.own) == len(view.heads) and not sinks
-            self.steps[layer, held] = (
-                Step(self.layers[layer], view.heads, self.shapes[layer][1], held) if plain else None
-            )
+            attention, (_, group, size) = call.attention, self.shapes[layer]
+            alone = len(attention.plan.treatments) == 1 and not attention.names.sinks
+            windows = {number: (*window, size) for number, window in self.layers[layer].items()}
+            self.steps[layer, held] = Step(windows, view.heads, group, held) if alone else None
         return self.steps[layer, held]
 
 
 class Step:
     """One token, nothing of which is padding, of a layer some of whose windows are outgrown: what general code finds
-    out anew for every pass is known. pieces: (window, KV groups, their heads), window None: as the cache holds them."""
+    out anew for every pass is known. windows: by KV group, sinks, tokens and size of a head. pieces: (window, KV
+    groups, their heads), window None: as the cache holds them."""
 
     def __init__(self, windows, heads, size, held):
         groups = range(len(heads) // size)
@@ -199,8 +205,12 @@ def _by_head(call, mask, heads):
     return call.pick(mask, heads) if getattr(mask, "ndim", 0) == 4 and mask.shape[1] > 1 else mask
 
 
-def _joined(pieces, size):
-    """Outputs (B, T, H, D) and probabilities (B, H, T, S) of KV groups, together, in the order of their heads."""
+def _joined(pieces, size, width):
+    """Outputs (B, T, H, D) and probabilities (B, H, T, S) of KV groups, together, in the order of their heads. width:
+    D, for outputs that are narrower are filled up."""
+    if any(output.shape[-1] < width for _, (output, _) in pieces):
+        pad = torch.nn.functional.pad
+        pieces = [(groups, (pad(made, (0, width - made.shape[-1])), weights)) for groups, (made, weights) in pieces]
     if len(pieces) == 1:
         return pieces[0][1]
     order = sorted(
@@ -245,7 +255,8 @@ def _lets(mask):
 
 class WindowParts:
     """What windows keep in a layer of a cache. real: which tokens so far are real (B, S), as long as a window waits to
-    be kept, or None if all are. kept: by sinks and tokens, its `Kept`."""
+    be kept, or None if all are. kept: by sinks, tokens and size of
+    values, its `Kept`."""
 
     def __init__(self, batch, static, real=None, kept=None):
         self.batch, self.static, self.real, self.kept = batch, static, real, kept or {}

@@ -18,7 +18,7 @@ from sa_convert.domain.units import Unit, Units
 from sa_convert.errors import PlanError
 from sa_convert.treatments.base import Treatment
 from sa_convert.treatments.window import drawing
-from sa_convert.treatments.window.rules import refusal
+from sa_convert.treatments.window.rules import WindowLimits, refusal
 
 if TYPE_CHECKING:
     from sa_convert.domain.calibrated import Measure
@@ -35,6 +35,10 @@ class WindowTreatment(Treatment):
     file = __file__
     keeps_shapes = True
     impossible = "No layer of this model caches what a decoder attends to, so no window would save anything."
+
+    def __init__(self, limits: WindowLimits | None = None) -> None:
+        """limits: what a search may choose of it."""
+        self.limits = limits or WindowLimits()
 
     def parse(self, arguments: Any) -> Arguments:
         if not isinstance(arguments, Mapping) or set(arguments) != set(KEYS):
@@ -59,12 +63,13 @@ class WindowTreatment(Treatment):
         return replace(before, reach=reach if before.reach is None else min(before.reach, reach))
 
     def candidates(self, units: Units) -> list[Unit]:
-        return [unit for unit in units.all if refusal(units.geometry.layers[unit.layer]) is None]
+        return [unit for unit in units.all if self.limits.refusal(units.geometry.layers[unit.layer]) is None]
 
     def ledger(self, units: Units, plan: Plan, measure: "Measure", known: "Ledger | None" = None) -> "Ledger":
         from sa_convert.treatments.window.cost import WindowCosts
 
-        return WindowCosts(units, measure, plan, known if isinstance(known, WindowCosts) else None)
+        known = known if isinstance(known, WindowCosts) else None
+        return WindowCosts(units, measure, plan, known, limits=self.limits)
 
     def treated(self, plan: Plan, geometry: ModelGeometry) -> Treated:
         return drawing.treated(plan, geometry)

@@ -1,0 +1,53 @@
+"""Windowed models under torch.compile, with caches that grow."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from support.memory_models import some_ids
+from support.tiny_models import with_cache
+from support.windowed_models import EVERY, MIXED, Pair
+
+LENGTH = 14
+PLANS = {"mixed": {layer: MIXED[layer] for layer in (0, 2)}, "every": {layer: EVERY[layer] for layer in range(3)}}
+
+
+def made(plan):
+    return Pair("llama", PLANS[plan], num_hidden_layers=3)
+
+
+@torch.no_grad()
+def test_a_growing_cache():
+    """A prompt, then token by token. It breaks into graphs, some of which torch gives up on: static caches have one."""
+    pair, ids = made("mixed"), some_ids(LENGTH)
+    torch._dynamo.reset()
+    step, cache, found = torch.compile(pair.model.forward, backend="eager"), DynamicCache(config=pair.model.config), []
+    for start, stop in ((0, 6), *((at, at + 1) for at in range(6, LENGTH))):
+        found.append(step(ids[:, start:stop], **with_cache(pair.model, cache)).logits)
+    torch.testing.assert_close(torch.cat(found, dim=1), pair.expected(ids), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@torch.no_grad()
+def test_prompts(plan):
+    """Prompts of several lengths, without a cache, as one graph each or fewer."""
+    pair = made(plan)
+    torch._dynamo.reset()
+    run = torch.compile(pair.model.forward, backend="eager", fullgraph=True)
+    for length in (4, 12, 30):
+        ids = some_ids(length)
+        torch.testing.assert_close(run(ids, use_cache=False).logits, pair.expected(ids), atol=1e-4, rtol=1e-4)
+
+
+def test_training_as_one_graph():
+    pair, ids = made("mixed"), some_ids(30)
+    torch._dynamo.reset()
+    run = torch.compile(pair.model.forward, backend="aot_eager", fullgraph=True)
+    pair.model.zero_grad()
+    run(ids, labels=ids, use_cache=False).loss.backward()
+    found = {name: parameter.grad for name, parameter in pair.model.named_parameters()}
+    pair.base.zero_grad()
+    with pair.forced():
+        pair.base(ids, labels=ids, use_cache=False).loss.backward()
+    for name, parameter in pair.base.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, atol=1e-4, rtol=1e-3, msg=name)
