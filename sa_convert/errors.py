@@ -34,6 +34,14 @@ class DataError(SaConvertError):
     """Text for calibration or validation cannot be used."""
 
 
+class EndedElsewhere(SaConvertError):
+    """Another process of a launch has told what is wrong, and with which exit status all end."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__()
+        self.exit_code = exit_code
+
+
 class SessionError(SaConvertError):
     """A conversation cannot be kept, or what was kept is of no use here."""
 

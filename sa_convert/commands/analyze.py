@@ -94,16 +94,21 @@ def command(model: str, output: Path, as_json: bool, **options: Any) -> None:
       sa-convert analyze ./Llama-3-8B -o analysis
       sa-convert convert ./Llama-3-8B --recipe analysis/cache-75.yaml -o ./Llama-3-8B-smaller
       sa-convert analyze ./model -o analysis --at 8192 --treatments window --calibration my.txt
+      accelerate launch --multi_gpu --num_processes 8 -m sa_convert analyze ./Llama-3-70B -o analysis
     """
     from sa_convert.jobs.analyzing import AnalyzeOptions, analyze
+    from sa_convert.models.processes import launched
     from sa_convert.present.terminal.analysis_text import render_analysis
 
     for name, option in (("key_cache", "--key-cache"), ("cache", "--cache")):
         if options[name] is not None and not 0 < options[name] < 1:
             raise click.BadParameter("must be more than 0% and less than 100%.", param_hint=f"'{option}'")
-    analysis = analyze(model, output, AnalyzeOptions(**options))
-    if as_json:
-        echo_json(analysis.to_json())
-    else:
+    with launched():
+        analysis = analyze(model, output, AnalyzeOptions(**options))
+        if analysis is None:  # another process tells
+            return
+        if as_json:
+            echo_json(analysis.to_json())
+            return
         click.echo(render_analysis(analysis))
         click.echo(f"\nWritten to {output}")

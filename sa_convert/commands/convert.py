@@ -90,10 +90,12 @@ def command(
       sa-convert convert model.gguf --recipe my.yaml -o out --max-perplexity-increase 3%
       sa-convert convert ./model --recipe late-span -o out --dry-run
       sa-convert convert org/Llama-3-8B --recipe balanced -o out --push-to me/Llama-3-8B-shared
+      accelerate launch --multi_gpu --num_processes 8 -m sa_convert convert ./Llama-3-70B --recipe balanced -o out
     """
     from dataclasses import asdict
 
     from sa_convert.jobs.converting import ConvertOptions, convert, plan
+    from sa_convert.models.processes import first, launched
     from sa_convert.plan.recipe_file import load_recipe
     from sa_convert.present.terminal.plan_text import plan_json, render_plan
 
@@ -106,37 +108,40 @@ def command(
         raise click.UsageError(
             "--push-to does not go with --trust-remote-code: look at the result, which may carry code, then push it."
         )
-    recipe = load_recipe(recipe_name)
-    if engine is not None:
-        recipe = recipe.with_engine(engine)
-    if max_perplexity_increase is not None:
-        recipe = recipe.with_gate(max_perplexity_increase)
+    with launched():
+        recipe = load_recipe(recipe_name)
+        if engine is not None:
+            recipe = recipe.with_engine(engine)
+        if max_perplexity_increase is not None:
+            recipe = recipe.with_gate(max_perplexity_increase)
 
-    if dry_run:
-        conversion = plan(model, recipe, how)
+        if dry_run:
+            conversion = plan(model, recipe, how)
+            if as_json:
+                echo_json(plan_json(conversion))
+            else:
+                click.echo(render_plan(conversion))
+            return
+        target = None
+        if push_to is not None and first():
+            from sa_convert.present.hub.target import check_target
+
+            target = check_target(push_to, private)
+        # The name of a file, not its path: the report holds nothing of this machine.
+        report = convert(model, recipe, output, how, Path(recipe_name).name)
+        if report is None:  # another process tells
+            return
+        if not as_json:
+            from sa_convert.present.terminal.report_text import render_report
+
+            click.echo(render_report(report))
+            click.echo(f"\nWritten to {output}")
+        pushed = None
+        if target is not None:
+            from sa_convert.jobs.pushing import push_converted
+
+            pushed = push_converted(output, target)
         if as_json:
-            echo_json(plan_json(conversion))
-        else:
-            click.echo(render_plan(conversion))
-        return
-    target = None
-    if push_to is not None:
-        from sa_convert.present.hub.target import check_target
-
-        target = check_target(push_to, private)
-    # The name of a file, not its path: the report holds nothing of this machine.
-    report = convert(model, recipe, output, how, Path(recipe_name).name)
-    if not as_json:
-        from sa_convert.present.terminal.report_text import render_report
-
-        click.echo(render_report(report))
-        click.echo(f"\nWritten to {output}")
-    pushed = None
-    if target is not None:
-        from sa_convert.jobs.pushing import push_converted
-
-        pushed = push_converted(output, target)
-    if as_json:
-        echo_json({**report.to_json(), **({"pushed": asdict(pushed)} if pushed else {})})
-    elif pushed:
-        click.echo(f"Uploaded to {pushed.url}")
+            echo_json({**report.to_json(), **({"pushed": asdict(pushed)} if pushed else {})})
+        elif pushed:
+            click.echo(f"Uploaded to {pushed.url}")

@@ -16,7 +16,8 @@ import click
 from sa_convert import __version__, registration
 from sa_convert.console.printable import one_line
 from sa_convert.console.redaction import redact
-from sa_convert.errors import SaConvertError
+from sa_convert.errors import EndedElsewhere, SaConvertError
+from sa_convert.models.processes import broken
 
 COMMANDS = {
     "inspect": "sa_convert.commands.inspect",
@@ -64,6 +65,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
+    except EndedElsewhere as error:
+        return error.exit_code
     except SaConvertError as error:
         return _fail(error, str(error), error.exit_code)
     except (click.Abort, KeyboardInterrupt) as error:
@@ -94,5 +97,9 @@ def main() -> None:
     """Entry point of the script `sa-convert`."""
     registration.cancel()
     status = run()
+    if broken():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     gc.freeze()  # Python would search all that was imported for garbage as it ends, for 0.03 s
     sys.exit(status)

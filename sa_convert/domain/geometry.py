@@ -18,7 +18,8 @@ class LayerGeometry:
     ("full_attention", "sliding_attention"), "none" without softmax attention. window: tokens in the sliding window, or
     None. rotary: whether queries and keys are rotated by position. stack: which kind of attention of an encoder-decoder
     ("encoder", "decoder", "decoder.cross"); "" if a model has one kind. cached: whether its keys and values are kept
-    from one generated token to the next; an encoder's are not.
+    from one generated token to the next; an encoder's are not. value_dim: elements of one head's value; None: as many
+    as of its key. stored: dtype of its values in the files, in which the cache is counted.
     """
 
     heads: int
@@ -29,6 +30,13 @@ class LayerGeometry:
     rotary: bool = True
     stack: str = ""
     cached: bool = True
+    value_dim: int | None = None
+    stored: str = "F32"
+
+    @property
+    def values(self) -> int:
+        """Elements of one head's value."""
+        return self.head_dim if self.value_dim is None else self.value_dim
 
     @property
     def group_size(self) -> int:

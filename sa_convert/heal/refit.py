@@ -7,7 +7,7 @@ A layer's refit is kept only if it lowers the squared error on held-out text and
 all of them only if they bring the model's predictions nearer to the base's (`refit`).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from sa_convert.console.progress import progress
 from sa_convert.domain.calibrated import LayerRefit, RefitReport
 from sa_convert.domain.plan import Plan
 from sa_convert.heal.ridge import Sums, combine, solve
+from sa_convert.models.processes import in_share, shared, summed
 from sa_convert.observe.probe import Loans, Probe
 from sa_convert.observe.replay import Replay, captured
 from sa_convert.observe.sequences import Sample
@@ -77,7 +78,7 @@ def _fit_in_replay(
     probe: Probe, plan: Plan, fit: tuple[Sample, ...], held_out: tuple[Sample, ...]
 ) -> tuple[dict[int, torch.Tensor], dict[int, LayerRefit]]:
     """Base and changed model side by side, layer by layer."""
-    samples = (*fit, *held_out)
+    samples = [sample for _, sample in shared((*fit, *held_out))]
     replay = Replay(probe, samples)
     own = base = replay.states
     chunks = [slice(start, start + replay.batch) for start in range(0, len(samples), replay.batch)]
@@ -91,7 +92,7 @@ def _fit_in_replay(
             if layer == first:
                 base = own.clone()
             if layer in refitted:
-                work = _LayerFit(len(fit))
+                work = _LayerFit(in_share(fit))
                 for chunk, loan in zip(chunks, loans, strict=True):
                     with captured(probe.output_projections[layer], work.note):
                         base[chunk] = replay.run(layer, base[chunk])
@@ -118,13 +119,13 @@ def _fit_in_passes(
 ) -> tuple[dict[int, torch.Tensor], dict[int, LayerRefit]]:
     """Whole passes of the base and of the changed model for every layer: for models in which layers are not one chain,
     but read what an encoder has made of the text."""
-    samples = (*fit, *held_out)
+    samples = [sample for _, sample in shared((*fit, *held_out))]
     fits: dict[int, LayerRefit] = {}
     changes: dict[int, torch.Tensor] = {}
     order = [layer for layer in probe.order() if layer in with_projection(plan)]
     with progress(len(order), "refit", unit="layer") as bar, torch.no_grad():
         for layer in order:
-            work = _LayerFit(len(fit))
+            work = _LayerFit(in_share(fit))
             for at, sample in enumerate(samples):
                 inputs = sample.inputs(probe.model)
                 with captured(probe.output_projections[layer], work.note):
@@ -154,7 +155,7 @@ class _LayerFit:
         """Input and output of the layer's projection: first in the base model, then in the changed one."""
         self.seen.append((inputs.reshape(*output.shape[:-1], -1).float().cpu(), output.float().cpu()))
 
-    def add(self, samples: tuple[Sample, ...], chunk: slice) -> None:
+    def add(self, samples: Sequence[Sample], chunk: slice) -> None:
         """Add what was noted of a chunk of the samples."""
         (_, wanted), (inputs, output) = self.seen
         self.seen.clear()
@@ -165,8 +166,15 @@ class _LayerFit:
                 x, error = x[sample.scored], error[sample.scored]
             self.sums.setdefault(key, Sums()).add(x, error)
 
+    def _join(self) -> None:
+        """Put together what several processes have seen."""
+        parts = {(key, name): part for key, sums in self.sums.items() for name, part in vars(sums).items()}
+        for (key, name), part in summed(parts).items():
+            setattr(self.sums.setdefault(key, Sums()), name, part)
+
     def solve(self) -> tuple[torch.Tensor | None, LayerRefit]:
-        """The change (output, input), or None if no strength helps on all held-out samples."""
+        """The change (output, input), or None if no strength helps on all held-out samples, of all processes."""
+        self._join()
         fit = combine([(1.0, sums) for (fitted, _), sums in self.sums.items() if fitted])
         held = {repetition: sums for (fitted, repetition), sums in self.sums.items() if not fitted}
         best: tuple[float, float, Any, dict[bool, float]] | None = None

@@ -9,12 +9,12 @@ from sa_convert.domain.analysis import Analysis
 from sa_convert.domain.model import Model, RunOptions
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.units import Units
+from sa_convert.jobs.first_stage import first_stages, staged_weights
 from sa_convert.models.placement import positions
 from sa_convert.models.trust import trusting
-from sa_convert.output.staging import staging
 from sa_convert.plan.conversion import resolved_recipe
 from sa_convert.present.files.analysis_folder import RECIPE_FILE, write_analysis
-from sa_convert.read.work_on import bytes_to_read, describe, source_of, with_weights
+from sa_convert.read.work_on import bytes_to_read, describe, source_of
 from sa_convert.search.budget import check_removable, check_search, more_than_sharing
 from sa_convert.treatments.registry import searched
 
@@ -63,8 +63,9 @@ class AnalyzeOptions(RunOptions):
     """An earlier result may be replaced."""
 
 
-def analyze(reference: str, output: Path, options: AnalyzeOptions) -> Analysis:
+def analyze(reference: str, output: Path, options: AnalyzeOptions) -> Analysis | None:
     """Analyze the model that the user calls `reference` into the folder `output`, which appears complete or not at all.
+    Every process of a launch calls it; None is the result of all but the first.
 
     Raises a SaConvertError if the model, the text, the budget or the output does not allow it; what headers and options
     tell is refused before any weight is read.
@@ -80,12 +81,14 @@ def analyze(reference: str, output: Path, options: AnalyzeOptions) -> Analysis:
 
     # 2. A folder beside the output, which becomes it at the end.
     space = _HEADROOM + bytes_to_read(described)
-    with staging(output, options.overwrite, space, source_of(described, reference)) as stage:
+    with first_stages(output, options.overwrite, space, source_of(described, reference)) as stage:
         # 3. All weights, as safetensors.
-        model = with_weights(model, reference, stage.root / "workspace", options)
+        model = staged_weights(model, reference, stage, options)
 
         # 4. The pass: attention, costs, and a search that measures each of its steps.
         analysis = _analysis(model, options)
+        if stage is None:  # another process writes
+            return None
 
         # 5. Tables, figures, and recipes.
         announce("drawing figures")

@@ -12,9 +12,11 @@ from sa_convert.domain.change import Change
 from sa_convert.domain.model import Model, RunOptions
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.report import BaseModel, Report, Validation
+from sa_convert.jobs.first_stage import first_stages, staged_weights
 from sa_convert.models.auto_class import auto_class_name, prediction_task
+from sa_convert.models.processes import from_first
 from sa_convert.models.trust import trusting
-from sa_convert.output.staging import Stage, staging
+from sa_convert.output.staging import Stage
 from sa_convert.plan.cache_used import cache_used
 from sa_convert.plan.conversion import ConversionPlan, plan_conversion, resolved_recipe
 from sa_convert.plan.converted import converted_parts, stock_parts
@@ -63,9 +65,9 @@ def plan(reference: str, recipe: "Recipe", options: ConvertOptions) -> Conversio
     if recipe.searches is None:
         return plan_conversion(model, recipe)
     _check_calibration(model, recipe)
-    # 2. The search.
+    # 2. The search, which several processes may share.
     with TemporaryDirectory(prefix="sa-convert-") as workspace:
-        loaded = with_weights(model, reference, Path(workspace), options)
+        loaded = from_first(lambda: with_weights(model, reference, Path(workspace), options))
         calibrated = _calibrate(loaded, recipe, None, options, refits=False)
     # 3. The plan that it has found.
     return plan_conversion(model, recipe, calibrated.plan)
@@ -73,9 +75,10 @@ def plan(reference: str, recipe: "Recipe", options: ConvertOptions) -> Conversio
 
 def convert(
     reference: str, recipe: "Recipe", output: Path, options: ConvertOptions, recipe_name: str | None = None
-) -> Report:
+) -> Report | None:
     """Convert the model that the user calls `reference` by `recipe` into the folder `output`, which appears complete or
-    not at all. recipe_name: as the report says it.
+    not at all. recipe_name: as the report says it. Every process of a launch calls it; None is the result of all but
+    the first.
 
     Raises a SaConvertError: GateRefused if the result is not good enough, the others if the model, the recipe or the
     output does not allow it.
@@ -95,15 +98,19 @@ def convert(
 
     # 3. A folder beside the output, which becomes it at the end.
     space = needed_bytes(described, conversion.edits if conversion else {}) + bytes_to_read(described)
-    with staging(output, options.overwrite, space, source_of(described, reference)) as stage:
+    with first_stages(output, options.overwrite, space, source_of(described, reference)) as stage:
         # 4. All weights, as safetensors.
-        model = with_weights(model, reference, stage.root / "workspace", options)
+        model = staged_weights(model, reference, stage, options)
 
         # 5. What the recipe leaves to be found on text: its plan, its refitted matrices.
         calibrated = None
         if recipe.needs or (conversion and any(treatment.fits for treatment in used_in(conversion.plan))):
             calibrated = _calibrate(model, recipe, conversion.plan if conversion else None, options)
         conversion = plan_conversion(model, recipe, calibrated.plan if calibrated else None)
+        if stage is None:  # another process writes
+            if recipe.heal is not None:
+                _heal(conversion, recipe, options, None)
+            return None
         if calibrated and calibrated.refit:
             file = stage.workspace / "refitted.safetensors"
             refitted = refit_edits(model, calibrated.refit.changes, file)
@@ -166,18 +173,19 @@ def _calibrate(
 
 
 def _heal(
-    conversion: ConversionPlan, recipe: "Recipe", options: ConvertOptions, stage: Stage
+    conversion: ConversionPlan, recipe: "Recipe", options: ConvertOptions, stage: Stage | None
 ) -> tuple["HealReport", "Recipe"]:
     """Heal what was written, and say so in the recipe. If that does not help on held-out text and copying, the weights
-    stay as they are."""
+    stay as they are. stage: None for all processes but the first."""
     from sa_convert.heal.distillation import HealingTask, heal
     from sa_convert.heal.resolved_settings import resolve
 
     assert recipe.heal is not None
     recipe = recipe.with_heal(resolve(recipe.heal, recipe, conversion))
     assert recipe.heal is not None
-    base, folder = conversion.model.checkpoint, stage.workspace / "healing"
-    folder_now = open_folder(stage.folder)
+    base = conversion.model.checkpoint
+    written, folder = from_first(partial(_healing_folders, stage))
+    folder_now = open_folder(written)
     if conversion.stock is None:
         converted, found = converted_parts(folder_now)
     else:
@@ -186,10 +194,18 @@ def _heal(
     announce("loading both models to heal the converted one")
     with trusting(base.folder, base.trusted):
         healed = heal(task)
+    if stage is None:
+        return healed.report, recipe
     if healed.report.kept is None:
         note(f"healing was left out, since it made the model worse: {'; '.join(healed.report.refused)}")
     overwrite_tensors(converted.checkpoint, stage.folder, healed.tensors)
     return healed.report, recipe
+
+
+def _healing_folders(stage: Stage | None) -> tuple[Path, Path]:
+    """What is healed, and where that keeps its state."""
+    assert stage is not None
+    return stage.folder, stage.workspace / "healing"
 
 
 def validated(conversion: ConversionPlan, recipe: "Recipe", options: RunOptions, stage: Stage) -> Validation:

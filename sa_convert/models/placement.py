@@ -1,13 +1,14 @@
 """Where a model runs, in which dtype, and whether it fits there."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.domain.model import RunOptions
 from sa_convert.errors import CheckpointError, SaConvertError
 from sa_convert.models.auto_class import TASKS, auto_class_name
+from sa_convert.models.processes import count, from_first, on_this_machine, own_device
 from sa_convert.read.folder import read_config
 
 if TYPE_CHECKING:
@@ -43,7 +44,12 @@ class Placement:
 
 
 def place(
-    folder: Path, device: str = "auto", dtype: str = "auto", max_memory: Mapping[int | str, int] | None = None
+    folder: Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_memory: Mapping[int | str, int] | None = None,
+    *,
+    processes: int = 1,
 ) -> Placement:
     """Decide where the checkpoint in `folder` runs.
 
@@ -51,7 +57,8 @@ def place(
     float32 instead of float16, and instead of bfloat16 if that fits into memory (few CPUs are fast at either, and
     the decode check is stricter). max_memory: given, the model is always placed by accelerate within these bounds
     (`{"cpu": bytes}`), and what does not fit stays on disk; None: that is done only if the weights do not fit into
-    free memory. Raises SaConvertError for a device or dtype that torch does not have.
+    free memory. processes: that share the memory of the CPU. Raises SaConvertError for a device or dtype that torch
+    does not have.
     """
     import torch
 
@@ -60,17 +67,33 @@ def place(
     computed = stored if dtype == "auto" else getattr(torch, dtype, None)
     if not isinstance(computed, torch.dtype) or not computed.is_floating_point:
         raise SaConvertError(f"{dtype} is not a dtype to compute in: use float32, bfloat16, float16 or auto.")
-    fits = HEADROOM * _free(device) / weight_bytes(folder) * stored.itemsize  # bytes that an element may have
+    fits = (
+        HEADROOM * _free(device, processes) / weight_bytes(folder) * stored.itemsize
+    )  # bytes that an element may have
     if dtype == "auto" and device == "cpu" and (computed == torch.float16 or fits >= torch.float32.itemsize):
         computed = torch.promote_types(computed, torch.float32)
     if max_memory is None and computed.itemsize > fits:
-        max_memory = _bounds(device)
+        max_memory = _bounds(device, processes)
     return Placement(device, computed, stored, max_memory)
 
 
 def placed(folder: Path, run: RunOptions) -> Placement:
     """As `place`, by what the user asks for."""
     return place(folder, run.device, run.dtype, NO_MEMORY if run.layer_by_layer else None)
+
+
+def placed_in_launch(folder: Path, run: RunOptions) -> Placement:
+    """As `placed`, for one of several processes: its own GPU, or its part of the memory, and the dtype of all."""
+    if count() == 1:
+        return placed(folder, run)
+    device = own_device(run.device)
+    most = NO_MEMORY if run.layer_by_layer else None
+    found = place(folder, device, run.dtype, most, processes=on_this_machine())
+    # What is free may differ from process to process, and they must not do different work.
+    dtype, fits = from_first(lambda: (found.dtype, found.max_memory is None))
+    if fits:
+        return replace(found, dtype=dtype, max_memory=None)
+    return replace(found, dtype=dtype, max_memory=found.max_memory or _bounds(found.device, on_this_machine()))
 
 
 def weight_bytes(folder: Path) -> int:
@@ -141,19 +164,19 @@ def _device(name: str) -> str:
     return name
 
 
-def _free(device: str) -> int:
-    """Bytes of free memory on a device."""
+def _free(device: str, processes: int = 1) -> int:
+    """Bytes of free memory on a device, for each of several processes that share it."""
     import psutil
     import torch
 
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return psutil.virtual_memory().available // processes
 
 
-def _bounds(device: str) -> dict[int | str, int]:
+def _bounds(device: str, processes: int = 1) -> dict[int | str, int]:
     """What accelerate may use: the device, then the CPU, then the disk."""
-    bounds: dict[int | str, int] = {"cpu": int(HEADROOM * _free("cpu"))}
+    bounds: dict[int | str, int] = {"cpu": int(HEADROOM * _free("cpu", processes))}
     if device != "cpu":
         import torch
 

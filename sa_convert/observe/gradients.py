@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from sa_convert.domain.calibrated import Measure
 from sa_convert.domain.plan import Plan
 from sa_convert.models.arguments import first_argument
 from sa_convert.observe.finite import not_finite
@@ -108,6 +109,20 @@ def output_directions(
         for hook in hooks:
             hook.remove()
     yield "second", gradients
+
+
+def pass_over(probe: Probe, sample: Sample, generator: torch.Generator, measure: Measure) -> None:
+    """Draw what a pass over this sequence would, which another process runs: so draws do not depend on who runs it.
+
+    Models whose logits or states have another shape than most draw other numbers, which are as good.
+    """
+    tokens, size = probe.model.get_input_embeddings().weight.shape
+    if measure == "fisher":
+        # As multinomial draws one label each.
+        torch.empty(sample.inputs(probe.model).labels.shape[1], tokens).exponential_(generator=generator)
+        return
+    for _ in probe.order():
+        torch.randn(1, len(sample.tokens), size, generator=generator)
 
 
 def _detached(value: Any) -> Any:

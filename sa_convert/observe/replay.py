@@ -28,7 +28,7 @@ class Replay:
         self.probe = probe
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         states = [self._trace(sample, keep=at == 0) for at, sample in enumerate(samples)]
-        self.states = torch.cat(states)
+        self.states = torch.cat(states) if states else torch.zeros(0)
         self.batch = batch if probe.family.modules.interface else 1
 
     def _trace(self, sample: "Sample", keep: bool) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.domain.calibrated import Measure
@@ -10,7 +11,8 @@ from sa_convert.domain.model import Model, RunOptions
 from sa_convert.domain.units import Units
 from sa_convert.errors import DataError
 from sa_convert.models.load import load_base, load_tokenizer
-from sa_convert.models.placement import Placement, placed, positions
+from sa_convert.models.placement import Placement, placed_in_launch, positions
+from sa_convert.models.processes import from_first
 from sa_convert.models.task import NEXT_TOKEN, task_of
 from sa_convert.observe.long_sequences import LENGTH, SHORTEST, LongSet, long_set
 from sa_convert.observe.probe import Probe
@@ -71,7 +73,7 @@ def open_session(
     tokenizer = load_tokenizer(folder)
     task = task_of(model.checkpoint.config, tokenizer, f"The model in {folder}")
     text = load_text(calibration.text)
-    placement = placed(folder, run)
+    placement = placed_in_launch(folder, run)
     most = positions(model.checkpoint.config) or max(calibration.length, at or 0)
     length = min(calibration.length, most)
     with load_base(folder, placement) as loaded:
@@ -81,7 +83,7 @@ def open_session(
         if own and task is NEXT_TOKEN and calibration.text == "builtin" and placement.max_memory is None:
             from sa_convert.observe.written import written_by
 
-            written = written_by(loaded.model, tokenizer, own, length, seed)
+            written = from_first(partial(written_by, loaded.model, tokenizer, own, length, seed))
         samples = calibration_set(
             tokenizer, embeddings, text, calibration.sequences, length, seed=seed, written=written, task=task
         )

@@ -25,6 +25,7 @@ from sa_convert.console.progress import progress
 from sa_convert.domain.analysis import AttentionStatistics
 from sa_convert.domain.units import Units
 from sa_convert.errors import DataError
+from sa_convert.models.processes import in_share, shared, summed
 from sa_convert.observe.finite import not_finite
 from sa_convert.observe.probe import Probe, Seen
 from sa_convert.observe.sequences import Sample
@@ -34,6 +35,7 @@ def attention_statistics(
     probe: Probe, units: Units, samples: Sequence[Sample], description: str = "similarity of layers"
 ) -> AttentionStatistics:
     """Over the samples of text; random repetition is left out. Probabilities of one sequence are in memory at a time.
+    Several processes share the samples.
 
     samples: of one length. Raises DataError if none of them is text, CheckpointError if probabilities are not finite.
     """
@@ -56,18 +58,23 @@ def attention_statistics(
         unit[layer.layer] = chosen.div_(chosen.norm(dim=1, keepdim=True).clamp_min_(1e-30))
         variance[layer.layer] += float(_variance(own, pairs))
 
-    with progress(len(text), description, unit="seq") as bar, torch.no_grad(), probe.observing(observe):
-        for number, sample in enumerate(text):
+    seen_before = False
+    with progress(in_share(text), description, unit="seq") as bar, torch.no_grad(), probe.observing(observe):
+        for _, sample in shared(text):
             probe.model(**sample.inputs(probe.model).kwargs)
             for row, one in unit.items():
                 for column, other in unit.items():
                     if column <= row and layers[row].stack == layers[column].stack:
                         block = (one @ other.T).double()
-                        if number:
+                        if seen_before:
                             block += cosines[places[row], places[column]]
                         cosines[places[row], places[column]] = block
                         cosines[places[column], places[row]] = block.T
+            seen_before = True
             bar.update()
+    # Blocks that are not compared are nan in every process that has seen a sequence.
+    sums = summed({"cosines": cosines, "variance": variance} if seen_before else {})
+    cosines, variance = sums["cosines"], sums["variance"]
     similarity, matched = _by_layer(cosines / len(text), units)
     variances = [value if layer.heads else None for value, layer in zip(variance.tolist(), layers, strict=True)]
     mean = tuple(None if value is None else value / len(text) for value in variances)

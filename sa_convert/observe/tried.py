@@ -8,6 +8,7 @@ import torch
 from sa_convert.console.progress import progress
 from sa_convert.domain.calibrated import Distance
 from sa_convert.domain.plan import Plan
+from sa_convert.models.processes import in_share, merged, shared
 from sa_convert.observe.probe import Probe
 from sa_convert.observe.sequences import Sample
 
@@ -18,15 +19,16 @@ class Reference:
     """The base model's predictions of some samples, to measure others against.
 
     They are kept as log-probabilities: 4 bytes for each scored token and each token of the vocabulary, or 2 if that
-    would be more than MOST_BYTES. `probe` must run the unchanged base model when this is made.
+    would be more than MOST_BYTES. `probe` must run the unchanged base model when this is made. Several processes
+    share the samples, and all get what was measured.
     """
 
     def __init__(self, probe: Probe, samples: Sequence[Sample], description: str = "base model") -> None:
         self.probe, self.samples = probe, samples
         self._base: list[torch.Tensor] = []
         self._labels: list[torch.Tensor] = []
-        with progress(len(samples), description, unit="seq") as bar:
-            for sample in samples:
+        with progress(in_share(samples), description, unit="seq") as bar:
+            for _, sample in shared(samples):
                 chances, labels = self._chances(sample, Plan())
                 self._labels.append(labels)
                 self._base.append(chances if 4 * chances.numel() * len(samples) < MOST_BYTES else chances.half())
@@ -35,10 +37,10 @@ class Reference:
 
     def measure(self, plan: Plan, description: str = "measuring") -> Distance:
         """The model as it is now, under a plan."""
-        with progress(len(self.samples), description, unit="seq") as bar:
+        with progress(in_share(self.samples), description, unit="seq") as bar:
 
             def chances() -> Iterable[torch.Tensor]:
-                for sample in self.samples:
+                for _, sample in shared(self.samples):
                     yield self._chances(sample, plan)[0]
                     bar.update()
 
@@ -53,17 +55,24 @@ class Reference:
             return torch.log_softmax(predictions.float(), dim=-1).cpu(), labels.cpu()
 
     def _distance(self, predictions: Iterable[torch.Tensor]) -> Distance:
-        losses: list[float] = []
-        copying: list[float] = []
-        sums = {False: [0.0, 0.0, 0.0], True: [0.0, 0.0, 0.0]}  # loss, divergence, tokens; True: of repetition
-        for sample, labels, base, chances in zip(self.samples, self._labels, self._base, predictions, strict=True):
+        found: dict[int, tuple[float, float, int]] = {}
+        for (number, _), labels, base, chances in zip(
+            shared(self.samples), self._labels, self._base, predictions, strict=True
+        ):
             chances = chances.float()
             loss = -chances.gather(1, labels[:, None]).double().mean().item()
             certain = base.float()
             divergence = (certain.exp() * (certain - chances)).sum(-1).double().mean().item()
+            found[number] = loss, divergence, len(labels)
+        losses: list[float] = []
+        copying: list[float] = []
+        sums = {False: [0.0, 0.0, 0.0], True: [0.0, 0.0, 0.0]}  # loss, divergence, tokens; True: of repetition
+        every = merged(found)
+        for number, sample in enumerate(self.samples):
+            loss, divergence, tokens = every[number]
             (copying if sample.repetition else losses).append(loss)
             kind = sums[sample.repetition]
-            for at, value in enumerate((loss * len(labels), divergence * len(labels), float(len(labels)))):
+            for at, value in enumerate((loss * tokens, divergence * tokens, float(tokens))):
                 kind[at] += value
         text, repetition = sums[False], sums[True]
         return Distance(

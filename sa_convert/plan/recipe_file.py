@@ -70,7 +70,8 @@ def parse_recipe(text: str, file: str) -> "Recipe":
     from sa_convert.domain.recipe import Origin, Recipe
 
     # Tabs may indent JSON but not YAML; JSON has none inside of its texts.
-    value, lines = parse_yaml(text.replace("\t", " ") if file.endswith(".json") else text, file)
+    is_json = file.lower().endswith(".json")
+    value, lines = parse_yaml(text.replace("\t", " ") if is_json else text, file, numbers=is_json)
     origin = Origin(file, lines)
     if value is None:
         raise RecipeError(f"{file} is empty; a recipe needs at least one of the keys 'search', 'plan' and 'sharing'.")

@@ -1,7 +1,6 @@
 """What a plan removes, computed from headers and the plan."""
 
 from collections.abc import Iterator, Mapping
-from itertools import chain
 from math import prod
 
 from sa_convert.domain.change import CacheBytes, Change, Savings
@@ -9,7 +8,6 @@ from sa_convert.domain.checkpoint import DTYPE_BITS, TensorEdit
 from sa_convert.domain.model import Model
 from sa_convert.domain.plan import Plan
 from sa_convert.models.placement import positions
-from sa_convert.read.names import attention_prefix, projection
 from sa_convert.treatments.plan_answers import layer_answers
 
 USED_AT = 4096
@@ -17,8 +15,6 @@ USED_AT = 4096
 
 CONTEXTS = (512, 2048, 4096, 8192)
 """Lengths at which caches are shown."""
-
-_WEIGHT = "weight"
 
 
 def plan_savings(model: Model, plan: Plan, edits: Mapping[str, TensorEdit], at: int) -> Savings:
@@ -108,31 +104,9 @@ def cache_at(model: Model, plan: Plan, tokens: int) -> int:
     total = 0
     for index, layer in enumerate(model.geometry.layers):
         if layer.heads and layer.cached:
-            answers = layer_answers(plan, model.geometry, index, value_size(model, index))
-            dtype = model.checkpoint.tensors[_value_name(model, index)].dtype
-            total += sum(found.cached(tokens) for found in answers) * DTYPE_BITS[dtype] // 8
+            answers = layer_answers(plan, model.geometry, index)
+            total += sum(found.cached(tokens) for found in answers) * DTYPE_BITS[layer.stored] // 8
     return total
-
-
-def value_size(model: Model, index: int) -> int:
-    """Elements of one head's value, which may be of another size than its key."""
-    layer = model.geometry.layers[index]
-    if model.family.modules.fused:
-        return layer.head_dim
-    name = _value_name(model, index)
-    if name.endswith(f".down.{_WEIGHT}"):  # narrower than in the base, in every layer of a converted model
-        return layer.head_dim
-    shape = model.checkpoint.tensors[name].shape
-    return shape[1 if model.family.modules.transposed else 0] // layer.groups
-
-
-def _value_name(model: Model, index: int) -> str:
-    """That of the layer, or of another one of its stack if it has no attention any more."""
-    layers, module = model.geometry.layers, projection(model.family, "value")
-    alike = (at for at, layer in enumerate(layers) if layer.heads and layer.stack == layers[index].stack)
-    starts = [f"{attention_prefix(model, at)}{module}." for at in chain((index,), alike)]
-    names = (f"{start}{end}" for end in (_WEIGHT, f"down.{_WEIGHT}") for start in starts)
-    return next(name for name in names if name in model.checkpoint.tensors)
 
 
 def key_cache_removed(model: Model, plan: Plan) -> float:

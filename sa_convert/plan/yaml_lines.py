@@ -9,11 +9,13 @@ Path = tuple[str | int, ...]
 Lines = dict[Path, int]
 
 _MAX_DEPTH = 20
+_NUMBER = re.compile(r"0|[1-9][0-9]*", re.ASCII)
 
 
-def parse_yaml(text: str, file: str) -> tuple[Any, Lines]:
+def parse_yaml(text: str, file: str, *, numbers: bool = False) -> tuple[Any, Lines]:
     """The one document in `text`, and the line (from 1) of each key and list item by its path.
 
+    numbers: keys in quotes that are whole numbers are these numbers, since JSON has no others.
     Plain data only. Numbers, booleans and null are those of YAML 1.2 (so 010, 1:30 and no stay text). Tags are
     refused, and aliases, since a few of them can stand for a document of any size. Raises RecipeError with the line.
     """
@@ -56,6 +58,8 @@ def parse_yaml(text: str, file: str) -> tuple[Any, Lines]:
                 if not isinstance(key_node, yaml.ScalarNode):
                     raise yaml.MarkedYAMLError(None, None, "a key must be a word or a number", key_node.start_mark)
                 key = loader.construct_object(key_node)
+                if numbers and isinstance(key, str) and _NUMBER.fullmatch(key):
+                    key = int(key)
                 if key in mapping:
                     problem = f"key {key!r} is written twice; remove one"
                     raise yaml.MarkedYAMLError(None, None, problem, key_node.start_mark)

@@ -1,5 +1,6 @@
 """The shape of a model's attention, from config.json and the headers of its tensors."""
 
+from collections import Counter
 from collections.abc import Container, Mapping
 from dataclasses import replace
 from typing import Any
@@ -52,7 +53,7 @@ def geometry_of(checkpoint: Checkpoint, family: Family, reusing: Container[str] 
         ]
         whole = next((layer for layer in found if layer), None)
         if all(lost):
-            whole = told_layer(config, family, stack)
+            whole = replace(told_layer(config, family, stack), stored=_usual_dtype(checkpoint))
         if whole is None:
             raise _missing(checkpoint, family, stack, 0, depth)
         for at, (kind, window, rotary) in enumerate(attention_kinds(config, family, depth)):
@@ -155,7 +156,8 @@ def _layer(
         raise CheckpointError(f"'{key}' has {rows['key']} rows; they do not fit {heads} query heads of {head_dim}.")
     if config.get(family.groups) not in (None, groups) and not _as_in_transformers(checkpoint, query, key):
         raise CheckpointError(f"config.json: '{family.groups}' is {config[family.groups]}, but '{key}' holds {groups}.")
-    return LayerGeometry(heads, groups, head_dim)
+    stored = tensors[f"{start}{projection(family, 'value')}.weight"].dtype
+    return LayerGeometry(heads, groups, head_dim, value_dim=rows["value"] // groups, stored=stored)
 
 
 def told_layer(config: Mapping[str, Any], family: Family, stack: Stack) -> LayerGeometry:
@@ -167,6 +169,12 @@ def told_layer(config: Mapping[str, Any], family: Family, stack: Stack) -> Layer
     if head_dim < 1 or groups < 1 or heads % groups:
         raise CheckpointError("config.json does not tell how many heads there are, and of which size.")
     return LayerGeometry(heads, groups, head_dim)
+
+
+def _usual_dtype(checkpoint: Checkpoint) -> str:
+    """Of the tensors of floats, that of the most."""
+    found = Counter(tensor.dtype for tensor in checkpoint.tensors.values() if tensor.dtype in FLOATS)
+    return max(found, key=lambda dtype: found[dtype], default="F32")
 
 
 def groups_in(config: Mapping[str, Any], family: Family, heads: int) -> int:
@@ -191,7 +199,7 @@ def _fused_layer(
             f"'{tensor.name}' makes {rows} numbers, which are no queries, keys and values of {heads} heads of "
             f"{head_dim}; the weights do not belong to this config.json."
         )
-    return LayerGeometry(heads, groups, head_dim)
+    return LayerGeometry(heads, groups, head_dim, stored=tensor.dtype)
 
 
 def _fused_groups(rows: int, heads: int, head_dim: int) -> int:

@@ -403,6 +403,8 @@ class Call:
             query, key, value = (nn.functional.pad(each, (0, wide - each.shape[-1])) for each in (query, key, value))
         arguments = self.arguments if arguments is None else arguments
         output, weights = function(module, query, key, value, mask, **arguments)
+        if output.ndim == 2:  # an engine's lie head beside head, for all tokens
+            output = output.unflatten(-1, (query.shape[1], -1))[None]
         return output[..., :size], weights
 
 

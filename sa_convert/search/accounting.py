@@ -1,6 +1,6 @@
 """What a search saves: elements of one token's keys, or of the whole cache at a length."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Protocol
 
@@ -40,10 +40,10 @@ class Keys:
 
 
 class WholeCache:
-    """Elements of all keys and values that are cached after `tokens` tokens. value_size: of a layer's heads."""
+    """Elements of all keys and values that are cached after `tokens` tokens."""
 
-    def __init__(self, units: Units, tokens: int, value_size: Callable[[int], int]) -> None:
-        self.units, self.tokens, self.value_size = units, tokens, value_size
+    def __init__(self, units: Units, tokens: int) -> None:
+        self.units, self.tokens = units, tokens
         self._known: dict[tuple[Unit, str], int] = {}
 
     @cached_property
@@ -74,5 +74,5 @@ class WholeCache:
         """What these KV groups of a layer cache."""
         if not self.units.geometry.layers[index].cached:
             return 0
-        answers = layer_answers(plan, self.units.geometry, index, self.value_size(index))
+        answers = layer_answers(plan, self.units.geometry, index)
         return sum(answers[group].cached(self.tokens) for group in groups)

@@ -8,6 +8,9 @@ import torch
 from sa_convert.console.progress import progress
 from sa_convert.domain.fitted import Fitted
 from sa_convert.domain.plan import Plan
+from sa_convert.models.processes import in_share, shared
+from sa_convert.observe.gradients import pass_over
+from sa_convert.observe.sequences import Sample
 from sa_convert.search.choose import some
 from sa_convert.search.scoring import observe
 from sa_convert.treatments.base import Treatment
@@ -32,8 +35,12 @@ def learn(session: "Session", plan: Plan | None) -> None:
     samples = some(session.samples.fit, LEARNED)
     total = sum(sample.weight for sample in samples)
     generator = torch.Generator().manual_seed(session.seed)
-    with progress(len(samples), "bases", unit="seq") as bar:
-        for sample in samples:
+
+    def passed_over(sample: Sample) -> None:
+        pass_over(session.probe, sample, generator, session.measure)
+
+    with progress(in_share(samples), "bases", unit="seq") as bar:
+        for _, sample in shared(samples, passed_over):
             seen = observe(
                 session.probe,
                 session.units,
@@ -47,6 +54,8 @@ def learn(session: "Session", plan: Plan | None) -> None:
                 for lesson in lessons:
                     lesson(observed)
             bar.update()
+    for treatment in among:
+        treatment.join()
 
 
 def fit(session: "Session", plan: Plan) -> Fitted:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sa_convert.console.progress import progress
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.units import Unit
+from sa_convert.models.processes import in_share, merged, shared
 from sa_convert.observe.resumed import Resumed
 from sa_convert.treatments.window.cost import WindowCosts
 
@@ -23,7 +24,8 @@ BOUNDS = (0.25, 16.0)
 
 
 def measure_retrieval(session: "Session", costs: WindowCosts, tried: int = TRIED) -> dict[Unit, float]:
-    """Correct the costs of the units that cost most on repetition; return by how much, as measured to estimated."""
+    """Correct the costs of the units that cost most on repetition; return by how much, as measured to estimated.
+    Several processes share these units."""
     if session.long is None or not costs.windows or not costs.repetitions:
         return {}
     window = costs.windows[len(costs.windows) // 2]
@@ -32,16 +34,17 @@ def measure_retrieval(session: "Session", costs: WindowCosts, tried: int = TRIED
     # The sequence that repeats after the longest time that most of its tokens are still scored for.
     number = max(costs.repetitions, key=lambda at: _tests(session, at, costs.windows[-1]))
     found = {}
-    with progress(len(ranked) + 1, "KV groups one by one", unit="pass") as bar:
+    with progress(in_share(ranked) + 1, "KV groups one by one", unit="pass") as bar:
         resumed = Resumed(session.probe, session.long.fit[number])
         bar.update()
-        for unit in ranked:
+        for _, unit in shared(ranked):
             estimate = costs.costs[unit, window].get(number, 0.0)
             plan = Plan({unit.layer: costs.offer(unit, window).plan}, session.units.geometry.stacks)
             measured = resumed.divergence(plan)
             bar.update()
             if estimate > 0:
                 found[unit] = min(max(measured / estimate, BOUNDS[0]), BOUNDS[1])
+    found = merged(found)
     costs.scales.update(found)
     return found
 

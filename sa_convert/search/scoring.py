@@ -10,7 +10,8 @@ from sa_convert.console.progress import progress
 from sa_convert.domain.calibrated import Measure
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.units import Units
-from sa_convert.observe.gradients import fisher_gradients, output_directions
+from sa_convert.models.processes import in_share, shared
+from sa_convert.observe.gradients import fisher_gradients, output_directions, pass_over
 from sa_convert.observe.probe import Probe, Seen, SeenInBlocks
 from sa_convert.observe.sequences import Sample
 from sa_convert.treatments.base import Treatment
@@ -40,8 +41,8 @@ def collect(
     """Costs of every unit under a plan, for each treatment.
 
     Sequences count by their `weight`. known: the ledgers that were filled without a plan. long: the sequences of
-    ledgers that ask for long ones. screened: see SCREENED. Raises CheckpointError if a loss or an activation is not
-    finite.
+    ledgers that ask for long ones. screened: see SCREENED. Several processes share the sequences. Raises
+    CheckpointError if a loss or an activation is not finite.
     """
     known = known or {}
     ledgers = {found.name: found.ledger(units, plan, measure, known.get(found.name)) for found in treatments}
@@ -57,28 +58,33 @@ def collect(
         options = {"measure": measure, "generator": generator, "total": total, "states": states}
         return observe(probe, units, sample, plan, **options)  # type: ignore[arg-type]
 
-    with progress(len(screen) + len(samples) + len(long), description, unit="seq") as bar:
-        for sample in screen:
+    def passed_over(sample: Sample) -> None:
+        pass_over(probe, sample, generator, measure)
+
+    with progress(sum(map(in_share, (screen, samples, long))), description, unit="seq") as bar:
+        for _, sample in shared(screen, passed_over):
             for observed in passed(sample, screen):
                 for ledger in screening:
                     ledger.screen(observed)
             bar.update()
         for ledger in screening:
+            ledger.join(screening=True)
             ledger.screened()
-        for sample in samples:
+        for _, sample in shared(samples, passed_over):
             for observed in passed(sample, samples):
                 for ledger in short:
                     ledger.add(observed)
             bar.update()
         for ledger in far:
             ledger.tested_by([sample.period for sample in long if sample.repetition])
-        for at, sample in enumerate(long):
+        for at, sample in shared(long, passed_over):
             weight = sample.weight / _in_all(long) / sample.tokens_scored
             for attended in attend(probe, sample, plan, at, measure=measure, generator=generator, weight=weight):
                 for ledger in far:
                     ledger.attend(attended)
             bar.update()
         for ledger in ledgers.values():
+            ledger.join()
             ledger.close()
     return ledgers
 

@@ -19,7 +19,6 @@ from sa_convert.domain.units import Unit
 from sa_convert.errors import RecipeError
 from sa_convert.observe.sequences import REPETITION_WEIGHT, Sample
 from sa_convert.observe.tried import Reference
-from sa_convert.plan.savings import value_size
 from sa_convert.search.accounting import WholeCache
 from sa_convert.search.budget import more_than_the_cache
 from sa_convert.search.choose import NOTHING, Step, some
@@ -95,7 +94,7 @@ class Priced:
 def priced(session: "Session", tokens: int) -> Priced:
     """Everything that is measured before the first choice. tokens: the length at which the cache counts."""
     ledgers = _costs(session)
-    account = WholeCache(session.units, tokens, lambda layer: value_size(session.model, layer))
+    account = WholeCache(session.units, tokens)
     windows = ledgers.get("window")
     if isinstance(windows, WindowCosts):
         measure_retrieval(session, windows)

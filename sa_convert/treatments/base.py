@@ -23,6 +23,8 @@ from sa_convert.domain.geometry import Head, LayerGeometry, ModelGeometry
 from sa_convert.domain.plan import Arguments, Plan
 from sa_convert.domain.treated import Drawing, Inspected, Treated
 from sa_convert.domain.units import Unit, Units
+from sa_convert.errors import SaConvertError
+from sa_convert.models.processes import count
 
 if TYPE_CHECKING:
     from sa_convert.domain.calibrated import Measure
@@ -104,9 +106,16 @@ class Treatment:
         then use what was learned; None: nothing has to be."""
         return None
 
+    def join(self) -> None:
+        """After the last sequence: put together what several processes have shown a part of each to `learner`, with
+        `sa_convert.models.processes`."""
+        if count() > 1 and type(self).learner is not Treatment.learner:
+            raise SaConvertError(f"'{self.name}' cannot be learned by several processes: use one.")
+
     def prepare(self, session: Any, plan: Plan | None) -> None:
-        """Likewise, with passes over the calibration sequences of its own. session: a
-        `sa_convert.observe.session.Session`. plan: the one that is known to be wanted; None: a search will find it."""
+        """Likewise, with passes over the calibration sequences of its own, of which several processes may do a part
+        each. session: a `sa_convert.observe.session.Session`. plan: the one that is known to be wanted; None: a search
+        will find it."""
 
     def fit(self, session: Any, plan: Plan) -> Fitted:
         """The tensors that are fitted, of a treatment that `fits`. session: a `sa_convert.observe.session.Session`."""

@@ -8,6 +8,8 @@ from sa_convert.domain.calibrated import Measure
 from sa_convert.domain.geometry import Head
 from sa_convert.domain.plan import GroupPlan, Plan
 from sa_convert.domain.units import Unit, Units
+from sa_convert.errors import SaConvertError
+from sa_convert.models.processes import count
 
 if TYPE_CHECKING:
     import torch
@@ -163,8 +165,14 @@ class Ledger:
     def attend(self, attended: Attended) -> None:
         """A layer of a long sequence, of a ledger that asks for these."""
 
+    def join(self, *, screening: bool = False) -> None:
+        """After the last sequence: put together what several processes have seen a part of each, with
+        `sa_convert.models.processes`. screening: what was shown beforehand, before `screened`."""
+        if count() > 1 and (type(self).add is not Ledger.add or type(self).attend is not Ledger.attend):
+            raise SaConvertError(f"Costs of '{self.treatment}' cannot be shared among processes: use one process.")
+
     def close(self) -> None:
-        """After the last sequence."""
+        """After the last sequence, which is also that of all processes."""
 
     def emphasized(self, emphasis: float) -> "Ledger":
         """The same costs, of which those on repetition count more, if they are known apart."""

@@ -8,17 +8,14 @@ from sa_convert.domain.plan import Plan
 from sa_convert.treatments.registry import treatments
 
 
-def layer_answers(
-    plan: Plan, geometry: ModelGeometry, index: int, value_size: int | None = None
-) -> tuple[Answers, ...]:
-    """The answers of each KV group of a layer. value_size: elements of a head's value; None: as many as of its key."""
+def layer_answers(plan: Plan, geometry: ModelGeometry, index: int) -> tuple[Answers, ...]:
+    """The answers of each KV group of a layer."""
     layer = geometry.layers[index]
-    values = layer.head_dim if value_size is None else value_size
     planned = plan.layers.get(index, {})
     found = []
     for group in range(layer.groups):
         heads = tuple(layer.heads_of(group))
-        answers = Answers(heads=heads, scores=heads, keys=layer.head_dim, values=values, reach=layer.window)
+        answers = Answers(heads=heads, scores=heads, keys=layer.head_dim, values=layer.values, reach=layer.window)
         for treatment in treatments():
             if planned == treatment.name:
                 answers = treatment.answers(answers, layer, None)

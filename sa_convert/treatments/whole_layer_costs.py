@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from sa_convert.domain.calibrated import Measure
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.units import Unit, Units
+from sa_convert.models.processes import listed, summed
 from sa_convert.treatments.ledger import Chosen, Ledger, Move, Observed, Offer
 from sa_convert.treatments.window.cost import certain
 
@@ -57,6 +58,9 @@ class WholeLayerCosts(Ledger):
         else:
             known = self.costs.get(observed.layer, 0.0)
             self.costs[observed.layer] = known + 0.5 * float(e.square().sum()) * observed.weight
+
+    def join(self, *, screening: bool = False) -> None:
+        self.costs, self.slopes = summed(self.costs), listed(self.slopes)
 
     def cost(self, layer: int) -> float:
         """Of a whole layer."""

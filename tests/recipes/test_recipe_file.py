@@ -157,6 +157,15 @@ def test_yaml_1_1_surprises_stay_text():
         parse_recipe("sharing: {spans: [{layers: 20, source: 010}]}", "r")
 
 
+def test_layers_and_kv_groups_are_texts_in_json_and_numbers_in_yaml():
+    plan = '{"plan": {"27": {"0": {"share": [[26, 4]]}}, "28": "drop"}}'
+    assert parse_recipe(plan, "r.json").plan == {27: {0: {"share": [[26, 4]]}}, 28: "drop"}
+    with pytest.raises(RecipeError, match=re.escape("r.yaml, line 1: '0' is not a KV group of layer 27")):
+        parse_recipe(plan, "r.yaml")
+    with pytest.raises(RecipeError, match=re.escape("r.json, line 2: there is no treatment 'shar'")):
+        parse_recipe(plan.replace("share", "shar").replace('{"0"', '\n{"0"'), "r.json")
+
+
 def test_json_is_read_even_with_tabs(tmp_path):
     path = tmp_path / "r.json"
     path.write_text('{\n\t"sharing": {\n\t\t"map": {"2": [[1, 0], null]}\n\t}\n}')

@@ -183,7 +183,7 @@ def test_windows_are_offered_only_if_several_sequences_test_them_and_they_save(t
     costs = WindowCosts(units, "fisher")
     costs.tested_by([13, 5, 7])
     assert costs.windows == (3, 6)
-    account = WholeCache(units, 20, lambda layer: 16)
+    account = WholeCache(units, 20)
     offer = costs.offer(units.all[0], 3)
     assert account.saved(units.all[0], offer) == 2 * 16 * (6 - 5)
     assert account.saved(units.all[2], costs.offer(units.all[2], 3)) == 2 * 16 * (20 - 5)
@@ -327,7 +327,7 @@ class Known(Ledger):
 
 def test_a_unit_moves_on_to_a_narrower_window():
     units = Units(ModelGeometry((LayerGeometry(4, 2, 16),) * 2))
-    account = WholeCache(units, 16, lambda layer: 16)
+    account = WholeCache(units, 16)
     state = State({"window": Known(units, [1.0, 2.0, 3.0, 400.0])}, account=account)
     assert state.extend(0.25)
     assert state.removed == pytest.approx(0.25)
@@ -355,7 +355,7 @@ def test_a_plan_that_copies_badly_is_refused_and_others_go_on():
     """The estimate does not see that the first unit retrieves."""
     units = Units(ModelGeometry((LayerGeometry(4, 2, 16),) * 6))
     costs = [0.5, *[0.1] * 5, *[0.9] * 6]
-    account, reference = WholeCache(units, 16, lambda layer: 16), Copying({(0, 0)})
+    account, reference = WholeCache(units, 16), Copying({(0, 0)})
     found = Priced({"window": Known(units, costs)}, {}, account, reference)
     (step,) = cache_path(found, {0.37: 0.1})
     assert step.removed >= 0.37
@@ -368,7 +368,7 @@ def test_a_plan_that_copies_badly_is_refused_and_others_go_on():
 
 def test_if_no_plan_copies_well_the_best_of_those_that_save_enough_is_taken():
     units = Units(ModelGeometry((LayerGeometry(4, 2, 16),) * 6))
-    account = WholeCache(units, 16, lambda layer: 16)
+    account = WholeCache(units, 16)
     reference = Copying({(layer, group) for layer in range(6) for group in range(2)})
     found = Priced({"window": Known(units, [0.5, *[0.1] * 5, *[0.9] * 6])}, {}, account, reference)
     (step,) = cache_path(found, {0.2: 0.1})

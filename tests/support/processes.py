@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -55,3 +56,39 @@ def run_without_sa_convert(program: str, folder: Path, environment: Mapping[str,
     )
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "found.json").read_text())
+
+
+def run_in_two(
+    *arguments: object, prelude: str = "", env: Mapping[str, str] | None = None
+) -> list[subprocess.CompletedProcess]:
+    """The command line by two processes that know of each other, as launchers start them. prelude: Python code that
+    runs first in either; `rank` is its number."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = (
+        f"import os\nrank = int(os.environ['RANK'])\n{prelude}\nfrom sa_convert.commands.main import main\nmain()\n"
+    )
+    told = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = []
+    for rank in ("0", "1"):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **told, "RANK": rank, "LOCAL_RANK": rank, **(env or {})}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", program, *map(str, arguments)],
+                env={**environment, "ACCELERATE_USE_CPU": "true"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        # The second first: it ends when the first does, and its pipes are the smaller ones.
+        outputs = [one.communicate(timeout=300) for one in reversed(started)][::-1]
+    finally:
+        for one in started:
+            one.kill()
+    return [
+        subprocess.CompletedProcess(one.args, one.returncode, *output)
+        for one, output in zip(started, outputs, strict=True)
+    ]

@@ -85,7 +85,8 @@ class WindowImpl(AttentionImpl):
     ):  # fmt: skip
         self.num_heads, self.head_size, self.num_kv_heads, self.scale = num_heads, head_size, num_kv_heads, float(scale)
         self.kv_cache_dtype, self.attn_type = kv_cache_dtype, attn_type
-        self.kv_sharing_target_layer_name, self.sliding_window = kv_sharing_target_layer_name, sliding_window
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.sliding_window = sliding_window
         self.first, self.limit = first, limit
 
     def forward(

@@ -51,6 +51,11 @@ class LayerMaker:
                 ", ".join(map(str, sorted(self.borrowed))),
             )
             self.borrowed = {}
+        if self.ranks > 1 and not any(".self_attn." in rule for rule in model.model.tp_plan or {}):
+            raise ValueError(
+                "sa-convert: this plan cannot be divided among ranks, since heads reuse others than their own number, "
+                "or keys or values are of low rank: serve the model without tensor parallelism."
+            )
         self.made: dict = {}
         if self.windows:
             self._divide(text.num_hidden_layers)

@@ -22,7 +22,6 @@ from sa_convert.domain.plan import Plan
 from sa_convert.errors import UnsupportedModelError
 from sa_convert.measure.speed.parameters_read import Weights
 from sa_convert.plan.converted import converted_parts
-from sa_convert.plan.savings import value_size
 from sa_convert.read.model_of import model_of
 from sa_convert.treatments.plan_answers import layer_answers
 
@@ -65,7 +64,7 @@ def attention_layers(checkpoint: Checkpoint, converted: bool) -> tuple[Attention
     layers = []
     for index, layer in enumerate(model.geometry.layers):
         by_window: dict[tuple[int | None, int, int], list[Answers]] = defaultdict(list)
-        for answers in layer_answers(plan, model.geometry, index, value_size(model, index)) if layer.heads else ():
+        for answers in layer_answers(plan, model.geometry, index) if layer.heads else ():
             limits = [limit for limit in (layer.window, answers.reach) if limit is not None]
             size = layer.head_dim if layer.rotary or not answers.keys else answers.keys  # turned keys are expanded
             by_window[min(limits, default=None), size, answers.values].append(answers)

@@ -52,9 +52,10 @@ def turn_notes(benchmark: TurnsBenchmark) -> Iterator[str]:
     made = benchmark.conditions
     yield f"Computed in {made.dtype} on {made.device} ({made.processor}), threads: {made.threads}"
     yield "Versions: " + ", ".join(f"{name} {version}" for name, version in benchmark.versions.items())
+    runs = "1 run" if made.repeats == 1 else f"{made.repeats} runs"
     yield (
-        f"Times to the first token, medians of {made.repeats} runs: computed again, all that was said is read; from "
-        "the file, the session is loaded (asked to be out of memory before) and the new message is read"
+        f"Times to the first token, medians of {runs}: computed again, all that was said is read; from the file, the "
+        "session is loaded (asked to be out of memory before) and the new message is read"
     )
     yield f"Messages are random tokens; answers are {made.new_tokens} greedy tokens, then random ones that are read"
     yield "Same tokens: the answer from the file is that of a conversation whose cache never left memory"

@@ -5,6 +5,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sa_convert.models.processes import shared, summed
 from sa_convert.treatments.linear.maps import Affine, Moments, fitted
 
 if TYPE_CHECKING:
@@ -71,7 +72,11 @@ def _moments(
             found[1][layer].add(states[0], outputs.pop(layer), weight)
 
     with torch.no_grad(), probe.observing(note), probe.watching(layers, take):
-        for sample in samples:
+        for _, sample in shared(samples):
             weight = sample.weight
             probe.model(**sample.inputs(probe.model).kwargs)
+    for of_layer in found:
+        sums = summed({(layer, name): part for layer, one in of_layer.items() for name, part in vars(one).items()})
+        for (layer, name), part in sums.items():
+            setattr(of_layer[layer], name, part)
     return found

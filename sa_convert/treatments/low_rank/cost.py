@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from sa_convert.domain.calibrated import Measure
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.units import Unit, Units
+from sa_convert.models.processes import summed
 from sa_convert.treatments.ledger import Ledger, Offer, Taken
 from sa_convert.treatments.low_rank.learned import learned
 from sa_convert.treatments.low_rank.rules import NAME, SIDES, Side, refusal
@@ -106,6 +107,9 @@ class LowRankCosts(Ledger):
                     moved.append(((basis.reduced(output) - output) * gradient).sum((1, 2)))
             found[side, rank] = sum(moved[1:], start=moved[0])
         return found
+
+    def join(self, *, screening: bool = False) -> None:
+        self.costs, self.repeated = summed(self.costs), summed(self.repeated)
 
     def emphasized(self, emphasis: float) -> "LowRankCosts":
         other = copy(self)

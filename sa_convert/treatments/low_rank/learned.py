@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from sa_convert.domain.geometry import ModelGeometry
 from sa_convert.domain.units import Units
+from sa_convert.models.processes import summed
 from sa_convert.treatments.low_rank.bases import Basis, GroupMoments
 from sa_convert.treatments.low_rank.rules import Side, refusal
 from sa_convert.treatments.low_rank.scores import gradient_of_keys
@@ -58,6 +59,13 @@ class LearnedBases:
         if (place, rank) not in self._bases:
             self._bases[place, rank] = self.moments[place].basis(rank, about_mean=side == "keys")
         return self._bases[place, rank]
+
+    def join(self) -> None:
+        """Add up what several processes have seen."""
+        parts = summed({(place, name): part for place, one in self.moments.items() for name, part in vars(one).items()})
+        for (place, name), part in parts.items():
+            size = self.geometry.layers[place[0]].head_dim
+            setattr(self.moments.setdefault(place, GroupMoments(size)), name, part)
 
 
 _OPEN: ContextVar[LearnedBases | None] = ContextVar("what was learned of keys and values", default=None)

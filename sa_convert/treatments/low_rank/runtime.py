@@ -113,8 +113,10 @@ class LowRank:
             if not bases.expands:
                 if bases.encoder is not None:
                     query = bases.asked(query, call.own)
-                # Others may lend what they get, to layers with wide heads; and a kernel must be told how it scales.
+                # Others may lend what they get, to layers with wide heads; a kernel must be told how it scales; and the
+                # pages of an engine are as wide as the base's heads.
                 narrow = attention.plan.treatments[-1] is self and call.arguments.get("scaling") is not None
+                narrow = narrow and call.implementation != "vllm"
                 width = max(bases.ranks.get(number, size) for number in own) if narrow else size
                 query, key = _to(query, width), _to(key, width)
         width = max(bases.values.get(number, size) for number in held)

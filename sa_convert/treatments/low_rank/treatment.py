@@ -83,6 +83,11 @@ class LowRankTreatment(Treatment):
 
         return learner(units).see
 
+    def join(self) -> None:
+        from sa_convert.treatments.low_rank.learned import learned
+
+        learned().join()
+
     def fit(self, session: Any, plan: Plan) -> Fitted:
         from sa_convert.treatments.low_rank.edits import fitted
         from sa_convert.treatments.low_rank.learned import learned

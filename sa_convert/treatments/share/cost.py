@@ -24,6 +24,7 @@ from sa_convert.domain.calibrated import Measure
 from sa_convert.domain.geometry import Head
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.units import Unit, Units
+from sa_convert.models.processes import listed, summed
 from sa_convert.treatments.ledger import Chosen, Ledger, Move, Observed, Offer, Taken
 from sa_convert.treatments.share.plans import NAME, map_of, plan_of_unit
 from sa_convert.treatments.share.rules import layer_difference
@@ -87,6 +88,12 @@ class ShareCosts(Ledger):
                 second, slope = self._moments(unit, *found)
                 self.second[unit] = self.second.get(unit, 0.0) + second * observed.weight
                 self._slopes.setdefault(unit, []).append(slope * observed.weight)
+
+    def join(self, *, screening: bool = False) -> None:
+        if screening:
+            self.pairs = summed(self.pairs)
+        else:
+            self.second, self._slopes = summed(self.second), listed(self._slopes)
 
     def close(self) -> None:
         import torch

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from sa_convert.domain.calibrated import Measure
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.units import Unit, Units
+from sa_convert.models.processes import gathered, merged
 from sa_convert.treatments.ledger import Attended, Ledger, Offer, Taken
 from sa_convert.treatments.window.rules import WindowLimits
 
@@ -104,6 +105,11 @@ class WindowCosts(Ledger):
                     known = (self.slopes if attended.slope else self.costs).setdefault((unit, window), {})
                     known[attended.sample] = known.get(attended.sample, 0.0) + cost
 
+    def join(self, *, screening: bool = False) -> None:
+        self.costs, self.slopes = _of_all(self.costs), _of_all(self.slopes)
+        self.weights = dict(sorted(merged(self.weights).items()))
+        self.repetitions = {sample for one in gathered(self.repetitions) for sample in one}
+
     def offers(self, unit: Unit, taken: Taken) -> Iterator[Offer]:
         for window in self.windows:
             if (unit, window) in self.costs:
@@ -153,6 +159,15 @@ class WindowCosts(Ledger):
         """The tokens of an offer's window."""
         told: int = next(iter(offer.plan.values()))[NAME]["tokens"]
         return told
+
+
+def _of_all(known: dict[tuple[Unit, int], dict[int, float]]) -> dict[tuple[Unit, int], dict[int, float]]:
+    """The same of the sequences of all processes."""
+    found: dict[tuple[Unit, int], dict[int, float]] = {}
+    for one in gathered(known):
+        for key, costs in one.items():
+            found.setdefault(key, {}).update(costs)
+    return {key: dict(sorted(costs.items())) for key, costs in found.items()}
 
 
 def certain(slopes: Sequence[float]) -> float:
