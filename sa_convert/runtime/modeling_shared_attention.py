@@ -130,6 +130,7 @@ class Exchange:
         """stack, given: the module whose pass it is, and the arguments that it was called with, by name."""
         self.stack, self.given, self.over, self.loans, self.inputs, self.mixed = stack, given, False, {}, {}, set()
         self.notes = {}  # what treatments find once in a pass
+        self.paged = any(map(is_paged, given.values()))
         cache = next(filter(is_cache, given.values()), None)
         self.past = 0 if cache is None else cache.get_seq_length() + 0  # before the pass; a static cache counts on
 

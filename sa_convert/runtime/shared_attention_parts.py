@@ -347,7 +347,7 @@ class PartsView(CacheView):
         make = getattr(cache, "layer_class_to_replicate", None)
         while make is not None and len(layers) <= number:
             layers.append(make())
-        if is_paged(cache) or not isinstance(layers, list) or number >= len(layers):
+        if not isinstance(layers, list) or number >= len(layers):
             raise ValueError(
                 f"shared_attention: layer {plan.layer} caches some KV groups in a way of its own, for which "
                 f"{type(cache).__name__} has no room. Choose a dynamic, static or quantised cache; models with other "
@@ -381,7 +381,7 @@ class PartedAttention:
 
     def view(self, cache, exchange):
         plan = self.plan
-        if not plan.caching:
+        if not plan.caching or is_paged(cache):  # pages hold everything, and windows are masks
             return super().view(cache, exchange)
 
         def codec(own, held):
@@ -395,7 +395,7 @@ class PartedAttention:
             return super().steps(call, value, mask)
         cached = call.exchange.notes.pop(("cached", plan.place), None)
         if cached is None:
-            plain = value.shape[-2] <= plan.plain
+            plain = value.shape[-2] <= plan.plain and not call.exchange.paged
         else:  # which tokens are padding is told to those who will keep some
             plain = cached.plain and mask is None and not cached.layer.parts
         if plain:

@@ -77,6 +77,8 @@ class Window:
 
     def attend(self, call, query, key, value, mask, then):
         """Windowed KV groups by their windows, the others by what comes next. mask: for all heads alike, or by head."""
+        if call.exchange.paged:
+            return self._in_pages(call, query, key, value, mask, then)
         cached, windows, size = call.cached, self.layers[call.layer], self.shapes[call.layer][1]
         every, tokens = range(len(call.view.heads) // size), value.shape[-2] if cached is None else cached.tokens
         if cached is not None and cached.tokens == 1 and mask is None and call.implementation == "sdpa":
@@ -146,6 +148,28 @@ class Window:
             self.steps[layer, held] = Step(windows, view.heads, group, held) if alone else None
         return self.steps[layer, held]
 
+    def _in_pages(self, call, query, key, value, mask, then):
+        """Continuous batching: one row holds the tokens of many texts, and pages all that were before them. So windows
+        are a narrower mask, and save nothing. Raises NotImplementedError for a kernel that is given no mask."""
+        windows, size = self.layers[call.layer], self.shapes[call.layer][1]
+        if not isinstance(mask, torch.Tensor):
+            raise NotImplementedError(
+                f"shared_attention: layer {call.layer} has windows, which need a mask in continuous batching: choose "
+                "attn_implementation='sdpa' or 'eager' for it."
+            )
+        every = range(len(call.view.heads) // size)
+        own, pieces = sorted({head // size for head in call.view.own}), []
+        for window in (None, *dict.fromkeys(windows.values())):
+            groups = [group for group in every if windows.get(group) == window]
+            if groups:
+                places, rest = _own(call, groups, size), [group for group in own if group in groups]
+                given = (call.pick(query, places), _of(call, (own, key), rest)) if rest else (None, None)
+                run = then if window is None else call.only(places).kernel
+                seen = mask if window is None else narrowed(call.exchange, mask, *window)
+                seen = _by_head(call, seen, _heads(groups, size))
+                pieces.append((groups, run(*given, _of(call, (every, value), groups), seen)))
+        return _joined(pieces, size, value.shape[-1])
+
 
 class Step:
     """One token, nothing of which is padding, of a layer some of whose windows are outgrown: what general code finds
@@ -184,6 +208,21 @@ class Step:
         if len(outputs) == 1:
             return outputs[0], None
         return torch.cat([outputs[at][:, :, start:stop] for at, start, stop in self.order], dim=2), None
+
+
+def narrowed(exchange, mask, sinks, tokens):
+    """A mask (1, ., T, S) of continuous batching without what a window does not see. The keys of each text lie one
+    after the other, so those that a query may see tell how far back each is. It is made once a pass."""
+    name = ("in pages", id(mask), sinks, tokens)
+    if name not in exchange.notes:
+        seen = _lets(mask)
+        ago = seen.sum(-1, keepdim=True) - seen.cumsum(-1)
+        told = exchange.given.get("position_ids")
+        last = seen.sum(-1, keepdim=True) - 1 if told is None else told.to(mask.device)[:, None, :, None]
+        kept = seen & ((ago < tokens) | (last - ago < sinks))
+        made = kept if mask.dtype == torch.bool else mask.masked_fill(~kept, torch.finfo(mask.dtype).min)
+        exchange.notes[name] = mask, made  # the mask is kept, so that no other has its id
+    return exchange.notes[name][1]
 
 
 def _heads(groups, size):
