@@ -3,19 +3,16 @@
     python docs/benchmarks/search_cost.py estimate
     python docs/benchmarks/search_cost.py measure ./model --long 1024 --short 256
     python docs/benchmarks/search_cost.py measure 8,1024,16,4,2816,32000 --long 1024 --short 256
-    python docs/benchmarks/search_cost.py passes
 
 `estimate` prints the table for large models. `measure` runs passes of a Llama, of a folder or a random one (layers,
-hidden size, query heads, KV groups, MLP size, vocabulary) in float32, on one thread. `passes` counts those of a search.
+hidden size, query heads, KV groups, MLP size, vocabulary) in float32, on one thread.
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 LONG, SHORT, KEPT = 2048, 512, 768
@@ -227,50 +224,17 @@ def measure(asked: str, long: int, short: int) -> None:
     meter.end(f"1 judged ({long})", 4 * 4 * kept * size.vocabulary, there)
 
 
-def passes() -> None:
-    """Count the passes of a search of a tiny model, by kind."""
-    from transformers import PreTrainedModel
-
-    found: dict[str, int] = {}
-    forward = PreTrainedModel.__call__
-
-    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        import torch
-
-        if hasattr(self, "lm_head") and kwargs.get("use_cache") is not True:
-            tokens = kwargs["input_ids"].shape[1]
-            kind = f"{tokens} tokens, {'there and back' if torch.is_grad_enabled() else 'there'}"
-            found[kind] = found.get(kind, 0) + 1
-        return forward(self, *args, **kwargs)
-
-    from sa_convert.jobs.converting import ConvertOptions, plan
-    from sa_convert.plan.recipe_file import parse_recipe
-
-    sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-    with TemporaryDirectory() as folder:
-        from support.validation_models import save_base
-
-        base = save_base(Path(folder) / "base")
-        PreTrainedModel.__call__ = counted
-        recipe = parse_recipe("search: {cache: 50%, at: 200}\ncalibration: {sequences: 32, length: 64}", "recipe.yaml")
-        plan(str(base), recipe, ConvertOptions())
-    for kind, count in sorted(found.items()):
-        print(f"| {kind} | {count} |")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["estimate", "measure", "passes"])
+    parser.add_argument("what", choices=["estimate", "measure"])
     parser.add_argument("model", nargs="?")
     parser.add_argument("--long", type=int, default=1024)
     parser.add_argument("--short", type=int, default=256)
     asked = parser.parse_args()
     if asked.what == "estimate":
         print("\n".join(table()))
-    elif asked.what == "measure":
-        measure(asked.model, asked.long, asked.short)
     else:
-        passes()
+        measure(asked.model, asked.long, asked.short)
 
 
 if __name__ == "__main__":
