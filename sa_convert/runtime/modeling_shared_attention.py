@@ -474,15 +474,15 @@ class TreatedAttention(nn.Module):
                 f"shared_attention: layer {self.plan.layer} lends to other layers, or borrows from them, so it runs "
                 "only within its model's forward: run the whole model (checkpointing needs use_reentrant=False)."
             )
-        *calls, last = self.calls(Call(self, implementation, exchange, arguments))
+        steps, last = self.steps(Call(self, implementation, exchange, arguments), value, mask)
         then = last.kernel
-        for treatment, call in zip(reversed(self.plan.treatments), reversed(calls), strict=True):
+        for treatment, call in reversed(steps):
             then = partial(treatment.attend, call, then=then)
         return then(query, key, value, mask) if self.plan.own else then(None, None, value, mask)
 
-    def calls(self, call):
-        """The call as each treatment sees it, and the kernel at last."""
-        return [call] * (len(self.plan.treatments) + 1)
+    def steps(self, call, value, mask):
+        """The treatments that run, with the call as each sees it; and as the kernel does at last."""
+        return [(treatment, call) for treatment in self.plan.treatments], call
 
     @staticmethod
     def reach(stack, before):

@@ -39,7 +39,7 @@ class Window:
             layer: {group: (int(told["sinks"]), int(told["tokens"])) for group, told in groups.items()}
             for layer, groups in stack.layers.items()
         }
-        self.shapes = stack.shapes
+        self.shapes, self.steps = stack.shapes, {}
         for layer, groups in self.layers.items():
             heads, size, _ = self.shapes[layer]
             for group in groups:
@@ -57,6 +57,10 @@ class Window:
 
     def takes(self, layer):
         return tuple(self.layers[layer])
+
+    def untouched(self, layer):
+        """Tokens up to which nothing is different in a layer."""
+        return min(map(sum, self.layers[layer].values()))
 
     def unserved(self):
         """Why an attention layer that pages all KV groups alike does not do, or None."""
@@ -77,7 +81,11 @@ class Window:
             return self._in_pages(call, query, key, value, mask, then)
         _refuse_packed(call, mask, value)
         cached, windows, size = call.cached, self.layers[call.layer], self.shapes[call.layer][1]
-        every, tokens = range(len(call.view.heads) // size), value.shape[-2]
+        every, tokens = range(len(call.view.heads) // size), value.shape[-2] if cached is None else cached.tokens
+        if cached is not None and cached.tokens == 1 and mask is None and call.implementation == "sdpa":
+            state, step = cached.layer.parts.get("window"), self._step_of(call, cached.held)
+            if step is not None and state is not None and not cached.taken and step.fits(state):
+                return step.attend(call, query, key, value, state)
         own = sorted({head // size for head in call.view.own})
         if cached is None:
             start, offset, state, keys, values = 0, 0, None, (own, key), (every, value)
@@ -131,6 +139,16 @@ class Window:
             state.real = None
         return _joined(pieces, size, value.shape[-1])
 
+    def _step_of(self, call, held):
+        """How one token is computed if the layer of the cache holds these KV groups; None: not in the short way."""
+        view, layer = call.view, call.layer
+        if (layer, held) not in self.steps:
+            attention, (_, group, size) = call.attention, self.shapes[layer]
+            alone = len(attention.plan.treatments) == 1 and not attention.names.sinks
+            windows = {number: (*window, size) for number, window in self.layers[layer].items()}
+            self.steps[layer, held] = Step(windows, view.heads, group, held) if alone else None
+        return self.steps[layer, held]
+
     def _in_pages(self, call, query, key, value, mask, then):
         """Continuous batching: one row holds the tokens of many texts, and pages all that were before them. So windows
         are a narrower mask, and save nothing. Raises NotImplementedError for a kernel that is given no mask."""
@@ -152,6 +170,45 @@ class Window:
                 seen = _by_head(call, seen, _heads(groups, size))
                 pieces.append((groups, run(*given, _of(call, (every, value), groups), seen)))
         return _joined(pieces, size, value.shape[-1])
+
+
+class Step:
+    """One token, nothing of which is padding, of a layer some of whose windows are outgrown: what general code finds
+    out anew for every pass is known. windows: by KV group, sinks, tokens and size of a head. pieces: (window, KV
+    groups, their heads), window None: as the cache holds them."""
+
+    def __init__(self, windows, heads, size, held):
+        groups = range(len(heads) // size)
+        of = {group: None if heads[group * size] // size in held else windows[group] for group in groups}
+        together = {window: tuple(group for group in groups if of[group] == window) for window in of.values()}
+        self.pieces = [(window, some, tuple(_heads(some, size))) for window, some in together.items()]
+        self.windows = [window for window in together if window is not None]
+        every = sorted((head, at, place) for at, piece in enumerate(self.pieces) for place, head in enumerate(piece[2]))
+        self.order = []  # [piece, first of its heads, last + 1], in the order of heads
+        for _, at, place in every:
+            if self.order and self.order[-1][0] == at and self.order[-1][2] == place:
+                self.order[-1][2] += 1
+            else:
+                self.order.append([at, place, place + 1])
+
+    def fits(self, state):
+        """Whether windows are kept, and rows do not differ."""
+        kept = [state.kept.get(window) for window in self.windows]
+        return not state.static and state.real is None and all(one is not None and one.places is None for one in kept)
+
+    def attend(self, call, query, key, value, state):
+        outputs, cached, kept = [], call.cached, dict(state.kept)
+        for window, groups, heads in self.pieces:
+            keys, values = cached.keys, cached.values
+            if window is not None:
+                one = kept[window] = kept[window].step(call.pick(key, groups), call.pick(value, groups), None)
+                some = slice(min(cached.offset, one.sinks), min(one.sinks + one.window, one.length))
+                keys, values = one.keys[:, :, some], one.values[:, :, some]
+            outputs.append(call.kernel(call.pick(query, heads), keys, values, None)[0])
+        state.kept = kept
+        if len(outputs) == 1:
+            return outputs[0], None
+        return torch.cat([outputs[at][:, :, start:stop] for at, start, stop in self.order], dim=2), None
 
 
 def narrowed(exchange, mask, sinks, tokens):
