@@ -24,6 +24,7 @@ from .modeling_shared_attention import (
     Call,
     LayerPlan,
     in_front,
+    is_exporting,
     is_paged,
     make_slots,
 )
@@ -53,8 +54,8 @@ class Cached:
     """What a cache of parts holds for a layer that attends. layer: that of the cache. start: tokens that it had seen
     before this pass. columns, offset: how many places the mask has, and which the first is. held: the KV groups that
     the layer of the cache holds itself, with their own keys and their values, the new ones included. taken: by KV
-    group, the key and the value (B, 1, S, D) of earlier tokens that it has given up just now. tokens: the new ones.
-    plain: the layer of the cache holds every KV group, so that treatments change nothing yet."""
+    group, the key and the value (B, 1, S, D) of earlier tokens that it has given up just now. plain: how many tokens
+    are new, if treatments change nothing yet; otherwise 0."""
 
     layer: Any
     start: Any
@@ -64,8 +65,7 @@ class Cached:
     keys: Any
     values: Any
     taken: dict
-    tokens: int
-    plain: bool = False
+    plain: int = 0
 
 
 class PartedLayer(cache_utils.CacheLayerMixin):
@@ -315,7 +315,7 @@ class PartsView(CacheView):
         )
         if layer.grows and layer.held == layer.every and seen[1] + tokens <= plan.plain:
             key_states, value_states = self.whole.update(key_states, value_states, layer_idx, *args, **kwargs)
-            cached = Cached(layer, seen[1], *seen[0], layer.held, key_states, value_states, {}, tokens, True)
+            cached = Cached(layer, seen[1], *seen[0], layer.held, key_states, value_states, {}, tokens)
         else:
             cached = self._part(layer, *seen, key_states, value_states, layer_idx, args, kwargs)
         exchange.notes["cached", plan.place] = cached
@@ -339,7 +339,7 @@ class PartsView(CacheView):
         if layer.count is not None:
             start = start.clone() if torch.compiler.is_compiling() else int(start)
             layer.count.add_(tokens)
-        return Cached(layer, start, *sizes, held, keys, values, taken, tokens)
+        return Cached(layer, start, *sizes, held, keys, values, taken)
 
     def _parted_layer(self, number, plan):
         """The layer of the cache with this number, as one of parts. Raises ValueError if it cannot be one."""
@@ -381,7 +381,7 @@ class PartedAttention:
 
     def view(self, cache, exchange):
         plan = self.plan
-        if not plan.caching or is_paged(cache):  # pages hold everything, and windows are masks
+        if not plan.caching or is_paged(cache) or is_exporting():  # all is held, and windows are masks
             return super().view(cache, exchange)
 
         def codec(own, held):
@@ -395,9 +395,10 @@ class PartedAttention:
             return super().steps(call, value, mask)
         cached = call.exchange.notes.pop(("cached", plan.place), None)
         if cached is None:
-            plain = value.shape[-2] <= plan.plain and not call.exchange.paged
-        else:  # which tokens are padding is told to those who will keep some
-            plain = cached.plain and mask is None and not cached.layer.parts
+            plain = not call.exchange.masked and value.shape[-2] <= plan.plain
+        elif plain := cached.plain:
+            for treatment in plan.treatments:
+                treatment.passed_by(call, mask, cached)
         if plain:
             return [], call
         whole = PartedCall(call.attention, call.implementation, call.exchange, call.arguments, cached)

@@ -48,6 +48,10 @@ def test_padding_that_comes_later(pair, padding, then):
 def test_taken_back_and_padded_then(pair, stop):
     """What is read after tokens were taken back has padding, which those before had not."""
     ids, mask, cache = some_ids(LENGTH), torch.ones(2, LENGTH, dtype=torch.long), DynamicCache(config=pair.model.config)
+    if hasattr(cache, "activate_past_recording"):  # of families' own windows
+        cache.activate_past_recording()
+    elif "gemma3" in pair.model.config.model_type:
+        pytest.skip("transformers 4 takes nothing back from sliding windows")
     others, first = ids.flip(0), stop - 3
     read(pair, cache, torch.cat([ids[:, :first], others[:, first:]], dim=1), mask, 0, range(1, stop + 1))
     cache.crop(first - stop)
