@@ -541,8 +541,11 @@ class WindowPass:
             sinks, places = self._sinks(key, value, old, first), None
         every = torch.arange(count, device=key.device)[None] + first if places is None else places
         size, outputs, weights = tokens if compiled else max(BLOCK, self.window // 2), [], []
-        for begin in range(0, tokens, size):
-            end = min(begin + size, tokens)
+        alike = places is None and old is None and self.mask is None and self.offset <= 0 and not compiled
+        plain = self.sinks + self.window if alike and not first and self.causal() else 0
+        end = 0
+        while end < tokens:
+            begin, end = end, min(max(end + size, plain), tokens)
             low, high = 0, count
             if not compiled:
                 low, high = max(first, start + begin - self.window + 1) - first, start + end - first
@@ -562,7 +565,13 @@ class WindowPass:
                 keys, values = [key[:, :, :high]], [value[:, :, :high]]  # the sinks lie before these
             keys, values = (states[0] if len(states) == 1 else torch.cat(states, dim=2) for states in (keys, values))
             rows = query if size >= tokens else query[:, :, begin:end]
-            mask = self.additive(query, begin, end, where, sinks[0].shape[2])
+            if end <= plain:  # nothing has left the window
+                mask = None
+            elif alike:
+                apart = start + begin - (first + low if low < high else 0)
+                mask = self.band(query, begin, end, where, sinks[0].shape[2], apart)
+            else:
+                mask = self.additive(query, begin, end, where, sinks[0].shape[2])
             output, made = self.kernel(rows, keys, values, mask, where)
             outputs.append(output)
             weights.append(made)
@@ -609,6 +618,22 @@ class WindowPass:
             pairs.append(found if before is None else torch.where(exists[:, None, :, None], found, before))
         before = -1 if old is None else old.places[:, : self.sinks]
         return (*pairs, torch.where(exists, index + first, before)), torch.where(real & ~sink, every, -1)
+
+    def causal(self):
+        """Whether queries over as many keys need no mask."""
+        limit = self.call.arguments.get("sliding_window")
+        near = limit is not None and limit < self.sinks + self.window
+        return self.call.implementation == "sdpa" and getattr(self.call.attention, "is_causal", True) and not near
+
+    def band(self, query, begin, end, places, sinks, apart):
+        """As `additive`, if only distances count: layers and blocks that are alike have one mask in a pass. apart: how
+        far the first query is from the first key that is no sink."""
+        limit = self.call.arguments.get("sliding_window")
+        name = ("band", self.window, sinks, end - begin, places.shape[1], apart, limit, query.dtype, query.device)
+        notes = self.call.exchange.notes
+        if name not in notes:
+            notes[name] = self.additive(query, begin, end, places, sinks)
+        return notes[name]
 
     def additive(self, query, begin, end, places, sinks):
         """A mask (1 or B, 1 or h, R, E) that is added to scores. places: (1 or B, E), of which sinks are the first."""
