@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from sa_convert.treatments.window.runtime import Step
+from sa_convert.treatments.window.runtime import OneToken
 from support.memory_models import some_ids
 from support.tiny_models import with_cache
 from support.windowed_models import EVERY, MIXED, Pair, in_pieces, positions
@@ -132,8 +132,8 @@ def test_which_layers_have_none():
 def test_the_short_way_is_taken(monkeypatch, plan):
     """By one token in every layer with windows, and not if padding is among what they have."""
     pair, taken = Pair("llama", PLANS[plan]), []
-    attend = Step.attend
-    monkeypatch.setattr(Step, "attend", lambda self, *args: taken.append(1) or attend(self, *args))
+    attend = OneToken.attend
+    monkeypatch.setattr(OneToken, "attend", lambda self, *args: taken.append(1) or attend(self, *args))
     ids, mask = some_ids(20), torch.ones(2, 20, dtype=torch.long)
     _, cache = in_pieces(pair.model, ids[:, :18], [18])
     read(pair, cache, ids, mask, 18, [19])

@@ -150,7 +150,7 @@ class Window:
             attention, (_, group, size) = call.attention, self.shapes[layer]
             alone = len(attention.plan.treatments) == 1 and not attention.names.sinks
             windows = {number: (*window, size) for number, window in self.layers[layer].items()}
-            self.steps[layer, held] = Step(windows, view.heads, group, held) if alone else None
+            self.steps[layer, held] = OneToken(windows, view.heads, group, held) if alone else None
         return self.steps[layer, held]
 
     def _masked(self, call, query, key, value, mask, then):
@@ -177,7 +177,7 @@ class Window:
         return _joined(pieces, size, value.shape[-1])
 
 
-class Step:
+class OneToken:
     """One token, nothing of which is padding, of a layer some of whose windows are outgrown: what general code finds
     out anew for every pass is known. windows: by KV group, sinks, tokens and size of a head. pieces: (window, KV
     groups, their heads), window None: as the cache holds them."""
