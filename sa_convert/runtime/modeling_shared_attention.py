@@ -280,7 +280,7 @@ class CacheView(Over):
 
 def _alike(states, others):
     """Whether these are of one shape, but for the number of tokens."""
-    return states[:, :, :0].shape == others[:, :, :0].shape
+    return (states.shape[:2], states.shape[3:]) == (others.shape[:2], others.shape[3:])
 
 
 def _filled(states, heads):
@@ -320,8 +320,8 @@ def _grown(layer, slot, new):
         if room is None or room.shape[-2] < total:
             room = states.new_empty((*states.shape[:-2], total + total // 16 + 16, states.shape[-1]))
             room[..., :length, :] = states
-        whole = room[..., :total, :]
-        whole[..., length:, :] = new
+        whole = room.narrow(-2, 0, total)
+        room.narrow(-2, length, total - length).copy_(new)
     rooms[slot] = room, whole
     return whole
 
@@ -372,7 +372,7 @@ def _dispatch(module, query, key, value, attention_mask, **arguments):
 AttentionInterface.register(EXCHANGE, _dispatch)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: each step of each layer makes some
 class Call:
     """One call of the attention function, as treatments see it. implementation: what the user chose, such as "sdpa".
     arguments: what the family hands to its kernel besides (scaling, window, softcap, sinks, dropout)."""
@@ -453,7 +453,9 @@ class TreatedAttention(nn.Module):
             def seen(value):
                 return self.view(value, kwargs.get(EXCHANGE)) if is_cache(value) or is_paged(value) else value
 
-            args, kwargs = [seen(value) for value in args], {name: seen(value) for name, value in kwargs.items()}
+            others = (torch.Tensor, tuple, bool, type(None))  # told at once, without asking for attributes
+            args = [value if isinstance(value, others) else seen(value) for value in args]
+            kwargs = {name: value if isinstance(value, others) else seen(value) for name, value in kwargs.items()}
         outputs = super().forward(*args, **kwargs)
         if len(outputs) != 2:
             raise RuntimeError(unlike(f"{type(self).__name__} returns {len(outputs)} values instead of 2"))
@@ -470,7 +472,8 @@ class TreatedAttention(nn.Module):
         """The attention function. query: (B, O, T, D); key: (B, own groups, S, D), both without meaning if nothing is
         own; value: (B, G, S, D). Returns the output (B, T, H, D), and probabilities (B, H, T, S) or None."""
         implementation = (self.model_config._attn_implementation or "eager").replace("paged|eager", "eager")
-        paged = next((name for name, item in arguments.items() if is_paged(item)), None)
+        masked = exchange is None or exchange.masked
+        paged = next((name for name, item in arguments.items() if is_paged(item)), None) if masked else None
         if paged is not None:  # until 5.23 the attention function writes the cache of continuous batching
             key, value = self.view(arguments.pop(paged), exchange).update(key, value, self.plan.layer, arguments)
         if exchange is None and self.plan.treatments:

@@ -189,12 +189,12 @@ class OneToken:
         self.pieces = [(window, some, tuple(_heads(some, size))) for window, some in together.items()]
         self.windows = [window for window in together if window is not None]
         every = sorted((head, at, place) for at, piece in enumerate(self.pieces) for place, head in enumerate(piece[2]))
-        self.order = []  # [piece, first of its heads, last + 1], in the order of heads
+        self.order = []  # [piece, first of its heads, how many], in the order of heads
         for _, at, place in every:
-            if self.order and self.order[-1][0] == at and self.order[-1][2] == place:
+            if self.order and self.order[-1][0] == at and sum(self.order[-1][1:]) == place:
                 self.order[-1][2] += 1
             else:
-                self.order.append([at, place, place + 1])
+                self.order.append([at, place, 1])
 
     def fits(self, state):
         """Whether windows are kept, and rows do not differ."""
@@ -207,13 +207,14 @@ class OneToken:
             keys, values = cached.keys, cached.values
             if window is not None:
                 one = kept[window] = kept[window].step(call.pick(key, groups), call.pick(value, groups), None)
-                some = slice(min(cached.offset, one.sinks), min(one.sinks + one.window, one.length))
-                keys, values = one.keys[:, :, some], one.values[:, :, some]
+                begin = min(cached.offset, one.sinks)
+                count = min(one.sinks + one.window, one.length) - begin
+                keys, values = one.keys.narrow(2, begin, count), one.values.narrow(2, begin, count)
             outputs.append(call.kernel(call.pick(query, heads), keys, values, None)[0])
         state.kept = kept
         if len(outputs) == 1:
             return outputs[0], None
-        return torch.cat([outputs[at][:, :, start:stop] for at, start, stop in self.order], dim=2), None
+        return torch.cat([outputs[at].narrow(2, start, count) for at, start, count in self.order], dim=2), None
 
 
 def narrowed(call, mask, sinks, tokens):
@@ -418,9 +419,10 @@ class Kept:
             slot = place if place < first else first + (place - first) % one.window
             gone = place - one.window
             for states, new in ((one.keys, key), (one.values, value)):
+                last = states.select(2, slot)
                 if gone >= first and one.margin:
-                    states[:, :, first + one.window + gone % one.margin] = states[:, :, slot]
-                states[:, :, slot] = new[:, :, 0]
+                    states.select(2, first + one.window + gone % one.margin).copy_(last)
+                last.copy_(new.select(2, 0))
         else:
             one._step_of_rows(key, value, key.new_ones(1, 1, dtype=torch.bool) if real is None else real)
         if static:
