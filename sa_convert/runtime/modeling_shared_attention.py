@@ -451,11 +451,11 @@ class TreatedAttention(nn.Module):
         if self.packs:
 
             def seen(value):
-                return self.view(value, kwargs.get(EXCHANGE)) if is_cache(value) or is_paged(value) else value
+                # To ask a tensor for attributes takes long.
+                other = isinstance(value, (torch.Tensor, tuple)) or not (is_cache(value) or is_paged(value))
+                return value if other else self.view(value, kwargs.get(EXCHANGE))
 
-            others = (torch.Tensor, tuple, bool, type(None))  # told at once, without asking for attributes
-            args = [value if isinstance(value, others) else seen(value) for value in args]
-            kwargs = {name: value if isinstance(value, others) else seen(value) for name, value in kwargs.items()}
+            args, kwargs = [seen(value) for value in args], {name: seen(value) for name, value in kwargs.items()}
         outputs = super().forward(*args, **kwargs)
         if len(outputs) != 2:
             raise RuntimeError(unlike(f"{type(self).__name__} returns {len(outputs)} values instead of 2"))
@@ -472,8 +472,7 @@ class TreatedAttention(nn.Module):
         """The attention function. query: (B, O, T, D); key: (B, own groups, S, D), both without meaning if nothing is
         own; value: (B, G, S, D). Returns the output (B, T, H, D), and probabilities (B, H, T, S) or None."""
         implementation = (self.model_config._attn_implementation or "eager").replace("paged|eager", "eager")
-        masked = exchange is None or exchange.masked
-        paged = next((name for name, item in arguments.items() if is_paged(item)), None) if masked else None
+        paged = next((name for name, item in arguments.items() if is_paged(item)), None)
         if paged is not None:  # until 5.23 the attention function writes the cache of continuous batching
             key, value = self.view(arguments.pop(paged), exchange).update(key, value, self.plan.layer, arguments)
         if exchange is None and self.plan.treatments:

@@ -116,10 +116,8 @@ class PartedLayer(cache_utils.CacheLayerMixin):
             if hasattr(self, name):
                 setattr(self, name, getattr(self, name) + tokens)
         if not self.static:
-            length = self.keys.shape[2] + tokens
-            self.keys, self.values = (
-                states.new_empty(states.shape[0], 0, length, states.shape[3]) for states in (self.keys, self.values)
-            )
+            pad, more = torch.nn.functional.pad, (0, 0, 0, tokens)
+            self.keys, self.values = pad(self.keys, more), pad(self.values, more)
 
     def let_go(self, plan, held):
         """Hold only these KV groups from now on. Returns, by KV group, the keys and the values of the others."""
@@ -329,8 +327,7 @@ class PartsView(CacheView):
         """Cache what treatments do not cache themselves."""
         plan, tokens = self.plan, value.shape[-2]
         held, taken, keys, values = layer.held, {}, None, None
-        if held != plan.least:
-            held = plan.held_after(held, *layer.reach(start, tokens))
+        held = held if held == plan.least else plan.held_after(held, *layer.reach(start, tokens))
         if held != layer.held:
             if getattr(self.whole, "offloading", False) and layer.is_initialized:  # what it has may be on its way back
                 torch.cuda.default_stream(value.device).wait_stream(self.whole.prefetch_stream)

@@ -526,14 +526,13 @@ class WindowPass:
             stop = min(kept.sinks + kept.window, kept.length)
             begin = min(self.offset, kept.sinks)  # sinks that the family's own window has lost
             return self.kernel(query, kept.keys[:, :, begin:stop], kept.values[:, :, begin:stop], None, None)
-        stop = kept.sinks + kept.window
-        places = kept.now()
+        stop, places = kept.sinks + kept.window, kept.now()
         mask = self.additive(query, 0, 1, places, kept.sinks)
         return self.kernel(query, kept.keys[:, :, :stop], kept.values[:, :, :stop], mask, places)
 
     def blocks(self, query, key, value, real, old):
         """Queries in blocks, each over the sinks, what of the window was kept before, and the new keys in its reach."""
-        tokens, count, start = query.shape[2], key.shape[2], self.start
+        tokens, count, start, back = query.shape[2], key.shape[2], self.start, self.window - 1
         compiled = isinstance(start, torch.Tensor)
         first = start + tokens - count  # the place of the first key that is given
         if self.static or real is not None or (old is not None and old.places is not None):
@@ -548,13 +547,11 @@ class WindowPass:
         end = 0
         while end < tokens:
             begin, end = end, min(max(end + size, plain), tokens)
-            low, high = 0, count
-            if not compiled:
-                low, high = max(first, start + begin - self.window + 1) - first, start + end - first
+            low, high = (0, count) if compiled else (max(first, start + begin - back) - first, start + end - first)
             if places is None:
                 low = max(low, self.sinks - first, 0)
             keys, values, where = [sinks[0]], [sinks[1]], [sinks[2]]
-            if old is not None and (compiled or start + begin - self.window + 1 < first):
+            if old is not None and (compiled or start + begin - back < first):
                 stop = self.sinks + self.window
                 keys.append(old.keys[:, :, self.sinks : stop])
                 values.append(old.values[:, :, self.sinks : stop])
@@ -695,8 +692,7 @@ class WindowPass:
 
     def _kept(self, key, value, places, sinks, old, first):
         """What a cache keeps from now on."""
-        total = first + key.shape[2]
-        new = total - self.start
+        total, new = first + key.shape[2], first + key.shape[2] - self.start
         margin = 0 if self.static else max(MARGIN, new) if new <= DRAFT and old is not None else MARGIN
         wanted = places_in(self.sinks, self.window, margin, total, key.device)
         low = 0 if old is None else old.keys.shape[2]
