@@ -403,6 +403,12 @@ class Call:
             wide = max(key.shape[-1], size)
             query, key, value = (nn.functional.pad(each, (0, wide - each.shape[-1])) for each in (query, key, value))
         arguments = self.arguments if arguments is None else arguments
+        there = getattr(getattr(attention, "attn", None), "num_heads", None) if self.implementation == "vllm" else None
+        if there not in (None, query.shape[1]):  # the engine's layer would read them as more tokens
+            raise ValueError(
+                f"shared_attention: this plan cannot be divided among ranks: layer {self.layer} has {query.shape[1]} "
+                f"heads in each of them, and vLLM expects {there}: serve the model without tensor parallelism."
+            )
         output, weights = function(module, query, key, value, mask, **arguments)
         if output.ndim == 2:  # an engine's lie head beside head, for all tokens
             output = output.unflatten(-1, (query.shape[1], -1))[None]
