@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
 
@@ -105,7 +106,7 @@ def main():
             ).eval()
             result = {"forward": forward, "generation": generation}[job["kind"]](model, job)
         except Exception as error:
-            result = {"error": f"{type(error).__name__}: {error}"[-3000:]}
+            result = {"error": "".join(traceback.format_exception(error))[-6000:]}
         print("RESULT " + json.dumps([name, result]), flush=True)
 
 
