@@ -36,6 +36,7 @@ from sa_convert.domain.heal_settings import HealSettings  # noqa: E402
 from sa_convert.heal.distillation import fast_products  # noqa: E402
 from sa_convert.heal.distilled import Distilled, Teacher, head_of  # noqa: E402
 from sa_convert.heal.healing_text import HealingRows, HealingText, healing_text  # noqa: E402
+from sa_convert.heal.judge import Judge  # noqa: E402
 from sa_convert.heal.trained import prepare, trained_tensors  # noqa: E402
 from sa_convert.models.load import embedded_tokens, load_base, load_converted, load_tokenizer  # noqa: E402
 from sa_convert.models.placement import place  # noqa: E402
@@ -50,19 +51,26 @@ WRITTEN = 65_536
 WARM_UP = 0.1
 
 
+QUERIES_AND_KEYS = (".q_proj.", ".k_proj.")
+
+
 @dataclass(frozen=True)
 class Choice:
-    """local: the part of the time that the block-local stage has. both: builtin and written text, row by row."""
+    """local: the part of the time that the block-local stage has. both: builtin and written text, row by row.
+    still: tensors whose names have one of these stay as they are."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     local: float = 0.0
     both: bool = False
+    still: tuple[str, ...] = ()
 
 
 CHOICES = {
     "logits": Choice(),
     "local": Choice(local=1.0),
     "local, then logits": Choice(local=0.3),
+    "no queries and keys": Choice(still=QUERIES_AND_KEYS),
+    "no queries and keys, 5e-4": Choice({"rate": 5e-4}, still=QUERIES_AND_KEYS),
     "layers": Choice({"train": "layers"}),
     "layers at 3e-4": Choice({"train": "layers", "rate": 3e-4}),
     "lora": Choice({"train": "lora"}),
@@ -132,18 +140,25 @@ class Timed:
             step += 1
 
 
-def train(pair: Pair, choice: Choice, teacher: Any, student: Any, seconds: float) -> tuple[int, int, float]:
-    """Tokens, parameters, and the loss at the end."""
+def train(pair: Pair, choice: Choice, teacher: Any, student: Any, seconds: float) -> dict[str, Any]:
+    """Tokens, parameters, the loss at the end, and by how much the divergence on each kind of held-out text rose."""
     settings = pair.settings(choice)
     text = pair.text(teacher, settings, choice.both)
     few = text.rows[:1, :64]
     distilled = Distilled(student, head_of(student, teacher, few), False)
-    names = trained_tensors(pair.converted, pair.base, pair.plan, settings)
+    names = [
+        name
+        for name in trained_tensors(pair.converted, pair.base, pair.plan, settings)
+        if not any(part in name for part in choice.still)
+    ]
     prepare(student, pair.converted.checkpoint, names, settings)
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.peak_rate, weight_decay=0.0)
     rows, at, losses = text.training(10**9, settings.seed), 0, [0.0]
     answers = Teacher(teacher, True)
+    judge = Judge(text.held_out, answers, torch.device("cpu"))
+    with pair.computing():
+        before = judge.judge(distilled, 0).divergence
     stages: list[tuple[float, Callable[[dict[str, torch.Tensor]], torch.Tensor]]] = [
         (seconds * choice.local, Local(pair, teacher, student).loss),
         (seconds * (1 - choice.local), lambda batch: _logit_loss(distilled, answers, batch)),
@@ -161,7 +176,14 @@ def train(pair: Pair, choice: Choice, teacher: Any, student: Any, seconds: float
             optimizer.zero_grad()
             losses.append(loss.item())
     last = losses[-10:]
-    return at * settings.length, sum(one.numel() for one in parameters), sum(last) / len(last)
+    with pair.computing():
+        after = judge.judge(distilled, 0).divergence
+    return {
+        "tokens": at * settings.length,
+        "parameters": sum(one.numel() for one in parameters),
+        "loss": round(sum(last) / len(last), 4),
+        "judge": {kind: round(after[kind] - before[kind], 4) for kind in before},
+    }
 
 
 def _batch(rows: HealingRows, at: int, count: int) -> dict[str, torch.Tensor]:
@@ -269,9 +291,7 @@ def main() -> None:
                 row: dict[str, Any] = {}
                 if choice:
                     begun = time.process_time()
-                    row["tokens"], row["parameters"], row["loss"] = train(
-                        pair, choice, teacher, made.model, options.seconds
-                    )
+                    row = train(pair, choice, teacher, made.model, options.seconds)
                     row["seconds"] = round(time.process_time() - begun)
                 with pair.computing():
                     after = measured(made.model.eval(), texts, probes)

