@@ -31,10 +31,12 @@ PLANS = {
 }
 SAMPLE, LONGER, OTHER = list(range(3, 35)), list(range(5, 53)), list(range(40, 72))
 NEW = 8
+CACHED = [name for name in PLANS if name != "window"]
+"""The exporters cannot name the classes of windows' caches."""
 
 
-def job(folder, form, kind):
-    prompts = [LONGER if form == "onnx" else OTHER]
+def job(name, folder, form, kind):
+    prompts = [LONGER if form == "onnx" and name in CACHED else OTHER]
     return {"folder": str(folder), "format": form, "kind": kind, "sample": SAMPLE, "prompts": prompts, "new": NEW}
 
 
@@ -49,28 +51,33 @@ def exported(folders):
     if "SA_CONVERT_EXPORTS" not in os.environ:
         pytest.skip("SA_CONVERT_EXPORTS names no Python with onnx, onnxscript, onnxruntime and executorch")
     forms = [(form, kind) for form in ("onnx", "executorch") for kind in ("forward", "generation")]
-    return export({(name, *form): job(folder, *form) for name, folder in folders.items() for form in forms})
+    return export({(name, *form): job(name, folder, *form) for name, folder in folders.items() for form in forms})
 
 
 @pytest.mark.parametrize("form", ["onnx", "executorch"])
 @pytest.mark.parametrize("name", PLANS)
 def test_logits_of_a_forward_pass(exported, name, form):
-    """ONNX: of another length than that of the sample."""
+    """ONNX: of another length than that of the sample, but for windows."""
     found = exported[name, form, "forward"]
     assert found.get("off", 1) < 1e-4, found
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", CACHED)
 def test_onnx_generates_with_a_growing_cache(exported, folders, name):
     found = exported[name, "onnx", "generation"]
     assert max(found.get("off", {"": 1}).values()) < 1e-4, found
     assert [found["tokens"]] == generated(folders[name], [[LONGER]], NEW)[0]
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", CACHED)
 def test_executorch_generates_with_a_static_cache(exported, name):
     found = exported[name, "executorch", "generation"]
     assert max(found.get("off", {"": 1}).values()) < 1e-4, found
+
+
+@pytest.mark.parametrize("form", ["onnx", "executorch"])
+def test_caches_of_windows_are_refused(exported, form):
+    assert "export_program failed on component 'prefill'" in exported["window", form, "generation"].get("error", "")
 
 
 def test_borrowers_cache_values_alone(exported):
