@@ -72,7 +72,11 @@ def is_newer():
 
 def is_paged(value):
     """Whether this is the cache of continuous batching, which shares no class with the others."""
-    return not isinstance(value, torch.Tensor) and "Paged" in type(value).__name__
+    return not isinstance(value, (torch.Tensor, dict)) and "Paged" in type(value).__name__
+
+
+# Under torch.export what moves from pass to pass is the cache's own, and windows are masks.
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 def is_cache(value):
@@ -130,7 +134,7 @@ class Exchange:
         """stack, given: the module whose pass it is, and the arguments that it was called with, by name."""
         self.stack, self.given, self.over, self.loans, self.inputs, self.mixed = stack, given, False, {}, {}, set()
         self.notes = {}  # what treatments find once in a pass
-        self.paged = any(map(is_paged, given.values()))
+        self.masked = is_exporting() or any(map(is_paged, given.values()))  # everything is cached as in the base
         cache = next(filter(is_cache, given.values()), None)
         self.past = 0 if cache is None else cache.get_seq_length() + 0  # before the pass; a static cache counts on
 
@@ -480,15 +484,15 @@ class TreatedAttention(nn.Module):
                 f"shared_attention: layer {self.plan.layer} lends to other layers, or borrows from them, so it runs "
                 "only within its model's forward: run the whole model (checkpointing needs use_reentrant=False)."
             )
-        *calls, last = self.calls(Call(self, implementation, exchange, arguments))
+        steps, last = self.steps(Call(self, implementation, exchange, arguments), value, mask)
         then = last.kernel
-        for treatment, call in zip(reversed(self.plan.treatments), reversed(calls), strict=True):
+        for treatment, call in reversed(steps):
             then = partial(treatment.attend, call, then=then)
         return then(query, key, value, mask) if self.plan.own else then(None, None, value, mask)
 
-    def calls(self, call):
-        """The call as each treatment sees it, and the kernel at last."""
-        return [call] * (len(self.plan.treatments) + 1)
+    def steps(self, call, value, mask):
+        """The treatments that run, with the call as each sees it; and as the kernel does at last."""
+        return [(treatment, call) for treatment in self.plan.treatments], call
 
     @staticmethod
     def reach(stack, before):

@@ -7,7 +7,7 @@ others. A treatment that runs after one that took KV groups sees the layer as if
 Letters in shape comments are those of `modeling_shared_attention`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from inspect import signature
 from types import SimpleNamespace
@@ -24,6 +24,7 @@ from .modeling_shared_attention import (
     Call,
     LayerPlan,
     in_front,
+    is_exporting,
     is_paged,
     make_slots,
 )
@@ -53,7 +54,8 @@ class Cached:
     """What a cache of parts holds for a layer that attends. layer: that of the cache. start: tokens that it had seen
     before this pass. columns, offset: how many places the mask has, and which the first is. held: the KV groups that
     the layer of the cache holds itself, with their own keys and their values, the new ones included. taken: by KV
-    group, the key and the value (B, 1, S, D) of earlier tokens that it has given up just now."""
+    group, the key and the value (B, 1, S, D) of earlier tokens that it has given up just now. plain: how many tokens
+    are new, if treatments change nothing yet; otherwise 0."""
 
     layer: Any
     start: Any
@@ -63,6 +65,7 @@ class Cached:
     keys: Any
     values: Any
     taken: dict
+    plain: int = 0
 
 
 class PartedLayer(cache_utils.CacheLayerMixin):
@@ -76,7 +79,7 @@ class PartedLayer(cache_utils.CacheLayerMixin):
 
     def __init_subclass__(cls):
         whole = cls.__bases__[1]
-        cls.static = whole.update in STATIC
+        cls.static, cls.grows = whole.update in STATIC, whole.update in GROW
         cls.by_position = "cache_position" in signature(whole.get_mask_sizes).parameters
 
     def seen(self, device):
@@ -93,7 +96,7 @@ class PartedLayer(cache_utils.CacheLayerMixin):
         """How many tokens this layer will hold at the most before the next pass, None: there is no telling; and at the
         most ever, or None."""
         limit = self.max_cache_len if self.static else getattr(self, "sliding_window", None)
-        if type(self).update in GROW:
+        if self.grows:
             return start + tokens, limit
         return (None if self.is_sliding else limit), (limit if self.is_sliding else None)
 
@@ -226,7 +229,11 @@ class PartedPlan(LayerPlan):
 
     def __init__(self, stack, layer, heads, group, reached=()):
         super().__init__(stack, layer, heads, group, reached)
-        self.caching = any(hasattr(treatment, "outgrown") for treatment in self.treatments)
+        caches = [treatment for treatment in self.treatments if hasattr(treatment, "outgrown")]
+        self.caching = bool(caches)
+        # Tokens up to which treatments change nothing, if these are all.
+        self.plain = min((treatment.untouched(layer) for treatment in caches), default=0)
+        self.plain = self.plain if len(caches) == len(self.treatments) else 0
         last = _left(reached[-1][0], layer, reached[-1][1], group) if reached else tuple(range(heads))
         self.views = tuple(_view(heads, self.own) for heads in (*(heads for _, heads in reached), last))
 
@@ -267,19 +274,17 @@ class PartedCall(Call):
         told = [one.value_size(plan.layer, group) for one in plan.treatments if hasattr(one, "value_size")]
         return min([self.attention.size, *told])
 
-    def seen(self, view):
-        """This call, of all heads, as a treatment of this view gets it."""
-        return replace(self, view=view, arguments=self._arguments(view.places))
+    def seen(self, view, chosen=None):
+        """This call, of all heads, as a treatment of this view gets it. chosen: which of the sinks are its own."""
+        arguments, chosen = self.arguments, view.places if chosen is None else chosen
+        if chosen is not None and arguments.get("s_aux") is not None:
+            arguments = {**arguments, "s_aux": arguments["s_aux"][list(chosen)]}
+        return PartedCall(self.attention, self.implementation, self.exchange, arguments, self.cached, view)
 
     def only(self, places):
         """This call for some of the view's own heads, by their places among these."""
         every = range(len(self.view.own)) if self.view.places is None else self.view.places
-        view = View((), tuple(range(len(places))), tuple(every[place] for place in places))
-        return replace(self, view=view, arguments=self._arguments(places))
-
-    def _arguments(self, places):
-        sinks = self.arguments.get("s_aux")
-        return self.arguments if sinks is None or places is None else {**self.arguments, "s_aux": sinks[list(places)]}
+        return self.seen(View((), tuple(range(len(places))), tuple(every[place] for place in places)), places)
 
     def kernel(self, query, key, value, mask, group=None, arguments=None, sinks=None):
         name = self.attention.names.sinks
@@ -296,21 +301,29 @@ class PartsView(CacheView):
         self.plan, self.exchange = plan, exchange
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        """As of any `CacheView`, but that only the new keys and values are returned: the exchange has all."""
-        self._part(key_states, value_states, layer_idx, args, kwargs)
-        return key_states, value_states
-
-    def _part(self, key, value, number, args, kwargs):
-        """Cache what treatments do not cache themselves, and leave a `Cached` in the exchange."""
-        plan, exchange = self.plan, self.exchange
+        """As of any `CacheView`, but that only the new keys and values may be returned: the exchange has all."""
+        plan, exchange, tokens = self.plan, self.exchange, value_states.shape[-2]
         if exchange is None:
             raise RuntimeError(
                 f"shared_attention: layer {plan.layer} has a cache of parts, so it runs within its model only."
             )
-        layer, tokens = self._parted_layer(number, plan), value.shape[-2]
+        layer = self._parted_layer(layer_idx, plan)
         # Until 5.3 positions stand for the number of tokens.
-        columns, offset = layer.get_mask_sizes(torch.arange(tokens) if layer.by_position else tokens)
-        start = layer.seen(value.device)
+        seen = (
+            layer.get_mask_sizes(torch.arange(tokens) if layer.by_position else tokens),
+            layer.seen(value_states.device),
+        )
+        if layer.grows and layer.held == layer.every and seen[1] + tokens <= plan.plain:
+            key_states, value_states = self.whole.update(key_states, value_states, layer_idx, *args, **kwargs)
+            cached = Cached(layer, seen[1], *seen[0], layer.held, key_states, value_states, {}, tokens)
+        else:
+            cached = self._part(layer, *seen, key_states, value_states, layer_idx, args, kwargs)
+        exchange.notes["cached", plan.place] = cached
+        return key_states, value_states
+
+    def _part(self, layer, sizes, start, key, value, number, args, kwargs):
+        """Cache what treatments do not cache themselves."""
+        plan, tokens = self.plan, value.shape[-2]
         held, taken, keys, values = plan.held_after(layer.held, *layer.reach(start, tokens)), {}, None, None
         if held != layer.held:
             if getattr(self.whole, "offloading", False) and layer.is_initialized:  # what it has may be on its way back
@@ -326,7 +339,7 @@ class PartsView(CacheView):
         if layer.count is not None:
             start = start.clone() if torch.compiler.is_compiling() else int(start)
             layer.count.add_(tokens)
-        exchange.notes["cached", plan.place] = Cached(layer, start, columns, offset, held, keys, values, taken)
+        return Cached(layer, start, *sizes, held, keys, values, taken)
 
     def _parted_layer(self, number, plan):
         """The layer of the cache with this number, as one of parts. Raises ValueError if it cannot be one."""
@@ -368,7 +381,7 @@ class PartedAttention:
 
     def view(self, cache, exchange):
         plan = self.plan
-        if not plan.caching or is_paged(cache):  # pages hold everything, and windows are masks
+        if not plan.caching or is_paged(cache) or is_exporting():  # all is held, and windows are masks
             return super().view(cache, exchange)
 
         def codec(own, held):
@@ -376,12 +389,21 @@ class PartedAttention:
 
         return PartsView(cache, plan, exchange, codec)
 
-    def calls(self, call):
-        if not self.plan.caching:
-            return super().calls(call)
-        cached = call.exchange.notes.pop(("cached", self.plan.place), None)
+    def steps(self, call, value, mask):
+        plan = self.plan
+        if not plan.caching:
+            return super().steps(call, value, mask)
+        cached = call.exchange.notes.pop(("cached", plan.place), None)
+        if cached is None:
+            plain = not call.exchange.masked and value.shape[-2] <= plan.plain
+        elif plain := cached.plain:
+            for treatment in plan.treatments:
+                treatment.passed_by(call, mask, cached)
+        if plain:
+            return [], call
         whole = PartedCall(call.attention, call.implementation, call.exchange, call.arguments, cached)
-        return [whole.seen(view) for view in self.plan.views]
+        *calls, last = (whole.seen(view) for view in plan.views)
+        return list(zip(plan.treatments, calls, strict=True)), last
 
     @staticmethod
     def reach(stack, before):

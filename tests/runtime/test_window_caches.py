@@ -167,7 +167,7 @@ def test_what_is_held():
         assert [layer.nbytes for layer in cache.layers] == [4 * min(length, 7) * token] * 6
         held = sum(
             states.nbytes
-            for part in cache.layers[0].parts["window"].kept.values()
+            for part in (cache.layers[0].parts["window"].kept.values() if length > 7 else ())
             for states in (part.keys, part.values)
         )
         assert held <= 4 * (7 + 32) * token
@@ -214,3 +214,20 @@ def test_decoding_compiles_as_one_graph(plan):
     pair.model(ids[:, :10], **with_cache(pair.model, cache))
     found = [step(ids[:, at : at + 1], **with_cache(pair.model, cache)).logits for at in range(10, LENGTH)]
     torch.testing.assert_close(torch.cat(found, dim=1), pair.expected(ids)[:, 10:], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_what_changes_nothing_costs_nothing(monkeypatch):
+    """Up to the shortest window no code of windows runs; one token after that makes no mask and no block."""
+
+    def never(*args, **kwargs):
+        raise AssertionError("code of windows ran")
+
+    pair, ids = Pair("llama", EVERY), some_ids(LENGTH)
+    with monkeypatch.context() as patch:
+        patch.setattr("sa_convert.treatments.window.runtime.Window.attend", never)
+        found, cache = in_pieces(pair.model, ids[:, :7], [4, 6, 7])
+    torch.testing.assert_close(found, pair.expected(ids[:, :7]), atol=1e-4, rtol=1e-4)
+    pair.model(ids[:, 7:9], **with_cache(pair.model, cache))
+    monkeypatch.setattr("sa_convert.treatments.window.runtime.WindowPass.attend", never)
+    torch.testing.assert_close(continued(pair, cache, ids, 9), pair.expected(ids)[:, 9:], atol=1e-4, rtol=1e-4)

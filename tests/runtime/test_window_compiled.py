@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from support.memory_models import some_ids
 from support.tiny_models import with_cache
@@ -24,6 +24,39 @@ def test_a_growing_cache():
     step, cache, found = torch.compile(pair.model.forward, backend="eager"), DynamicCache(config=pair.model.config), []
     for start, stop in ((0, 6), *((at, at + 1) for at in range(6, LENGTH))):
         found.append(step(ids[:, start:stop], **with_cache(pair.model, cache)).logits)
+    torch.testing.assert_close(torch.cat(found, dim=1), pair.expected(ids), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_a_step_with_a_growing_cache_is_one_graph(mode):
+    """After a prompt that nothing compiles. Slots are copied then: a graph cannot ask whether they may be written."""
+    pair, ids = made("mixed"), some_ids(12)
+    with mode():
+        torch._dynamo.reset()
+        step, cache = (
+            torch.compile(pair.model.forward, backend="eager", fullgraph=True),
+            DynamicCache(config=pair.model.config),
+        )
+        found = [pair.model(ids[:, :9], **with_cache(pair.model, cache)).logits]
+        found += [step(ids[:, at : at + 1], **with_cache(pair.model, cache)).logits for at in range(9, 12)]
+        expected = pair.expected(ids)
+        torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_masks_by_kind_of_layer():
+    """As `generate` hands them to a compiled step of models some of whose layers have windows of their own."""
+    pair, ids, room = Pair("gemma3_text", MIXED, sliding_window=64), some_ids(12), 20
+    torch._dynamo.reset()
+    step, cache = (
+        torch.compile(pair.model.forward, backend="eager", fullgraph=True),
+        StaticCache(pair.model.config, room),
+    )
+    found = [pair.model(ids[:, :9], **with_cache(pair.model, cache)).logits]
+    for at in range(9, 12):
+        mask = (torch.arange(room) <= at).expand(2, 1, 1, room)
+        masks = {"full_attention": mask, "sliding_attention": mask}
+        found.append(step(ids[:, at : at + 1], attention_mask=masks, **with_cache(pair.model, cache)).logits)
     torch.testing.assert_close(torch.cat(found, dim=1), pair.expected(ids), atol=1e-4, rtol=1e-4)
 
 

@@ -39,7 +39,7 @@ class Window:
             layer: {group: (int(told["sinks"]), int(told["tokens"])) for group, told in groups.items()}
             for layer, groups in stack.layers.items()
         }
-        self.shapes = stack.shapes
+        self.shapes, self.steps = stack.shapes, {}
         for layer, groups in self.layers.items():
             heads, size, _ = self.shapes[layer]
             for group in groups:
@@ -58,6 +58,10 @@ class Window:
     def takes(self, layer):
         return tuple(self.layers[layer])
 
+    def untouched(self, layer):
+        """Tokens up to which nothing is different in a layer."""
+        return min(map(sum, self.layers[layer].values()))
+
     def unserved(self):
         """Why an attention layer that pages all KV groups alike does not do, or None."""
         return f"layer {min(self.layers)} has windows of its KV groups, and vLLM has one window for a layer"
@@ -71,13 +75,26 @@ class Window:
             if (total is None or total > sinks + tokens) and (limit is None or limit > tokens)
         ]
 
+    def passed_by(self, call, mask, cached):
+        """A pass in which nothing is different: what later ones have to know of it is which tokens are padding."""
+        state, start, tokens = cached.layer.parts.get("window"), cached.start, cached.plain
+        real = real_tokens(call, mask, start, cached.offset, tokens)
+        if state or real is not None:
+            state = state or WindowParts(len(cached.values), False)
+            state.see(real, start, tokens, cached.values)
+            cached.layer.parts = {**cached.layer.parts, "window": state}
+
     def attend(self, call, query, key, value, mask, then):
         """Windowed KV groups by their windows, the others by what comes next. mask: for all heads alike, or by head."""
-        if call.exchange.paged:
-            return self._in_pages(call, query, key, value, mask, then)
+        if call.exchange.masked:
+            return self._masked(call, query, key, value, mask, then)
         _refuse_packed(call, mask, value)
         cached, windows, size = call.cached, self.layers[call.layer], self.shapes[call.layer][1]
         every, tokens = range(len(call.view.heads) // size), value.shape[-2]
+        if cached is not None and tokens == 1 and mask is None and call.implementation == "sdpa":
+            state, step = cached.layer.parts.get("window"), self._step_of(call, cached.held)
+            if step is not None and state is not None and not cached.taken and step.fits(state):
+                return step.attend(call, query, key, value, state)
         own = sorted({head // size for head in call.view.own})
         if cached is None:
             start, offset, state, keys, values = 0, 0, None, (own, key), (every, value)
@@ -113,13 +130,8 @@ class Window:
                 given = call.pick(query, places), _of(call, (own, key), groups), values_of
                 if cached is not None and numbers[groups[0]] in cached.taken:
                     past = [cached.taken[numbers[group]] for group in groups]
-                    given = (
-                        given[0],
-                        *(
-                            torch.cat([torch.cat(states, dim=1), new], dim=2)
-                            for states, new in zip(zip(*past, strict=True), given[1:], strict=True)
-                        ),
-                    )
+                    before = [torch.cat(states, dim=1) for states in zip(*past, strict=True)]
+                    given = given[0], *(torch.cat(pair, dim=2) for pair in zip(before, given[1:], strict=True))
                 static, seen = state is not None and state.static, _by_head(call, mask, _heads(groups, size))
                 run = WindowPass(call.only(places), *window[:2], start, offset, tokens, seen, static)
                 those = state.real if state and given[1].shape[2] > tokens else real
@@ -131,14 +143,25 @@ class Window:
             state.real = None
         return _joined(pieces, size, value.shape[-1])
 
-    def _in_pages(self, call, query, key, value, mask, then):
-        """Continuous batching: one row holds the tokens of many texts, and pages all that were before them. So windows
-        are a narrower mask, and save nothing. Raises NotImplementedError for a kernel that is given no mask."""
+    def _step_of(self, call, held):
+        """How one token is computed if the layer of the cache holds these KV groups; None: not in the short way."""
+        view, layer = call.view, call.layer
+        if (layer, held) not in self.steps:
+            attention, (_, group, size) = call.attention, self.shapes[layer]
+            alone = len(attention.plan.treatments) == 1 and not attention.names.sinks
+            windows = {number: (*window, size) for number, window in self.layers[layer].items()}
+            self.steps[layer, held] = OneToken(windows, view.heads, group, held) if alone else None
+        return self.steps[layer, held]
+
+    def _masked(self, call, query, key, value, mask, then):
+        """Everything is cached, and windows are narrower masks that save nothing: in continuous batching, where one row
+        holds the tokens of many texts and pages all that were before them, and in an exported graph, which is one for
+        all lengths. Raises NotImplementedError for a kernel that is given no mask."""
         windows, size = self.layers[call.layer], self.shapes[call.layer][1]
         if not isinstance(mask, torch.Tensor):
             raise NotImplementedError(
-                f"shared_attention: layer {call.layer} has windows, which need a mask in continuous batching: choose "
-                "attn_implementation='sdpa' or 'eager' for it."
+                f"shared_attention: layer {call.layer} has windows, which need a mask in continuous batching and when "
+                "a model is exported: choose attn_implementation='sdpa' or 'eager' for it."
             )
         every = range(len(call.view.heads) // size)
         own, pieces = sorted({head // size for head in call.view.own}), []
@@ -148,20 +171,61 @@ class Window:
                 places, rest = _own(call, groups, size), [group for group in own if group in groups]
                 given = (call.pick(query, places), _of(call, (own, key), rest)) if rest else (None, None)
                 run = then if window is None else call.only(places).kernel
-                seen = mask if window is None else narrowed(call.exchange, mask, *window)
+                seen = mask if window is None else narrowed(call, mask, *window)
                 seen = _by_head(call, seen, _heads(groups, size))
                 pieces.append((groups, run(*given, _of(call, (every, value), groups), seen)))
         return _joined(pieces, size, value.shape[-1])
 
 
-def narrowed(exchange, mask, sinks, tokens):
-    """A mask (1, ., T, S) of continuous batching without what a window does not see. The keys of each text lie one
-    after the other, so those that a query may see tell how far back each is. It is made once a pass."""
-    name = ("in pages", id(mask), sinks, tokens)
+class OneToken:
+    """One token, nothing of which is padding, of a layer some of whose windows are outgrown: what general code finds
+    out anew for every pass is known. windows: by KV group, sinks, tokens and size of a head. pieces: (window, KV
+    groups, their heads), window None: as the cache holds them."""
+
+    def __init__(self, windows, heads, size, held):
+        groups = range(len(heads) // size)
+        of = {group: None if heads[group * size] // size in held else windows[group] for group in groups}
+        together = {window: tuple(group for group in groups if of[group] == window) for window in of.values()}
+        self.pieces = [(window, some, tuple(_heads(some, size))) for window, some in together.items()]
+        self.windows = [window for window in together if window is not None]
+        every = sorted((head, at, place) for at, piece in enumerate(self.pieces) for place, head in enumerate(piece[2]))
+        self.order = []  # [piece, first of its heads, last + 1], in the order of heads
+        for _, at, place in every:
+            if self.order and self.order[-1][0] == at and self.order[-1][2] == place:
+                self.order[-1][2] += 1
+            else:
+                self.order.append([at, place, place + 1])
+
+    def fits(self, state):
+        """Whether windows are kept, and rows do not differ."""
+        kept = [state.kept.get(window) for window in self.windows]
+        return not state.static and state.real is None and all(one is not None and one.places is None for one in kept)
+
+    def attend(self, call, query, key, value, state):
+        outputs, cached, kept = [], call.cached, dict(state.kept)
+        for window, groups, heads in self.pieces:
+            keys, values = cached.keys, cached.values
+            if window is not None:
+                one = kept[window] = kept[window].step(call.pick(key, groups), call.pick(value, groups), None)
+                some = slice(min(cached.offset, one.sinks), min(one.sinks + one.window, one.length))
+                keys, values = one.keys[:, :, some], one.values[:, :, some]
+            outputs.append(call.kernel(call.pick(query, heads), keys, values, None)[0])
+        state.kept = kept
+        if len(outputs) == 1:
+            return outputs[0], None
+        return torch.cat([outputs[at][:, :, start:stop] for at, start, stop in self.order], dim=2), None
+
+
+def narrowed(call, mask, sinks, tokens):
+    """A mask (1 or B, ., T, S) without what a window does not see. The keys of each text lie one after the other, so
+    those that a query may see tell how far back each is. It is made once a pass."""
+    exchange, name = call.exchange, ("narrowed", id(mask), sinks, tokens)
     if name not in exchange.notes:
         seen = _lets(mask)
         ago = seen.sum(-1, keepdim=True) - seen.cumsum(-1)
         told = exchange.given.get("position_ids")
+        if told is None and call.arguments.get("sliding_window") is not None:  # the family's window has lost some
+            told = (torch.arange(mask.shape[-2], device=mask.device) + exchange.past)[None]
         last = seen.sum(-1, keepdim=True) - 1 if told is None else told.to(mask.device)[:, None, :, None]
         kept = seen & ((ago < tokens) | (last - ago < sinks))
         made = kept if mask.dtype == torch.bool else mask.masked_fill(~kept, torch.finfo(mask.dtype).min)
@@ -346,7 +410,8 @@ class Kept:
         """Take in one token, (B, n, 1, D); real: (1 or B, 1), or None. In place, if nobody needs what was before."""
         one = self if real is None else self.told()
         static = isinstance(one.length, torch.Tensor)
-        if not static and (torch.is_grad_enabled() or one.keys.is_inference() > key.is_inference()):
+        needed = torch.is_grad_enabled() or torch.compiler.is_compiling()  # a graph cannot ask for inference mode
+        if not static and (needed or one.keys.is_inference() > key.is_inference()):
             one = one.changed(lambda states: None if states is None else states.clone())
         place, first = one.length, one.sinks
         if one.places is None:
@@ -474,27 +539,24 @@ class WindowPass:
             sinks, places = self._sinks_of_rows(key, value, real, old, first)
         else:
             sinks, places = self._sinks(key, value, old, first), None
+        every = torch.arange(count, device=key.device)[None] + first if places is None else places
         size, outputs, weights = tokens if compiled else max(BLOCK, self.window // 2), [], []
         for begin in range(0, tokens, size):
             end = min(begin + size, tokens)
-            low, high = (
-                (0, count) if compiled else (max(first, start + begin - self.window + 1) - first, start + end - first)
-            )
+            low, high = 0, count
+            if not compiled:
+                low, high = max(first, start + begin - self.window + 1) - first, start + end - first
             if places is None:
                 low = max(low, self.sinks - first, 0)
             keys, values, where = [sinks[0]], [sinks[1]], [sinks[2]]
             if old is not None and (compiled or start + begin - self.window + 1 < first):
                 stop = self.sinks + self.window
-                keys, values = (
-                    [*keys, old.keys[:, :, self.sinks : stop]],
-                    [*values, old.values[:, :, self.sinks : stop]],
-                )
+                keys.append(old.keys[:, :, self.sinks : stop])
+                values.append(old.values[:, :, self.sinks : stop])
                 where.append(old.now()[:, self.sinks :])
             if low < high:
-                here = (
-                    torch.arange(low, high, device=key.device)[None] + first if places is None else places[:, low:high]
-                )
-                keys, values, where = [*keys, key[:, :, low:high]], [*values, value[:, :, low:high]], [*where, here]
+                keys, values = [*keys, key[:, :, low:high]], [*values, value[:, :, low:high]]
+                where.append(every[:, low:high])
             where = _rows(where)
             if len(keys) == 2 and places is None and old is None and first + low == sinks[0].shape[2]:
                 keys, values = [key[:, :, :high]], [value[:, :, :high]]  # the sinks lie before these
@@ -504,10 +566,8 @@ class WindowPass:
             output, made = self.kernel(rows, keys, values, mask, where)
             outputs.append(output)
             weights.append(made)
-        found = (
-            outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1),
-            None if weights[0] is None else torch.cat(weights, dim=2),
-        )
+        made = None if weights[0] is None else torch.cat(weights, dim=2)
+        found = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), made
         if self.call.cached is None:
             return found, None
         return found, self._kept(key, value, places, sinks, old, first)
