@@ -39,7 +39,8 @@ def main(folders: list[str]) -> None:
         told = [losses(model, row) for row in rows]
         whole, late = (torch.stack([one[start:] for one in told]).mean() for start in (0, LENGTH // 2))
         again = losses(model, copied)[1 - COPIED :].mean()
-        print(f"{folder}: text {whole:.3f}, its second half {late:.3f}, {COPIED} tokens {APART} back {again:.1f}", flush=True)
+        text = f"text {whole:.3f}, its second half {late:.3f}, {COPIED} tokens {APART} back {again:.1f}"
+        print(f"{folder}: {text}", flush=True)
 
 
 if __name__ == "__main__":
