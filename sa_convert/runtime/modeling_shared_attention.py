@@ -280,7 +280,7 @@ class CacheView(Over):
 
 def _alike(states, others):
     """Whether these are of one shape, but for the number of tokens."""
-    return states[:, :, :0].shape == others[:, :, :0].shape
+    return (states.shape[:2], states.shape[3:]) == (others.shape[:2], others.shape[3:])
 
 
 def _filled(states, heads):
@@ -320,8 +320,8 @@ def _grown(layer, slot, new):
         if room is None or room.shape[-2] < total:
             room = states.new_empty((*states.shape[:-2], total + total // 16 + 16, states.shape[-1]))
             room[..., :length, :] = states
-        whole = room[..., :total, :]
-        whole[..., length:, :] = new
+        whole = room.narrow(-2, 0, total)
+        room.narrow(-2, length, total - length).copy_(new)
     rooms[slot] = room, whole
     return whole
 
@@ -372,7 +372,7 @@ def _dispatch(module, query, key, value, attention_mask, **arguments):
 AttentionInterface.register(EXCHANGE, _dispatch)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: each step of each layer makes some
 class Call:
     """One call of the attention function, as treatments see it. implementation: what the user chose, such as "sdpa".
     arguments: what the family hands to its kernel besides (scaling, window, softcap, sinks, dropout)."""
@@ -407,12 +407,8 @@ class Call:
             wide = max(key.shape[-1], size)
             query, key, value = (nn.functional.pad(each, (0, wide - each.shape[-1])) for each in (query, key, value))
         arguments = self.arguments if arguments is None else arguments
-        there = getattr(getattr(attention, "attn", None), "num_heads", None) if self.implementation == "vllm" else None
-        if there not in (None, query.shape[1]):  # the engine's layer would read them as more tokens
-            raise ValueError(
-                f"shared_attention: this plan cannot be divided among ranks: layer {self.layer} has {query.shape[1]} "
-                f"heads in each of them, and vLLM expects {there}: serve the model without tensor parallelism."
-            )
+        if self.implementation == "vllm" and getattr(attention.attn, "num_heads", query.shape[1]) != query.shape[1]:
+            raise ValueError("shared_attention: ranks cannot divide this plan: serve it without tensor parallelism.")
         output, weights = function(module, query, key, value, mask, **arguments)
         if output.ndim == 2:  # an engine's lie head beside head, for all tokens
             output = output.unflatten(-1, (query.shape[1], -1))[None]
@@ -457,7 +453,9 @@ class TreatedAttention(nn.Module):
         if self.packs:
 
             def seen(value):
-                return self.view(value, kwargs.get(EXCHANGE)) if is_cache(value) or is_paged(value) else value
+                # To ask a tensor for attributes takes long.
+                other = isinstance(value, (torch.Tensor, tuple)) or not (is_cache(value) or is_paged(value))
+                return value if other else self.view(value, kwargs.get(EXCHANGE))
 
             args, kwargs = [seen(value) for value in args], {name: seen(value) for name, value in kwargs.items()}
         outputs = super().forward(*args, **kwargs)

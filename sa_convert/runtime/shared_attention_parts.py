@@ -33,7 +33,7 @@ from .modeling_shared_attention import (
 def pick(states, places):
     """Those of the heads (B, heads, ...) that are listed, in this order. A view, if they lie side by side."""
     runs = runs_of(tuple(places))
-    pieces = [states if stop - start == states.shape[1] else states[:, start:stop] for start, stop in runs]
+    pieces = [states if end - at == states.shape[1] else states.narrow(1, at, end - at) for at, end in runs]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1) if pieces else states[:, :0]
 
 
@@ -49,7 +49,7 @@ def runs_of(places):
     return tuple(map(tuple, runs))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Cached:
     """What a cache of parts holds for a layer that attends. layer: that of the cache. start: tokens that it had seen
     before this pass. columns, offset: how many places the mask has, and which the first is. held: the KV groups that
@@ -116,7 +116,8 @@ class PartedLayer(cache_utils.CacheLayerMixin):
             if hasattr(self, name):
                 setattr(self, name, getattr(self, name) + tokens)
         if not self.static:
-            self.keys, self.values = torch.cat([self.keys, key], dim=-2), torch.cat([self.values, value], dim=-2)
+            pad, more = torch.nn.functional.pad, (0, 0, 0, tokens)
+            self.keys, self.values = pad(self.keys, more), pad(self.values, more)
 
     def let_go(self, plan, held):
         """Hold only these KV groups from now on. Returns, by KV group, the keys and the values of the others."""
@@ -225,17 +226,18 @@ def _left(treatment, layer, heads, group):
 
 class PartedPlan(LayerPlan):
     """The plan of a layer. caching: whether a treatment caches KV groups itself. views: the layer as each treatment
-    sees it, and as the kernel does at last."""
+    sees it, and as the kernel does at last. plain: tokens up to which treatments change nothing. least: the KV groups
+    that a layer of a cache holds at last."""
 
     def __init__(self, stack, layer, heads, group, reached=()):
         super().__init__(stack, layer, heads, group, reached)
         caches = [treatment for treatment in self.treatments if hasattr(treatment, "outgrown")]
         self.caching = bool(caches)
-        # Tokens up to which treatments change nothing, if these are all.
         self.plain = min((treatment.untouched(layer) for treatment in caches), default=0)
         self.plain = self.plain if len(caches) == len(self.treatments) else 0
         last = _left(reached[-1][0], layer, reached[-1][1], group) if reached else tuple(range(heads))
         self.views = tuple(_view(heads, self.own) for heads in (*(heads for _, heads in reached), last))
+        self.least = self.held_after(tuple(range(heads // group)), None, None)
 
     def held_after(self, held, total, limit):
         """Of the KV groups that a layer of a cache holds, those that it still does with so many tokens; None: there is
@@ -251,7 +253,7 @@ class PartedPlan(LayerPlan):
         return held
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class PartedCall(Call):
     """A call as a treatment sees it. cached: what a cache of parts holds, or None. view: the layer as the treatment
     sees it, or the kernel if no treatment is left."""
@@ -324,7 +326,8 @@ class PartsView(CacheView):
     def _part(self, layer, sizes, start, key, value, number, args, kwargs):
         """Cache what treatments do not cache themselves."""
         plan, tokens = self.plan, value.shape[-2]
-        held, taken, keys, values = plan.held_after(layer.held, *layer.reach(start, tokens)), {}, None, None
+        held, taken, keys, values = layer.held, {}, None, None
+        held = held if held == plan.least else plan.held_after(held, *layer.reach(start, tokens))
         if held != layer.held:
             if getattr(self.whole, "offloading", False) and layer.is_initialized:  # what it has may be on its way back
                 torch.cuda.default_stream(value.device).wait_stream(self.whole.prefetch_stream)

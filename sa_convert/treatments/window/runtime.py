@@ -189,12 +189,12 @@ class OneToken:
         self.pieces = [(window, some, tuple(_heads(some, size))) for window, some in together.items()]
         self.windows = [window for window in together if window is not None]
         every = sorted((head, at, place) for at, piece in enumerate(self.pieces) for place, head in enumerate(piece[2]))
-        self.order = []  # [piece, first of its heads, last + 1], in the order of heads
+        self.order = []  # [piece, first of its heads, how many], in the order of heads
         for _, at, place in every:
-            if self.order and self.order[-1][0] == at and self.order[-1][2] == place:
+            if self.order and self.order[-1][0] == at and sum(self.order[-1][1:]) == place:
                 self.order[-1][2] += 1
             else:
-                self.order.append([at, place, place + 1])
+                self.order.append([at, place, 1])
 
     def fits(self, state):
         """Whether windows are kept, and rows do not differ."""
@@ -207,13 +207,14 @@ class OneToken:
             keys, values = cached.keys, cached.values
             if window is not None:
                 one = kept[window] = kept[window].step(call.pick(key, groups), call.pick(value, groups), None)
-                some = slice(min(cached.offset, one.sinks), min(one.sinks + one.window, one.length))
-                keys, values = one.keys[:, :, some], one.values[:, :, some]
+                begin = min(cached.offset, one.sinks)
+                count = min(one.sinks + one.window, one.length) - begin
+                keys, values = one.keys.narrow(2, begin, count), one.values.narrow(2, begin, count)
             outputs.append(call.kernel(call.pick(query, heads), keys, values, None)[0])
         state.kept = kept
         if len(outputs) == 1:
             return outputs[0], None
-        return torch.cat([outputs[at][:, :, start:stop] for at, start, stop in self.order], dim=2), None
+        return torch.cat([outputs[at].narrow(2, start, count) for at, start, count in self.order], dim=2), None
 
 
 def narrowed(call, mask, sinks, tokens):
@@ -418,9 +419,10 @@ class Kept:
             slot = place if place < first else first + (place - first) % one.window
             gone = place - one.window
             for states, new in ((one.keys, key), (one.values, value)):
+                last = states.select(2, slot)
                 if gone >= first and one.margin:
-                    states[:, :, first + one.window + gone % one.margin] = states[:, :, slot]
-                states[:, :, slot] = new[:, :, 0]
+                    states.select(2, first + one.window + gone % one.margin).copy_(last)
+                last.copy_(new.select(2, 0))
         else:
             one._step_of_rows(key, value, key.new_ones(1, 1, dtype=torch.bool) if real is None else real)
         if static:
@@ -524,14 +526,13 @@ class WindowPass:
             stop = min(kept.sinks + kept.window, kept.length)
             begin = min(self.offset, kept.sinks)  # sinks that the family's own window has lost
             return self.kernel(query, kept.keys[:, :, begin:stop], kept.values[:, :, begin:stop], None, None)
-        stop = kept.sinks + kept.window
-        places = kept.now()
+        stop, places = kept.sinks + kept.window, kept.now()
         mask = self.additive(query, 0, 1, places, kept.sinks)
         return self.kernel(query, kept.keys[:, :, :stop], kept.values[:, :, :stop], mask, places)
 
     def blocks(self, query, key, value, real, old):
         """Queries in blocks, each over the sinks, what of the window was kept before, and the new keys in its reach."""
-        tokens, count, start = query.shape[2], key.shape[2], self.start
+        tokens, count, start, back = query.shape[2], key.shape[2], self.start, self.window - 1
         compiled = isinstance(start, torch.Tensor)
         first = start + tokens - count  # the place of the first key that is given
         if self.static or real is not None or (old is not None and old.places is not None):
@@ -543,13 +544,11 @@ class WindowPass:
         size, outputs, weights = tokens if compiled else max(BLOCK, self.window // 2), [], []
         for begin in range(0, tokens, size):
             end = min(begin + size, tokens)
-            low, high = 0, count
-            if not compiled:
-                low, high = max(first, start + begin - self.window + 1) - first, start + end - first
+            low, high = (0, count) if compiled else (max(first, start + begin - back) - first, start + end - first)
             if places is None:
                 low = max(low, self.sinks - first, 0)
             keys, values, where = [sinks[0]], [sinks[1]], [sinks[2]]
-            if old is not None and (compiled or start + begin - self.window + 1 < first):
+            if old is not None and (compiled or start + begin - back < first):
                 stop = self.sinks + self.window
                 keys.append(old.keys[:, :, self.sinks : stop])
                 values.append(old.values[:, :, self.sinks : stop])
@@ -668,8 +667,7 @@ class WindowPass:
 
     def _kept(self, key, value, places, sinks, old, first):
         """What a cache keeps from now on."""
-        total = first + key.shape[2]
-        new = total - self.start
+        total, new = first + key.shape[2], first + key.shape[2] - self.start
         margin = 0 if self.static else max(MARGIN, new) if new <= DRAFT and old is not None else MARGIN
         wanted = places_in(self.sinks, self.window, margin, total, key.device)
         low = 0 if old is None else old.keys.shape[2]
