@@ -13,30 +13,17 @@ from support.engines import convert_tiny, export, generated
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(1800)]
 
 
-def window(sinks, tokens):
-    return {"window": {"sinks": sinks, "tokens": tokens}}
-
-
 def span(source):
     return {g: {"share": [[source, 2 * g], [source, 2 * g + 1]]} for g in range(4)}
 
 
-PLANS = {
-    "span": {3: span(2), 4: span(2)},
-    "heads": {3: {0: {"share": [[2, 2], [1, 3]]}}},
-    "window": {0: {0: window(4, 32), 2: window(4, 16)}, 2: {group: window(4, 64) for group in range(4)}},
-    "drop": {3: "drop"},
-    "linear": {3: "linear"},
-    "low_rank": {3: {group: {"low_rank": {"keys": 16, "values": 16}} for group in range(4)}},
-}
+PLANS = {"span": {3: span(2), 4: span(2)}}
 SAMPLE, LONGER, OTHER = list(range(3, 35)), list(range(5, 53)), list(range(40, 72))
 NEW = 8
-CACHED = [name for name in PLANS if name != "window"]
-"""The exporters cannot name the classes of windows' caches."""
 
 
-def job(name, folder, form, kind):
-    prompts = [LONGER if form == "onnx" and name in CACHED else OTHER]
+def job(folder, form, kind):
+    prompts = [LONGER if form == "onnx" else OTHER]
     return {"folder": str(folder), "format": form, "kind": kind, "sample": SAMPLE, "prompts": prompts, "new": NEW}
 
 
@@ -51,33 +38,28 @@ def exported(folders):
     if "SA_CONVERT_EXPORTS" not in os.environ:
         pytest.skip("SA_CONVERT_EXPORTS names no Python with onnx, onnxscript, onnxruntime and executorch")
     forms = [(form, kind) for form in ("onnx", "executorch") for kind in ("forward", "generation")]
-    return export({(name, *form): job(name, folder, *form) for name, folder in folders.items() for form in forms})
+    return export({(name, *form): job(folder, *form) for name, folder in folders.items() for form in forms})
 
 
 @pytest.mark.parametrize("form", ["onnx", "executorch"])
 @pytest.mark.parametrize("name", PLANS)
 def test_logits_of_a_forward_pass(exported, name, form):
-    """ONNX: of another length than that of the sample, but for windows."""
+    """ONNX: of another length than that of the sample."""
     found = exported[name, form, "forward"]
     assert found.get("off", 1) < 1e-4, found
 
 
-@pytest.mark.parametrize("name", CACHED)
+@pytest.mark.parametrize("name", PLANS)
 def test_onnx_generates_with_a_growing_cache(exported, folders, name):
     found = exported[name, "onnx", "generation"]
     assert max(found.get("off", {"": 1}).values()) < 1e-4, found
     assert [found["tokens"]] == generated(folders[name], [[LONGER]], NEW)[0]
 
 
-@pytest.mark.parametrize("name", CACHED)
+@pytest.mark.parametrize("name", PLANS)
 def test_executorch_generates_with_a_static_cache(exported, name):
     found = exported[name, "executorch", "generation"]
     assert max(found.get("off", {"": 1}).values()) < 1e-4, found
-
-
-@pytest.mark.parametrize("form", ["onnx", "executorch"])
-def test_caches_of_windows_are_refused(exported, form):
-    assert "export_program failed on component 'prefill'" in exported["window", form, "generation"].get("error", "")
 
 
 def test_borrowers_cache_values_alone(exported):
