@@ -113,10 +113,9 @@ def test_a_folder_without_code_is_served(root):
         assert server.complete(folder) == expected(folder)
 
 
-@pytest.mark.parametrize("batching", [(), ("--continuous-batching",)])
-def test_a_folder_with_code_is_served_once_its_class_has_a_name_in_transformers(root, batching):
+def test_a_folder_with_code_is_served_once_its_class_has_a_name_in_transformers(root):
     folder = convert_tiny(root, "llama", "window", WINDOWS)
-    with Server(STARTER, "--trust-remote-code", *batching) as server:
+    with Server(STARTER, "--trust-remote-code") as server:
         assert server.complete(folder) == expected(folder)
 
 
