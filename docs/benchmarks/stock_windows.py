@@ -1,6 +1,6 @@
 """Loss of models on two long texts, on their second halves, and on what was said long ago; for docs/recipes.md.
 
-python docs/benchmarks/stock_windows.py BASE [CONVERTED ...]      # folders that need no code; on a CPU
+python docs/benchmarks/stock_windows.py BASE [CONVERTED ...]      # on a CPU; code in the folders runs
 """
 
 import sys
@@ -35,11 +35,12 @@ def main(folders: list[str]) -> None:
     between = torch.randint(1000, 40000, (APART - COPIED,), generator=generator)
     copied = torch.cat([said, between, said])
     for folder in folders:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
         told = [losses(model, row) for row in rows]
         whole, late = (torch.stack([one[start:] for one in told]).mean() for start in (0, LENGTH // 2))
         again = losses(model, copied)[1 - COPIED :].mean()
-        print(f"{folder}: text {whole:.3f}, its second half {late:.3f}, {COPIED} tokens {APART} back {again:.1f}")
+        text = f"text {whole:.3f}, its second half {late:.3f}, {COPIED} tokens {APART} back {again:.1f}"
+        print(f"{folder}: {text}", flush=True)
 
 
 if __name__ == "__main__":

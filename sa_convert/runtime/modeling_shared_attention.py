@@ -407,6 +407,8 @@ class Call:
             wide = max(key.shape[-1], size)
             query, key, value = (nn.functional.pad(each, (0, wide - each.shape[-1])) for each in (query, key, value))
         arguments = self.arguments if arguments is None else arguments
+        if self.implementation == "vllm" and getattr(attention.attn, "num_heads", query.shape[1]) != query.shape[1]:
+            raise ValueError("shared_attention: ranks cannot divide this plan: serve it without tensor parallelism.")
         output, weights = function(module, query, key, value, mask, **arguments)
         if output.ndim == 2:  # an engine's lie head beside head, for all tokens
             output = output.unflatten(-1, (query.shape[1], -1))[None]

@@ -135,7 +135,7 @@ class PartedLayer(cache_utils.CacheLayerMixin):
         left = [place for place, group in enumerate(own) if group in held]
         self.keys, self.values = (pick(key, left), value) if left else (value, value[..., :0])
         self.__dict__.pop("shared_attention_rooms", None)
-        return taken
+        return {} if self.static else taken  # a static layer lets go before it has any token, of slots made beforehand
 
     def get_seq_length(self):
         if self.held or not self.is_initialized or hasattr(self, "cumulative_length"):

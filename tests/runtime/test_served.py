@@ -19,10 +19,10 @@ class Kernel(nn.Module):
 
     def __init__(self, heads, groups, size):
         super().__init__()
-        self.heads, self.groups, self.size = heads, groups, size
+        self.num_heads, self.groups, self.size = heads, groups, size
 
     def forward(self, query, key, value):
-        query = query.view(1, -1, self.heads, self.size).transpose(1, 2)
+        query = query.view(1, -1, self.num_heads, self.size).transpose(1, 2)
         key, value = (states.view(1, -1, self.groups, self.size).transpose(1, 2) for states in (key, value))
         found = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return found.transpose(1, 2).flatten(2)[0]
@@ -60,6 +60,15 @@ def test_the_source_of_a_forward_is_the_familys():
     own = inspect.unwrap(type(pair.model.model.layers[3].self_attn).forward)
     assert own is inspect.unwrap(type(pair.base.model.layers[3].self_attn).forward)
     assert "ALL_ATTENTION_FUNCTIONS.get_interface" in inspect.getsource(own)
+
+
+def test_heads_that_are_left_whole_in_every_rank_are_refused():
+    """vLLM's layer of a rank has a part of them, and would read the rest as more tokens."""
+    pair = Pair("llama", {}, kernel="vllm", more={3: {0: {"share": [[2, 2], [2, 3]]}}}, groups=4)
+    for layer in pair.model.model.layers:
+        layer.self_attn.attn = Kernel(4, 2, 16)
+    with pytest.raises(ValueError, match="ranks cannot divide this plan: serve it without tensor"):
+        pair.model.model(torch.arange(3, 23)[None], position_ids=torch.arange(20)[None], use_cache=False)
 
 
 def test_windows_are_refused():

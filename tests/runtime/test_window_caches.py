@@ -29,6 +29,14 @@ class Grouped(QuantizedLayer):
         return quantized
 
 
+def made_beforehand(model):
+    """A static cache whose slots have the base's shape before the model writes to them."""
+    cache, config = StaticCache(config=model.config, max_cache_len=40), model.config
+    shape = {"batch_size": 2, "num_heads": config.num_key_value_heads, "head_dim": config.head_dim}
+    cache.early_initialization(**shape, dtype=torch.float32, device=torch.device("cpu"))
+    return cache
+
+
 CACHES = {
     "static": lambda model: StaticCache(config=model.config, max_cache_len=40),
     "quantised": lambda model: Cache(
@@ -52,10 +60,10 @@ def continued(pair, cache, ids, start):
 
 
 @pytest.mark.parametrize("cuts", CUTS)
-@pytest.mark.parametrize("kind", CACHES)
-def test_kinds(pair, kind, cuts):
+@pytest.mark.parametrize("make", [*CACHES.values(), made_beforehand], ids=[*CACHES, "made beforehand"])
+def test_kinds(pair, make, cuts):
     ids = some_ids(LENGTH)
-    found, _ = in_pieces(pair.model, ids, CUTS[cuts], cache=CACHES[kind](pair.model))
+    found, _ = in_pieces(pair.model, ids, CUTS[cuts], cache=make(pair.model))
     torch.testing.assert_close(found, pair.expected(ids), atol=1e-4, rtol=1e-4)
 
 

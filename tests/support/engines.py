@@ -6,7 +6,7 @@ import random
 import subprocess
 
 from support.processes import ROOT, run_cli
-from support.tiny_models import save_tiny
+from support.tiny_models import save_tiny, save_tokenizer
 
 SIZES = {"hidden_size": 128, "head_dim": 32, "num_attention_heads": 8, "num_key_value_heads": 4}
 """Kernels of vLLM for CPUs have heads of 32 numbers and more."""
@@ -20,16 +20,18 @@ def random_prompts(lengths, seed=0):
     return [[chance.randrange(3, 110) for _ in range(length)] for length in lengths]
 
 
-def convert_tiny(root, family, name, plan):
-    """A converted tiny model. plan: {layer: "drop", or {KV group: {treatment: arguments}}}."""
-    base, out = root / f"{family}-base", root / f"{family}-{name}"
+def convert_tiny(root, family, name, plan, engine="transformers", **changes):
+    """A converted tiny model. plan: {layer: "drop", or {KV group: {treatment: arguments}}}. engine: what it is for.
+    changes: of the base, which is another one then."""
+    base, out = root / f"{family}-base{'-changed' * bool(changes)}", root / f"{family}-{name}"
     if not base.exists():
-        save_tiny(family, base, **SIZES, **CHANGES.get(family, {}))
+        save_tiny(family, base, **SIZES, **CHANGES.get(family, {}), **changes)
+        save_tokenizer(base)
     if out.exists():
         return out
     lines = [f"  {layer}: {json.dumps(told)}".replace('"', "").replace(":", ": ") for layer, told in plan.items()]
     recipe = root / f"{family}-{name}.yaml"
-    recipe.write_text("\n".join(["plan:", *lines, ""]))
+    recipe.write_text("\n".join([f"for: {engine}", "plan:", *lines, ""]))
     result = run_cli("convert", base, "--recipe", recipe, "-o", out, "--no-validate")
     assert result.returncode == 0, result.stderr
     return out
@@ -51,10 +53,30 @@ def serve(jobs, plugins=None, environment=()):
         text=True,
         env={**kept, **extra, **dict(environment)},
     )
-    lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
-    found = dict(json.loads(line.removeprefix("RESULT ")) for line in lines)
+    found = _results(result)
+    assert set(found) == set(jobs), result.stderr[-3000:]
+    if len(jobs) == 1 and "error" in (told := next(iter(found.values()))):
+        told["log"] = result.stderr  # where processes of an engine say why they ended
+    return found
+
+
+def export(jobs):
+    """What programs made of folders compute, by name: see export_job.py."""
+    result = subprocess.run(
+        [os.environ["SA_CONVERT_EXPORTS"], ROOT / "tests" / "support" / "export_job.py"],
+        input=json.dumps({" ".join(name): job for name, job in jobs.items()}),
+        capture_output=True,
+        text=True,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+    )
+    found = {tuple(name.split()): told for name, told in _results(result).items()}
     assert set(found) == set(jobs), result.stderr[-3000:]
     return found
+
+
+def _results(process):
+    lines = [line for line in process.stdout.splitlines() if line.startswith("RESULT ")]
+    return dict(json.loads(line.removeprefix("RESULT ")) for line in lines)
 
 
 def generated(folder, rounds, new=24):

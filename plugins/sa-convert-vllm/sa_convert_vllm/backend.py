@@ -13,6 +13,9 @@ from vllm.v1.attention.backends.registry import register_backend
 BLOCK = 256
 """Queries of a prompt that are computed at one time, so that a mask is never tokens times tokens."""
 
+EVERY = 1 << 40
+"""A window that is longer than any text."""
+
 
 @register_backend("SA_CONVERT_WINDOW")
 class WindowBackend(AttentionBackend):
@@ -77,16 +80,19 @@ class WindowBuilder(AttentionMetadataBuilder[WindowMetadata]):
 
 
 class WindowImpl(AttentionImpl):
-    """first: how many tokens of a text are always seen. limit: a window of the family's own besides, or None."""
+    """sliding_window: None if every token is seen. first: how many tokens of a text always are. limit: a window of the
+    family's own besides, or None. value_size: numbers in a value, None: as many as in a key."""
 
     def __init__(
         self, num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype,
-        logits_soft_cap=None, attn_type="decoder", kv_sharing_target_layer_name=None, first=0, limit=None,
+        logits_soft_cap=None, attn_type="decoder", kv_sharing_target_layer_name=None,
+        first=0, limit=None, value_size=None,
     ):  # fmt: skip
         self.num_heads, self.head_size, self.num_kv_heads, self.scale = num_heads, head_size, num_kv_heads, float(scale)
         self.kv_cache_dtype, self.attn_type = kv_cache_dtype, attn_type
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
-        self.sliding_window = sliding_window
+        self.sliding_window = EVERY if sliding_window is None else sliding_window
+        self.sizes = head_size, value_size or head_size
         self.first, self.limit = first, limit
 
     def forward(
@@ -112,7 +118,7 @@ class WindowImpl(AttentionImpl):
         """Keys and values (B, G, N, D) of the tokens at these places. pages: (B, pages of a request)."""
         size = kv_cache.shape[2]
         states = kv_cache[pages.gather(1, places // size), :, places % size].transpose(1, 2)
-        return states.split(self.head_size, dim=-1)
+        return states.split(self.sizes, dim=-1)
 
     def _one_token(self, query, kv_cache, told, output):
         places, mask = self._places(told, kv_cache.device)

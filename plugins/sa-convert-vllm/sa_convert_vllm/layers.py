@@ -27,6 +27,19 @@ class WindowAttention(Attention):
         )
 
 
+class NarrowAttention(Attention):
+    """A layer whose values are narrower than its keys. width: numbers in a value of a head."""
+
+    def __init__(self, *, width, **kwargs):
+        super().__init__(attn_backend=WindowBackend, head_size_v=width, value_size=width, **kwargs)
+
+    def forward(self, query, key, value):
+        """query (T, H D); key and value (T, G D), the values filled up with zeros. Returns (T, H D), so too."""
+        value = value.unflatten(-1, (self.num_kv_heads, -1))[..., : self.head_size_v].flatten(1)
+        output = super().forward(query, key, value).unflatten(-1, (self.num_heads, -1))
+        return nn.functional.pad(output, (0, self.head_size - self.head_size_v)).flatten(1)
+
+
 class SplitAttention(nn.Module):
     """One attention layer of the model as several of vLLM, each with some of its KV groups."""
 

@@ -8,10 +8,10 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 
-from .layers import SplitAttention, WindowAttention
+from .layers import NarrowAttention, SplitAttention, WindowAttention
 from .parts import page_classes, parts_of, unit_of, windows_of, without_windows
 from .refusals import refuse
-from .sharing import borrowed_of, gone_of
+from .sharing import borrowed_of, gone_of, narrow_of
 from .wide import BorrowedAttention, SourceAttention
 
 logger = init_logger(__name__)
@@ -44,13 +44,16 @@ class LayerMaker:
         self.gone = gone_of(self.described)
         self.windows = windows_of(self.described, self.groups)
         self.borrowed = borrowed_of(self.described, self.groups)
-        if self.windows and self.borrowed:
+        lend = {*self.borrowed, *self.borrowed.values()}
+        narrow = narrow_of(self.described, self.groups)
+        self.narrow = {layer: width for layer, width in narrow.items() if layer not in lend}
+        if self.windows and (self.borrowed or self.narrow):
             logger.warning(
-                "sa-convert: layers %s reuse attention, and cache keys all the same: pages of values alone do not fit "
-                "among those of windows.",
-                ", ".join(map(str, sorted(self.borrowed))),
+                "sa-convert: layers %s cache whole keys and values all the same: their pages are of another size than "
+                "those of windows.",
+                ", ".join(map(str, sorted({*self.borrowed, *self.narrow}))),
             )
-            self.borrowed = {}
+            self.borrowed, self.narrow = {}, {}
         if self.ranks > 1 and not any(".self_attn." in rule for rule in model.model.tp_plan or {}):
             raise ValueError(
                 "sa-convert: this plan cannot be divided among ranks, since heads reuse others than their own number, "
@@ -93,6 +96,8 @@ class LayerMaker:
         if borrowers := self._borrowers(layer):
             self.made[layer] = SourceAttention(borrowers=len(borrowers), prefix=prefix, **kwargs)
             return self.made[layer]
+        if layer in self.narrow:
+            return NarrowAttention(width=self.narrow[layer], prefix=prefix, **kwargs)
         return Attention(prefix=prefix, **kwargs)
 
     def _borrowers(self, source):

@@ -28,6 +28,18 @@ def borrowed_of(described: dict, groups: int) -> dict[int, int]:
     return found
 
 
+def narrow_of(described: dict, groups: int) -> dict[int, int]:
+    """The width of the widest value in layers whose values are all of low rank."""
+    found = {}
+    for label, layer in described["layers"].items():
+        told = (
+            [] if isinstance(layer, str) else [treated.get("low_rank", {}).get("values") for treated in layer.values()]
+        )
+        if len(told) == groups and all(told):
+            found[int(label)] = max(told)
+    return found
+
+
 def scattered(described: dict) -> int | None:
     """A layer whose query heads of one KV group read different keys, or None. vLLM's attention has one key for them."""
     for layer, groups in _shared(described).items():

@@ -1,0 +1,69 @@
+"""Converted models as ONNX and ExecuTorch programs, by the exporters of transformers.
+
+These tests need an environment with the exporters' packages: `make test-engines` makes it, names its Python in
+SA_CONVERT_EXPORTS, and runs them. What is exported is the code of the folder, without sa_convert.
+"""
+
+import os
+
+import pytest
+
+from support.engines import convert_tiny, export, generated
+
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(1800)]
+
+
+def span(source):
+    return {g: {"share": [[source, 2 * g], [source, 2 * g + 1]]} for g in range(4)}
+
+
+PLANS = {"span": {3: span(2), 4: span(2)}}
+SAMPLE, LONGER, OTHER = list(range(3, 35)), list(range(5, 53)), list(range(40, 72))
+NEW = 8
+
+
+def job(folder, form, kind):
+    prompts = [LONGER if form == "onnx" else OTHER]
+    return {"folder": str(folder), "format": form, "kind": kind, "sample": SAMPLE, "prompts": prompts, "new": NEW}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("exports")
+    return {name: convert_tiny(root, "llama", name, plan) for name, plan in PLANS.items()}
+
+
+@pytest.fixture(scope="module")
+def exported(folders):
+    if "SA_CONVERT_EXPORTS" not in os.environ:
+        pytest.skip("SA_CONVERT_EXPORTS names no Python with onnx, onnxscript, onnxruntime and executorch")
+    forms = [(form, kind) for form in ("onnx", "executorch") for kind in ("forward", "generation")]
+    return export({(name, *form): job(folder, *form) for name, folder in folders.items() for form in forms})
+
+
+@pytest.mark.parametrize("form", ["onnx", "executorch"])
+@pytest.mark.parametrize("name", PLANS)
+def test_logits_of_a_forward_pass(exported, name, form):
+    """ONNX: of another length than that of the sample."""
+    found = exported[name, form, "forward"]
+    assert found.get("off", 1) < 1e-4, found
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_onnx_generates_with_a_growing_cache(exported, folders, name):
+    found = exported[name, "onnx", "generation"]
+    assert max(found.get("off", {"": 1}).values()) < 1e-4, found
+    assert [found["tokens"]] == generated(folders[name], [[LONGER]], NEW)[0]
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_executorch_generates_with_a_static_cache(exported, name):
+    found = exported[name, "executorch", "generation"]
+    assert max(found.get("off", {"": 1}).values()) < 1e-4, found
+
+
+def test_borrowers_cache_values_alone(exported):
+    for form, length in (("onnx", len(LONGER)), ("executorch", len(SAMPLE) + NEW)):
+        slots = exported["span", form, "generation"]["slots"]
+        assert [sum(shape[-1] * shape[1] for shape in layer) for layer in slots] == [256] * 3 + [128] * 2 + [256]
+        assert all(max(shape[2] for shape in layer) == length for layer in slots)

@@ -1,0 +1,126 @@
+"""`transformers serve`, in the environment of `make test-engines`, which has what it needs: FastAPI and uvicorn."""
+
+import json
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+from support.engines import convert_tiny
+
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(1200)]
+
+PROMPT, NEW = "The quick brown fox jumps over the lazy dog while", 12
+STARTER = """
+import transformers
+from transformers.cli.transformers import main
+
+transformers.SharedAttentionLlamaForCausalLM = transformers.AutoModelForCausalLM
+main()
+"""
+"""As in docs/engines.md."""
+
+
+def window(sinks, tokens):
+    return {"window": {"sinks": sinks, "tokens": tokens}}
+
+
+WINDOWS = {2: {group: window(4, 16) for group in range(4)}, 3: {0: window(4, 8)}}
+STOCK = {layer: {group: window(0, 16) for group in range(4)} for layer in (2, 4)}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("served")
+
+
+def expected(folder):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW)
+    return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+class Refused(Exception):
+    """What the server says of a request that it does not answer."""
+
+
+class Server:
+    """`transformers serve`, by its own program or by one that sets names before."""
+
+    def __init__(self, program, *options):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        options = ["serve", "--device", "cpu", "--dtype", "float32", "--port", self.port, *options]
+        kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        self.process = subprocess.Popen(
+            [os.environ["SA_CONVERT_ENGINES"], "-c", program, *map(str, options)],
+            env={**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def __enter__(self):
+        for _ in range(600):
+            try:
+                self.ask("health")
+                return self
+            except urllib.error.URLError:
+                assert self.process.poll() is None, self.process.stdout.read()
+                time.sleep(0.5)
+        raise TimeoutError
+
+    def __exit__(self, *_):
+        self.process.terminate()  # and not killed: it says why it refused once it has answered
+        try:
+            self.log = self.process.communicate(timeout=60)[0]
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.log = self.process.communicate()[0]
+
+    def ask(self, path, body=None):
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/{path}", data, {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=300) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise Refused(error.read().decode()) from None
+
+    def complete(self, folder):
+        body = {"model": str(folder), "prompt": PROMPT, "max_tokens": NEW, "temperature": 0}
+        return self.ask("v1/completions", body)["choices"][0]["text"]
+
+
+PLAIN = "from transformers.cli.transformers import main\nmain()"
+
+
+def test_a_folder_without_code_is_served(root):
+    folder = convert_tiny(root, "qwen3", "stock", STOCK, engine="vllm")
+    with Server(PLAIN) as server:
+        assert server.complete(folder) == expected(folder)
+
+
+def test_a_folder_with_code_is_served_once_its_class_has_a_name_in_transformers(root):
+    folder = convert_tiny(root, "llama", "window", WINDOWS)
+    with Server(STARTER, "--trust-remote-code") as server:
+        assert server.complete(folder) == expected(folder)
+
+
+def test_by_itself_transformers_refuses_a_folder_with_code(root):
+    folder = convert_tiny(root, "llama", "window", WINDOWS)
+    with Server(PLAIN, "--trust-remote-code") as server, pytest.raises(Refused):
+        server.complete(folder)
+    assert "module transformers has no attribute SharedAttentionLlamaForCausalLM" in server.log
