@@ -56,7 +56,7 @@ def serve(jobs, plugins=None, environment=()):
     found = _results(result)
     assert set(found) == set(jobs), result.stderr[-3000:]
     if len(jobs) == 1 and "error" in (told := next(iter(found.values()))):
-        told["log"] = result.stderr  # where processes of an engine say why they ended
+        told["log"] = result.stdout + result.stderr  # where processes of an engine say why they ended
     return found
 
 
