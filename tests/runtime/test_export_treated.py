@@ -1,6 +1,8 @@
 """torch.export of models with windows, low-rank keys and shared attention: one graph for all lengths; and a step with a
 static cache, as ExecuTorch takes it."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch.export import Dim, export
@@ -68,7 +70,7 @@ def test_windows_in_a_static_cache():
 @torch.no_grad()
 def test_other_treatments_in_a_static_cache(name):
     """As the model computes without a cache, which other tests hold to the base."""
-    model = model_named(name)
+    model = deepcopy(model_named(name))  # other tests use it, too, and not with a static cache
     ids = some_ids(LENGTH)[:1]
     expected = model(ids, use_cache=False).logits
     torch.testing.assert_close(exported_steps(model)(ids), expected, atol=1e-4, rtol=1e-4)
