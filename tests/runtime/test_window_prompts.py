@@ -4,7 +4,7 @@ and longer than a block, in one piece and in two, with and without padding and a
 import pytest
 import torch
 
-from sa_convert.treatments.window.runtime import BLOCK
+from sa_convert.treatments.window.runtime import BLOCK, WindowPass
 from support.memory_models import some_ids
 from support.windowed_models import Pair, in_pieces, positions
 
@@ -36,3 +36,20 @@ def test_prompts_of_several_blocks(model_type, kernel, padded, cuts):
     torch.testing.assert_close(found[real], expected[real], atol=1e-4, rtol=1e-4)
     uncached = pair.model(ids, attention_mask=mask, use_cache=False, **told).logits
     torch.testing.assert_close(uncached[real], expected[real], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_blocks_that_are_alike_have_one_mask(monkeypatch):
+    """In all layers of a pass, and none where nothing has left the window: what makes prompts faster."""
+    made, additive = [], WindowPass.additive
+
+    def counted(self, query, begin, end, *args):
+        made.append((begin, end))
+        return additive(self, query, begin, end, *args)
+
+    monkeypatch.setattr(WindowPass, "additive", counted)
+    every = {layer: dict.fromkeys(range(4), (4, BLOCK)) for layer in range(6)}
+    pair, ids = Pair("llama", every), some_ids(3 * BLOCK + 4)
+    found = pair.model(ids, use_cache=False).logits
+    assert made == [(BLOCK + 4, 2 * BLOCK + 4)]  # the next block is like it, and the first needs none
+    torch.testing.assert_close(found, pair.expected(ids), atol=1e-4, rtol=1e-4)
