@@ -33,13 +33,13 @@ import torch  # noqa: E402
 
 from healing import measured, probes_and_texts, rises  # noqa: E402
 from sa_convert.domain.heal_settings import HealSettings  # noqa: E402
-from sa_convert.heal.distillation import fast_products  # noqa: E402
 from sa_convert.heal.distilled import Distilled, Teacher, head_of  # noqa: E402
 from sa_convert.heal.healing_text import HealingRows, HealingText, healing_text  # noqa: E402
 from sa_convert.heal.judge import Judge  # noqa: E402
 from sa_convert.heal.trained import prepare, trained_tensors  # noqa: E402
 from sa_convert.models.load import embedded_tokens, load_base, load_converted, load_tokenizer  # noqa: E402
 from sa_convert.models.placement import place  # noqa: E402
+from sa_convert.models.products import fast_products  # noqa: E402
 from sa_convert.observe.written import written_by  # noqa: E402
 from sa_convert.plan.converted import converted_parts  # noqa: E402
 from sa_convert.read.folder import open_folder  # noqa: E402
