@@ -93,9 +93,9 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=12, help="of each domain, at most 24")
     parser.add_argument("--probes", type=int, default=8, help="of each distance")
     options = parser.parse_args()
-    from sa_convert.models.products import fast_products
     from sa_convert.models.load import load_base, load_converted, load_tokenizer
     from sa_convert.models.placement import place
+    from sa_convert.models.products import fast_products
 
     tokenizer = load_tokenizer(options.base, otherwise="")
     placement = place(options.base)
