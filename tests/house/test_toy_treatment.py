@@ -176,7 +176,11 @@ def test_the_converted_model_computes_what_the_base_does_without_these_values(co
     )
 
 
-def test_bench_runs_it(converted, base):
+def test_bench_runs_it(converted, base, tmp_path, monkeypatch):
+    """Also from a process that has loaded the code of other folders."""
+    (tmp_path / "transformers_modules").mkdir()
+    (tmp_path / "transformers_modules" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
     from sa_convert.jobs.benchmarking import bench
     from sa_convert.measure.speed.request import BenchOptions
 

@@ -68,8 +68,11 @@ def _worker(name: str) -> Iterator[Worker]:
             **os.environ,
             # A process that is killed leaves its temporary files behind.
             "TMPDIR": temporary,
-            # As this process finds its modules, however it was started.
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            # As this process finds its modules, however it was started; but not code of other folders that it loaded,
+            # which transformers would take for all that there is.
+            "PYTHONPATH": os.pathsep.join(
+                path for path in sys.path if path and not os.path.isdir(os.path.join(path, "transformers_modules"))
+            ),
         }
         process = subprocess.Popen(
             [sys.executable, "-m", "sa_convert.measure.speed.worker"],
