@@ -37,6 +37,7 @@ from sa_convert.measure.quality.copying import PROBES, copying_probes  # noqa: E
 from sa_convert.measure.quality.needle import needles  # noqa: E402
 from sa_convert.models.load import embedded_tokens, load_base, load_converted, load_tokenizer  # noqa: E402
 from sa_convert.models.placement import placed  # noqa: E402
+from sa_convert.models.products import precise_products  # noqa: E402
 from sa_convert.models.tokens import ordinary_tokens, start_tokens, token_sequences  # noqa: E402
 from sa_convert.texts.text import Document, Text  # noqa: E402
 
@@ -151,7 +152,8 @@ def run(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(Path(options.base))
     for name, folder in subjects.items():
         placement = placed(Path(folder), RunOptions(device=options.device, dtype=options.dtype))
-        with (load_base if name == "base" else load_converted)(Path(folder), placement) as loaded:
+        load = load_base if name == "base" else load_converted
+        with precise_products(placement.device), load(Path(folder), placement) as loaded:
             for row, make_cache in rows_of(name, loaded.model, options):
                 kept = results["rows"].setdefault(row, {})
                 kept["parameters"] = loaded.model.num_parameters()
