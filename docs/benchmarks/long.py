@@ -1,6 +1,7 @@
 """Measures a base, its conversions and quantised caches in long context, on text that no calibration has seen.
 
-    python docs/benchmarks/long.py BASE NAME=FOLDER ... [--lengths 512,2048,4096,8192] [--bits 8,4] [--results FILE]
+    python docs/benchmarks/long.py BASE NAME=FOLDER ... [--lengths 512,2048,4096,8192]
+        [--bits 8,4] [--no-needles] [--results FILE]
     python docs/benchmarks/long.py --table [--results FILE]
 
 Every FOLDER is a conversion of BASE. Each is loaded by the code in it, and asked at every length: texts (news, and long
@@ -111,6 +112,8 @@ def measure(reader: Reader, tokenizer: Any, length: int, options: argparse.Names
         probes = copying_probes(vocabulary, period=period, length=size, probes=options.probes, start=start)
         found["copying"][period] = [round(reader.losses(row)[-period:].mean().item(), 5) for row in probes]
         period *= 2
+    if not options.needles:
+        return found
     planted = needles(tokenizer, next(iter(by_domain.values())), vocabulary, start=start)
     if planted is not None:
         losses = torch.stack([reader.losses(row) for row in planted.tokens])
@@ -205,7 +208,8 @@ def tables(results: Row) -> Iterator[str]:
             for period in periods:
                 mean, error = rise(base[length]["copying"][period], found["copying"][period])
                 cells.append(f"{mean:+.3f} ± {error:.3f}")
-            cells.append("{:+.3f} ± {:.3f}".format(*rise(base[length]["needle"], found["needle"])))
+            if "needle" in found and "needle" in base[length]:
+                cells.append("{:+.3f} ± {:.3f}".format(*rise(base[length]["needle"], found["needle"])))
             yield f"| {' | '.join(cells)} |"
 
 
@@ -220,6 +224,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=numbers, default=[2048])
     parser.add_argument("--sequences", type=int, default=16, help="of each domain, at most")
     parser.add_argument("--probes", type=int, default=PROBES, help="of each copying distance")
+    parser.add_argument("--no-needles", dest="needles", action="store_false")
     parser.add_argument("--bits", type=numbers, default=[])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32")
