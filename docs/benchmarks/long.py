@@ -7,8 +7,9 @@
 Every FOLDER is a conversion of BASE. Each is loaded by the code in it, and asked at every length: texts (news, and long
 articles of an encyclopaedia, of which no other benchmark reads more than the first paragraphs), copying at all
 distances up to half of the length, needles, and bytes of a real cache. With `--bits`, the library's quantised caches
-(quanto) are asked the same: texts and probes are read through the cache, 128 tokens at a time. That is how they are
-used; a pass without a cache would not show what they lose.
+are asked the same: texts and probes are read through the cache, 128 tokens at a time. That is how they are used; a pass
+without a cache would not show what they lose. 4 bits (and 2) are quanto's, the library's choice, and need
+`optimum-quanto`, `ninja` and a C++ compiler; it has no 8 bits for caches, so these are those of `hqq`.
 
 Results are merged into FILE (long.json beside this file), so rows can be measured one by one. `--table` prints them.
 """
@@ -139,7 +140,7 @@ def cache_bytes(model: Any, length: int) -> int:
 def quantised(model: Any, bits: int) -> Any:
     from transformers import QuantizedCache
 
-    return lambda: QuantizedCache("quanto", model.config, nbits=bits)
+    return lambda: QuantizedCache("hqq" if bits == 8 else "quanto", model.config, nbits=bits)
 
 
 def rows_of(name: str, model: Any, options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
