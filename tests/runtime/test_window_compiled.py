@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from support.memory_models import some_ids
 from support.tiny_models import with_cache
@@ -41,6 +41,34 @@ def test_a_step_with_a_growing_cache_is_one_graph(mode):
         found += [step(ids[:, at : at + 1], **with_cache(pair.model, cache)).logits for at in range(9, 12)]
         expected = pair.expected(ids)
         torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_prompt_into_a_static_cache():
+    """It breaks into graphs, for none can give a layer of the cache another class; the numbers are right."""
+    pair, ids = made("mixed"), some_ids(12)
+    torch._dynamo.reset()
+    run, cache = torch.compile(pair.model, backend="eager"), StaticCache(pair.model.config, 16)
+    found = [run(ids[:, :9], **with_cache(pair.model, cache)).logits]
+    found += [run(ids[:, at : at + 1], **with_cache(pair.model, cache)).logits for at in range(9, 12)]
+    torch.testing.assert_close(torch.cat(found, dim=1), pair.expected(ids), atol=1e-4, rtol=1e-4)
+
+
+def test_generate_compiles_each_step_as_one_graph():
+    """As it does on a graphics card: with a static cache, the prompt as it is, and every token by one graph."""
+    pair, ids, graphs = made("mixed"), some_ids(5), []
+
+    def counted(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
+    compiled = CompileConfig(fullgraph=True, backend=counted, mode=None)
+    compiled._compile_all_devices = True
+    torch._dynamo.reset()
+    found = pair.model.generate(ids, cache_implementation="static", compile_config=compiled, **options)
+    assert torch.equal(found, pair.model.generate(ids, use_cache=False, **options))
+    assert len(graphs) == 1
 
 
 @torch.no_grad()

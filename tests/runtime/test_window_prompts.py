@@ -11,7 +11,7 @@ from support.windowed_models import Pair, in_pieces, positions
 LENGTH = 3 * BLOCK + 50
 PLAN = {
     0: {0: (4, 20), 1: (4, BLOCK), 2: (0, BLOCK + 70)},
-    2: dict.fromkeys(range(4), (4, 2 * BLOCK + 30)),  # half of it is more than a block
+    2: dict.fromkeys(range(4), (4, 2 * BLOCK + 30)),
     3: {0: (4, 20), 3: (4, 2 * BLOCK + 30)},
     4: dict.fromkeys(range(4), (3, LENGTH)),  # never outgrown
 }
