@@ -4,6 +4,7 @@ A model of base type T has the type `shared_attention_T`, all keys of its base, 
 is done to which layer's KV groups (`layers`), what the model's parts are called (`modules`), and options of treatments.
 """
 
+import json
 from inspect import signature
 
 import transformers
@@ -19,6 +20,15 @@ def _rope_of_transformers_4(parameters):
     rest = dict(parameters)
     keys = {name: rest.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rest}
     return {**keys, "rope_scaling": None if rest.get("rope_type", "default") == "default" else rest}
+
+
+class Named(dict):
+    """A mapping whose keys are attributes, too."""
+
+    def __getattr__(self, name):
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
 
 
 class TreatedConfig:
@@ -43,4 +53,6 @@ class TreatedConfig:
             keys = {**_rope_of_transformers_4(keys.pop("rope_parameters")), **keys}
         if "rope_theta" in known and "num_experts" in known and "num_local_experts" in keys:
             keys.setdefault("num_experts", keys["num_local_experts"])
+        if "block_configs" in keys:  # so engines read what they know as DeciLMForCausalLM
+            keys["block_configs"] = json.loads(json.dumps(keys["block_configs"]), object_hook=Named)
         return super().from_dict(keys, **kwargs)

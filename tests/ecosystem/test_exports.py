@@ -17,7 +17,24 @@ def span(source):
     return {g: {"share": [[source, 2 * g], [source, 2 * g + 1]]} for g in range(4)}
 
 
-PLANS = {"span": {3: span(2), 4: span(2)}}
+def window(sinks, tokens):
+    return {"window": {"sinks": sinks, "tokens": tokens}}
+
+
+def low_rank(**ranks):
+    return {group: {"low_rank": ranks} for group in range(4)}
+
+
+# Texts are longer than every window. The layer with sinks has KV groups without a window beside it.
+PLANS = {
+    "span": {3: span(2), 4: span(2)},
+    "heads": {3: {0: {"share": [[2, 2], [1, 3]]}, 2: {"share": [None, [0, 1]]}}, 5: {3: {"share": [[4, 6], [4, 7]]}}},
+    "window": {1: {0: window(4, 16), 2: window(4, 8)}, 3: {group: window(0, 12) for group in range(4)}},
+    "keys": {3: low_rank(keys=16)},
+    "values": {2: low_rank(values=16), 3: low_rank(keys=8, values=16)},
+    "drop": {3: "drop"},
+    "linear": {3: "linear"},
+}
 SAMPLE, LONGER, OTHER = list(range(3, 35)), list(range(5, 53)), list(range(40, 72))
 NEW = 8
 
