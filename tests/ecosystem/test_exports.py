@@ -35,6 +35,9 @@ PLANS = {
     "drop": {3: "drop"},
     "linear": {3: "linear"},
 }
+PASSES = ("span", "window")
+"""Those that are exported without a cache, too, which takes windows another way."""
+
 SAMPLE, LONGER, OTHER = list(range(3, 35)), list(range(5, 53)), list(range(40, 72))
 NEW = 8
 
@@ -54,12 +57,13 @@ def folders(tmp_path_factory):
 def exported(folders):
     if "SA_CONVERT_EXPORTS" not in os.environ:
         pytest.skip("SA_CONVERT_EXPORTS names no Python with onnx, onnxscript, onnxruntime and executorch")
-    forms = [(form, kind) for form in ("onnx", "executorch") for kind in ("forward", "generation")]
-    return export({(name, *form): job(folder, *form) for name, folder in folders.items() for form in forms})
+    forms = [(name, form, "generation") for name in folders for form in ("onnx", "executorch")]
+    forms += [(name, form, "forward") for name in PASSES for form in ("onnx", "executorch")]
+    return export({form: job(folders[form[0]], *form[1:]) for form in forms})
 
 
 @pytest.mark.parametrize("form", ["onnx", "executorch"])
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", PASSES)
 def test_logits_of_a_forward_pass(exported, name, form):
     """ONNX: of another length than that of the sample."""
     found = exported[name, form, "forward"]
