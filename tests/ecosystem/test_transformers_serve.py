@@ -130,12 +130,6 @@ def test_continuous_batching_serves_a_base_and_a_folder_without_code(root, name)
         assert server.complete(folder) == expected(folder)
 
 
-def test_continuous_batching_serves_a_folder_with_code(root):
-    folder = convert_tiny(root, "llama", "window", WINDOWS)
-    with Server(STARTER, "--trust-remote-code", *CONTINUOUS) as server:
-        assert server.complete(folder) == expected(folder)
-
-
 def test_by_itself_transformers_refuses_a_folder_with_code(root):
     folder = convert_tiny(root, "llama", "window", WINDOWS)
     with Server(PLAIN, "--trust-remote-code") as server, pytest.raises(Refused):
