@@ -4,7 +4,6 @@ A model of base type T has the type `shared_attention_T`, all keys of its base, 
 is done to which layer's KV groups (`layers`), what the model's parts are called (`modules`), and options of treatments.
 """
 
-import json
 from inspect import signature
 
 import transformers
@@ -54,5 +53,6 @@ class TreatedConfig:
         if "rope_theta" in known and "num_experts" in known and "num_local_experts" in keys:
             keys.setdefault("num_experts", keys["num_local_experts"])
         if "block_configs" in keys:  # so engines read what they know as DeciLMForCausalLM
-            keys["block_configs"] = json.loads(json.dumps(keys["block_configs"]), object_hook=Named)
+            blocks = [{name: Named(part) for name, part in block.items()} for block in keys["block_configs"]]
+            keys["block_configs"] = [Named(block) for block in blocks]
         return super().from_dict(keys, **kwargs)
