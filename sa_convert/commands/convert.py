@@ -23,8 +23,8 @@ from sa_convert.commands.options import (
     "--for",
     "engine",
     type=click.Choice(["transformers", "vllm"]),
-    help="What the result is to run in. transformers (default): it carries its code. vllm: it has no code, and only "
-    "what vLLM itself saves memory with. Default: the recipe's.",
+    help="What the result is to run in. transformers (default): it carries its code. vllm: vLLM's own "
+    "classes run it, and it has only what these save memory with. Default: the recipe's.",
 )
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder to make.")
 @click.option(

@@ -177,7 +177,7 @@ class Report:
     auto_class: str = "AutoModelForCausalLM"
     stacks: Stacks = ()
     stock: StockForm | None = None
-    """How it was written without code; None: it carries its code."""
+    """How it was written for an engine with a class of its own; None: for the code that it carries."""
     kept: Mapping[str, Any] = field(default_factory=dict)
     """Keys of report.json as an earlier report of the same conversion has them."""
 

@@ -175,6 +175,19 @@ class StockWindows:
 
 
 @dataclass(frozen=True)
+class StockBlocks:
+    """How engines are told which layers have no attention: by `block_configs`, in a class of theirs that computes what
+    the family does but for that. transformers has no such class, and runs the code in the folder. Tests run both."""
+
+    architecture: str
+    """The name of that class."""
+    norm: str
+    """The norm before attention, which layers without it lack there."""
+    fills: Mapping[str, Any] = field(default_factory=dict)
+    """Config keys that are told layer by layer there, and what the family takes if they are missing."""
+
+
+@dataclass(frozen=True)
 class Tokenizer:
     """How transformers reads the family's tokenizer files. Tests compare it with transformers."""
 
@@ -219,6 +232,8 @@ class Family:
     """Sliding windows."""
     stock_windows: StockWindows | None = field(default=None, hash=False)
     """How config.json says which layers have one; None: it cannot, in a class that transformers and engines know."""
+    stock_blocks: StockBlocks | None = field(default=None, hash=False)
+    """How config.json says which layers have no attention; None: no engine has such a class."""
     tokenizer: Tokenizer = Tokenizer()
     """Classes of tokenizers."""
     processor: Processor = Processor()

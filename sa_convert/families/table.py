@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from sa_convert.families.entries import Entries, made
-from sa_convert.families.family import PREFIX, Family, Modules, Processor, Stack, StockWindows, Tokenizer, Windows
+from sa_convert.families.family import (
+    PREFIX,
+    Family,
+    Modules,
+    Processor,
+    Stack,
+    StockBlocks,
+    StockWindows,
+    Tokenizer,
+    Windows,
+)
 
 HOME = Path(__file__).parent / "models"
 
@@ -17,6 +27,7 @@ _PARTS: dict[str, type] = {
     "modules": Modules,
     "windows": Windows,
     "stock_windows": StockWindows,
+    "stock_blocks": StockBlocks,
     "tokenizer": Tokenizer,
     "processor": Processor,
 }
@@ -24,7 +35,7 @@ _PARTS: dict[str, type] = {
 
 def families_in(home: Path) -> Entries[Family]:
     """Every family of a folder, by model type."""
-    return Entries(home, _family, own=("config_class", "default_class", "stock_windows"))
+    return Entries(home, _family, own=("config_class", "default_class", "stock_windows", "stock_blocks"))
 
 
 def _family(model_type: str, said: dict[str, Any], where: str) -> Family:

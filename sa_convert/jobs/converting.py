@@ -186,7 +186,7 @@ def _heal(
     base = conversion.model.checkpoint
     written, folder = from_first(partial(_healing_folders, stage))
     folder_now = open_folder(written)
-    if conversion.stock is None:
+    if conversion.stock is None or conversion.stock.has_code:
         converted, found = converted_parts(folder_now)
     else:
         converted, found = stock_parts(folder_now, conversion.plan), conversion.plan

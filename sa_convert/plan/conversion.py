@@ -13,6 +13,7 @@ from sa_convert.domain.stacks import parse_label
 from sa_convert.domain.stock import StockForm
 from sa_convert.domain.treated import Treated
 from sa_convert.errors import PlanError, RecipeError
+from sa_convert.plan.engine_blocks import norm_edits
 from sa_convert.plan.engines import stock_form
 from sa_convert.plan.savings import plan_savings, used_at
 from sa_convert.treatments.registry import lenders, named, treatments, used_in
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 class ConversionPlan:
     """A model, the plan for it, what happens to each tensor, and what that saves.
 
-    used_at: tokens of a sequence that the result is for. stock: how it is written without code of ours; None: with it.
+    used_at: tokens of a sequence that the result is for. stock: how it is written for an engine that runs a class of
+    its own; None: for the code that it carries.
     """
 
     model: Model
@@ -62,6 +64,8 @@ def conversion_of(model: Model, plan: Plan, recipe: "Recipe") -> ConversionPlan:
     cannot run the plan."""
     stock = stock_form(model, plan, recipe)
     edits = plan_edits(model, plan)
+    if stock is not None and stock.has_code:
+        edits |= norm_edits(model, plan, stock)
     at = used_at(model, recipe.at)
     return ConversionPlan(model, plan, edits, plan_savings(model, plan, edits, at), at, stock)
 

@@ -1,7 +1,8 @@
 """What a model is converted for: the code in its folder, or an engine that knows classes of its own alone.
 
 For such an engine a plan may hold what stock classes save memory with, and becomes keys of config.json. Which model
-types have such a class, and which keys tell it, stands in `sa_convert/families/models`, under "stock_windows".
+types have such a class, and which keys tell it, stands in `sa_convert/families/models`, under "stock_windows" and, for
+layers without attention (`engine_blocks.py`), "stock_blocks".
 """
 
 from dataclasses import dataclass, replace
@@ -14,8 +15,10 @@ from sa_convert.domain.stock import StockForm
 from sa_convert.errors import PlanError, RecipeError, UnsupportedModelError
 from sa_convert.families.family import Family, StockWindows
 from sa_convert.families.table import FAMILIES
+from sa_convert.plan.engine_blocks import FIRST, blocks_form, blocks_of
 from sa_convert.read.family_of import architecture_of
 from sa_convert.treatments.base import Treatment
+from sa_convert.treatments.drop.treatment import DropTreatment
 from sa_convert.treatments.window.rules import WindowLimits
 from sa_convert.treatments.window.treatment import WindowTreatment
 
@@ -27,14 +30,15 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 @dataclass(frozen=True)
 class Engine:
-    """One that runs classes of its own alone. title: as people write it. treatments: what saves memory there."""
+    """One that runs classes of its own alone. title: as people write it. treatments: what saves memory there, one of
+    them in a model."""
 
     name: str
     title: str
     treatments: tuple[str, ...]
 
 
-ENGINES = {"vllm": Engine("vllm", "vLLM", treatments=("window",))}
+ENGINES = {"vllm": Engine("vllm", "vLLM", treatments=("window", "drop"))}
 """By the name that recipes use. What is written for "transformers" carries code, and may use every treatment."""
 
 
@@ -49,19 +53,32 @@ def check_engine(recipe: "Recipe", model: Model) -> None:
     engine = engine_of(recipe)
     if engine is None:
         return
-    allowed = " and ".join(engine.treatments)
+    allowed = " or ".join(engine.treatments)
     for at, name in enumerate(recipe.treatments or ()):
         if name not in engine.treatments:
             raise RecipeError(
                 f"{recipe.origin.at('treatments', at)}: {engine.title} has nothing of its own that saves memory by "
                 f"'{name}'; for: {engine.name} takes {allowed}."
             )
+    if len(set(recipe.treatments or ())) > 1:
+        raise RecipeError(
+            f"{recipe.origin.at('treatments')}: {engine.title} has no class with windows in some layers and no "
+            f"attention in others; for: {engine.name} takes {allowed}."
+        )
     if recipe.sharing is not None:
         raise RecipeError(
             f"{recipe.origin.at('sharing')}: {engine.title} has nothing of its own that shares attention; for: "
             f"{engine.name} takes {allowed}."
         )
-    _windows_of(model, engine)
+    if _drops(recipe):
+        blocks_of(model, engine)
+    else:
+        _windows_of(model, engine)
+
+
+def _drops(recipe: "Recipe") -> bool:
+    """Whether a recipe is about layers without attention, rather than windows."""
+    return "drop" in (recipe.treatments or (recipe.plan or {}).values())
 
 
 def searched_model(model: Model, recipe: "Recipe") -> Model:
@@ -75,12 +92,14 @@ def searched_for(model: Model, recipe: "Recipe") -> tuple[Treatment, ...] | None
     """What a search for an engine may use; None: whatever the recipe says."""
     if engine_of(recipe) is None:
         return None
+    if _drops(recipe):
+        return (DropTreatment(spared=(FIRST,)),)
     size = own_window(model.geometry)
     return (WindowTreatment(WindowLimits(sinks=0, sizes=(size,) if size else None, whole_layers=True)),)
 
 
 def stock_form(model: Model, plan: Plan, recipe: "Recipe") -> StockForm | None:
-    """How a plan is written for the recipe's engine; None: with the code that carries it out.
+    """How a plan is written for the recipe's engine; None: only with the code that carries it out.
 
     Raises PlanError for a plan that a stock class cannot be told, and as `check_engine`.
     """
@@ -88,6 +107,8 @@ def stock_form(model: Model, plan: Plan, recipe: "Recipe") -> StockForm | None:
     if engine is None:
         return None
     check_engine(recipe, model)
+    if plan.layers_of("drop"):
+        return blocks_form(model, plan, engine)
     check_windows(plan, model.geometry, engine)
     windows = _windows_of(model, engine)
     written = FAMILIES[windows.written_as] if windows.written_as else model.family
@@ -106,7 +127,10 @@ def check_windows(plan: Plan, geometry: ModelGeometry, engine: Engine) -> None:
         where, layer = f"Layer {plan.label(index)}", geometry.layers[index]
         told = [] if isinstance(planned, str) else [dict(planned.get(group, {})) for group in range(layer.groups)]
         if isinstance(planned, str) or any(set(one) - {"window"} for one in told):
-            raise PlanError(f"{where}: {engine.title} knows windows alone, so nothing else can be done for it.")
+            raise PlanError(
+                f"{where}: {engine.title} knows windows of whole layers, or layers without attention, so nothing else "
+                "can be done for it."
+            )
         windows = [dict(one["window"]) for one in told if one]
         if len(windows) < layer.groups or any(one != windows[0] for one in windows):
             raise PlanError(f"{where}: {engine.title} has one window for all KV groups of a layer: give them the same.")

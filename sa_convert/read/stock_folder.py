@@ -1,4 +1,5 @@
-"""A folder that was converted for an engine: an ordinary model to transformers, a conversion by its report.json."""
+"""A folder that was converted for an engine, without code: an ordinary model to transformers, a conversion by its
+report.json. One with code is known by its config.json."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +19,12 @@ def stock_told(folder: Path) -> Mapping[str, Any] | None:
 def told_for(report: Any) -> Mapping[str, Any] | None:
     """The same of what report.json holds."""
     found = report.get("for") if isinstance(report, Mapping) else None
-    return found if isinstance(found, Mapping) and isinstance(report.get("family"), str) else None
+    told = isinstance(found, Mapping) and "layers" in found and isinstance(report.get("family"), str)
+    return found if told else None
 
 
 def base_type_of(folder: Path, config: Mapping[str, Any]) -> str:
-    """The model type of a model, or of what it was made of if it was converted for an engine."""
+    """The model type of a model, or of what it was made of if it was converted for an engine and has no code."""
     report = _report(folder)
     return str(report["family"] if told_for(report) is not None else config.get("model_type"))
 

@@ -38,27 +38,29 @@ def rewrite_checkpoint(
 ) -> Written:
     """Write weights, index, configuration, code and side files of the converted model into `folder`, an empty folder.
 
-    runtimes: the runtime file of each treatment that there is. stock: what a model is written as that needs no code;
-    its tokenizer is the base's, whose class has to be told if the model's type is another one. Shows a progress bar.
+    runtimes: the runtime file of each treatment that there is. stock: what a model is written as for an engine with a
+    class of its own; if that needs no code, its tokenizer is the base's, whose class has to be told if the model's type
+    is another one. Shows a progress bar.
     Raises CheckpointError if the base cannot be read, OSError if the result cannot be written; `staging` makes that an
     OutputError and removes what was written.
     """
     for path in (*checkpoint.side_files, *tokenizer_code(checkpoint)):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkpoint.folder / path, folder / path)
-    if stock is None or stock.model_type != family.model_type:
+    plain = None if stock is None or stock.has_code else stock
+    if plain is None or plain.model_type != family.model_type:
         tokenizer = tokenizer_config(checkpoint, family)
         if tokenizer is not None:
             (folder / TOKENIZER_CONFIG).write_text(as_json(tokenizer), encoding="utf-8")
             if TOKENIZERS.stem in str(tokenizer.get("auto_map")):
                 shutil.copyfile(TOKENIZERS, folder / TOKENIZERS.name)
-    if stock is None:
+    if plain is None:
         for name, content in processor_configs(checkpoint, family).items():
             (folder / name).write_text(as_json(content), encoding="utf-8")
         used = {name: path for name, path in runtimes.items() if name in plan.treatments}
         for name, code in carried_files(family, used, classes_in(checkpoint, family).values()).items():
             (folder / name).write_bytes(code)
-    config = stock.config if stock else converted_config(checkpoint, family, plan)
+    config = plain.config if plain else converted_config(checkpoint, family, plan, stock)
     (folder / "config.json").write_text(as_json(config), encoding="utf-8")
     total = sum(plan.bytes for plan in plan_shards(checkpoint, edits))
     with progress_bytes(total, "Writing weights") as bar:

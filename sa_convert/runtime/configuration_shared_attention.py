@@ -21,6 +21,15 @@ def _rope_of_transformers_4(parameters):
     return {**keys, "rope_scaling": None if rest.get("rope_type", "default") == "default" else rest}
 
 
+class Named(dict):
+    """A mapping whose keys are attributes, too."""
+
+    def __getattr__(self, name):
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
+
+
 class TreatedConfig:
     """In front of a configuration class of transformers. needs_5: the first release that runs such a model is 5."""
 
@@ -43,4 +52,7 @@ class TreatedConfig:
             keys = {**_rope_of_transformers_4(keys.pop("rope_parameters")), **keys}
         if "rope_theta" in known and "num_experts" in known and "num_local_experts" in keys:
             keys.setdefault("num_experts", keys["num_local_experts"])
+        if "block_configs" in keys:  # so engines read what they know as DeciLMForCausalLM
+            blocks = [{name: Named(part) for name, part in block.items()} for block in keys["block_configs"]]
+            keys["block_configs"] = [Named(block) for block in blocks]
         return super().from_dict(keys, **kwargs)

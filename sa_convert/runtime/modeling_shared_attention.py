@@ -662,7 +662,7 @@ def _treat_stack(model, names, stack, chosen, described, treatments, ours):
         if any(number in getattr(treatment, "lenders", ()) for treatment in plan.treatments):
             layer.register_forward_pre_hook(partial(_see_input, plan.place), with_kwargs=True)
         attention.prepare()
-        if plan.whole is None and len(plan.own) < plan.heads:
+        if len(plan.own) < plan.heads:
             attention.shrink(layer, stack)
         for treatment in plan.treatments:
             if hasattr(treatment, "enter"):

@@ -98,6 +98,13 @@ class WholeAttention:
             count_tokens(held, self.plan.layer, states, *extra)
         return self.plan.whole.output(self, states)
 
+    def shrink(self, layer, stack):
+        """A layer without attention may lack the norm before it, too, as the classes of engines do."""
+        if self.plan.whole is None:
+            super().shrink(layer, stack)
+        elif hasattr(self.names, "gone_norm"):
+            setattr(layer, self.names.gone_norm, torch.nn.Identity())
+
     def hollow(self):
         """Remove all parameters and parts, for something else comes in their place."""
         for name in [*dict(self.named_children()), *dict(self.named_parameters(recurse=False))]:

@@ -164,7 +164,7 @@ PLANS = {
         },
         "config.json has one length for all windows, so they cannot be 8 and 9",
     ),
-    "something else": ({2: "drop"}, "Layer 2: vLLM knows windows alone"),
+    "something else": ({2: "linear"}, "Layer 2: vLLM knows windows of whole layers, or layers without attention"),
 }
 
 
@@ -187,7 +187,7 @@ def test_plans_that_a_stock_class_cannot_be_told_are_refused(tmp_path, case):
         ("for: vllm\nsharing: {spans: [{layers: 3}]}", "r.yaml, line 2: vLLM has nothing of its own that shares"),
         (
             "search: {cache: 30%, at: 64}\nfor: vllm\ntreatments: [window, share]",
-            "line 3: vLLM has nothing of its own that saves memory by 'share'; for: vllm takes window",
+            "line 3: vLLM has nothing of its own that saves memory by 'share'; for: vllm takes window or drop",
         ),
     ],
 )

@@ -119,6 +119,17 @@ def test_a_folder_with_code_is_served_once_its_class_has_a_name_in_transformers(
         assert server.complete(folder) == expected(folder)
 
 
+CONTINUOUS = ("--continuous-batching", "--cb-num-blocks", 64, "--cb-max-batch-tokens", 256)
+"""Without a number of blocks it takes nine tenths of the machine's memory on a CPU, whatever of that is free."""
+
+
+@pytest.mark.parametrize("name", ["base", "stock"])
+def test_continuous_batching_serves_a_base_and_a_folder_without_code(root, name):
+    folder = convert_tiny(root, "qwen3", "stock", STOCK, engine="vllm").with_name(f"qwen3-{name}")
+    with Server(PLAIN, *CONTINUOUS) as server:
+        assert server.complete(folder) == expected(folder)
+
+
 def test_by_itself_transformers_refuses_a_folder_with_code(root):
     folder = convert_tiny(root, "llama", "window", WINDOWS)
     with Server(PLAIN, "--trust-remote-code") as server, pytest.raises(Refused):

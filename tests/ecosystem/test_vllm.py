@@ -30,7 +30,7 @@ WINDOWS = {
     2: {group: window(4, 64) for group in range(4)},
     3: {1: window(0, 24), 2: window(4, 48), 3: window(4, 48)},
 }
-SPANS = {"gemma3_text": {1: span(0), 5: span(2)}}
+SPANS = {"gemma3_text": {1: span(0), 4: span(3), 5: span(2)}}
 PLANS = {
     "window": WINDOWS,
     "groups": {3: {0: {"share": [[2, 2], [2, 3]]}, 1: {"share": [[2, 0], [2, 1]]}}},
@@ -41,6 +41,7 @@ PLANS = {
     "keys": {3: {group: {"low_rank": {"keys": 16}} for group in range(4)}},
     "values": {3: {group: {"low_rank": {"values": 16}} for group in range(4)}},
     "windows and values": {0: {0: window(4, 32)}, 3: {group: {"low_rank": {"values": 16}} for group in range(4)}},
+    "some": {1: span(0), 5: span(2)},
 }
 OTHERS = ("groups", "drop", "linear", "both", "keys", "values", "windows and values")
 
@@ -94,6 +95,7 @@ def served(folder_of):
         f"{family} {name}": job(folder_of(family, name), PROMPTS) for family in FAMILIES for name in ("window", "span")
     }
     jobs |= {f"{family} base": job(folder_of(family, "base"), PROMPTS) for family in FAMILIES}
+    jobs["gemma3_text some"] = job(folder_of("gemma3_text", "some"), PROMPTS)
     jobs |= {f"llama {name}": job(folder_of("llama", name), PROMPTS) for name in (*OTHERS, "heads")}
     windows = folder_of("llama", "window")
     for name, blocks in (("window", 90), ("span", 24)):
@@ -137,6 +139,13 @@ def test_same_tokens(served, folder_of, family, name):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_that_borrow_make_room(served, family):
     assert served[f"{family} span"]["cache_tokens"] > served[f"{family} base"]["cache_tokens"]
+
+
+def test_where_wide_pages_would_need_more_than_they_save_there_are_none(served, folder_of):
+    """Gemma has windows of its own, so all its pages have one size; and here only some layers are sources."""
+    found = served["gemma3_text some"]
+    assert found.get("tokens") == generated(folder_of("gemma3_text", "some"), PROMPTS), found
+    assert found["cache_tokens"] == served["gemma3_text base"]["cache_tokens"]
 
 
 def test_how_much_room_they_make(served):

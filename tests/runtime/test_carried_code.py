@@ -18,8 +18,8 @@ from support.processes import ROOT
 OWN = ["llama", "cohere", "gpt_oss", "mixtral", "lfm2", "gemma3", "olmo2"]
 SPECIAL = ["gpt2", "qwen3_next", "stablelm", "bert", "falcon", "bloom", "gptj", "bart", "t5"]
 LIMITS = {
-    **{"share": (3, 813), "window": (4, 1442), "low_rank": (3, 876), "linear": (4, 660), "drop": (4, 660)},
-    **{"window share": (5, 1692), "window low_rank share linear drop": (9, 2108)},
+    **{"share": (3, 821), "window": (4, 1450), "low_rank": (3, 880), "linear": (4, 671), "drop": (4, 669)},
+    **{"window share": (5, 1700), "window low_rank share linear drop": (9, 2122)},
 }
 """Files of families that run their own forward, and lines of code (no blank lines, comments, docstrings)."""
 

@@ -20,14 +20,17 @@ os.environ.update(
     VLLM_NO_USAGE_STATS="1",
     HF_HUB_OFFLINE="1",
 )
-DEFAULTS = {"dtype": "float32", "max_model_len": 256, "block_size": 32, "enforce_eager": True, "max_num_seqs": 16}
+DEFAULTS = {
+    **{"dtype": "float32", "max_model_len": 256, "block_size": 32, "enforce_eager": True, "max_num_seqs": 16},
+    "trust_remote_code": True,
+}
 
 
 def run(job):
     from vllm import LLM, SamplingParams
 
     options = {**DEFAULTS, **job["options"]}
-    llm = LLM(job["folder"], skip_tokenizer_init=True, trust_remote_code=True, disable_log_stats=False, **options)
+    llm = LLM(job["folder"], skip_tokenizer_init=True, disable_log_stats=False, **options)
     asked = SamplingParams(
         temperature=0, max_tokens=job["new"], ignore_eos=True, detokenize=False, prompt_logprobs=job.get("logprobs")
     )

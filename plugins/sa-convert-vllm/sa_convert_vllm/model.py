@@ -9,7 +9,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 
 from .layers import NarrowAttention, SplitAttention, WindowAttention
-from .parts import page_classes, parts_of, unit_of, windows_of, without_windows
+from .parts import page_classes, parts_of, room, unit_of, windows_of, without_windows
 from .refusals import refuse
 from .sharing import borrowed_of, gone_of, narrow_of
 from .wide import BorrowedAttention, SourceAttention
@@ -54,6 +54,13 @@ class LayerMaker:
                 ", ".join(map(str, sorted({*self.borrowed, *self.narrow}))),
             )
             self.borrowed, self.narrow = {}, {}
+        if (self.borrowed or self.narrow) and not self._saves():
+            logger.warning(
+                "sa-convert: layers %s cache whole keys and values all the same: in a model some of whose layers have "
+                "windows, all pages have the size of the largest, which would need more than is saved.",
+                ", ".join(map(str, sorted({*self.borrowed, *self.narrow}))),
+            )
+            self.borrowed, self.narrow = {}, {}
         if self.ranks > 1 and not any(".self_attn." in rule for rule in model.model.tp_plan or {}):
             raise ValueError(
                 "sa-convert: this plan cannot be divided among ranks, since heads reuse others than their own number, "
@@ -62,6 +69,18 @@ class LayerMaker:
         self.made: dict = {}
         if self.windows:
             self._divide(text.num_hidden_layers)
+
+    def _saves(self):
+        """Whether pages of another size, for layers that borrow or have narrow values, make room."""
+        text, config = self.model.text_config, self.model.vllm_config
+        types = getattr(text, "layer_types", None) or [None] * text.num_hidden_layers
+        windows = [text.sliding_window if kind == "sliding_attention" else None for kind in types]
+        head = config.model_config.get_head_size()
+        cached = [layer for layer in range(len(windows)) if layer not in self.gone]
+        sizes = {layer: 1 + self.narrow.get(layer, head) / head + len(self._borrowers(layer)) for layer in cached}
+        told = config.cache_config.block_size, config.model_config.max_model_len, config.max_in_flight_tokens
+        treated = [(windows[layer], sizes[layer]) for layer in cached if layer not in self.borrowed]
+        return room(treated, *told) < room([(windows[layer], 2.0) for layer in cached], *told)
 
     def _divide(self, depth):
         rows = {

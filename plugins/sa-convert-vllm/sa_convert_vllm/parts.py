@@ -13,6 +13,7 @@ class is as wide as the widest of its windows. More classes free more and cost t
 that need the least memory for a text of the length that the engine was started for.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import reduce
 from itertools import combinations, pairwise
@@ -125,10 +126,31 @@ def page_classes(counts: dict[Window, int], full: int, block: int, length: int, 
             needs = [Need(window.tokens, window.sinks).blocks(block, length, at_once) for window in wide]
             if full:
                 sizes, needs = [*sizes, full], [*needs, -(-length // block)]
-            size = max(sizes) if max(sizes) < 1.5 * min(sizes) else min(sizes)
-            tables = [-(-number // size) for number in sizes]
+            size, tables = _tables(sizes)
             pages = size * sum(table * need for table, need in zip(tables, needs, strict=True))
             cost = pages * (1 + sum(tables) / 100)  # each block table takes time at every step
             if best is None or cost < best[0]:
                 best = cost, {window: to for each, to in zip(classes, wide, strict=True) for window in each}
     return best[1] if best else {}
+
+
+def _tables(sizes: list[int]) -> tuple[int, list[int]]:
+    """How many layers vLLM puts in a group, and how many groups it makes of each class of so many layers."""
+    size = max(sizes) if max(sizes) < 1.5 * min(sizes) else min(sizes)
+    return size, [-(-number // size) for number in sizes]
+
+
+def room(layers: list[tuple[int | None, float]], block: int, length: int, at_once: int) -> float:
+    """What vLLM reserves for a text: pages, times their size. layers: the window of each, and the size of its pages.
+
+    If all have the same window, or none, pages are as large as each layer's are. Otherwise all are as large as the
+    largest, and layers are grouped as in `page_classes`.
+    """
+    most = -(-length // block)
+    windows = {window for window, _ in layers}
+    if len(windows) == 1:
+        return most * sum(size for _, size in layers)
+    counts = Counter(layers)
+    needs = [most if window is None else -(-min(window - 1 + at_once, length) // block) + 1 for window, _ in counts]
+    size, tables = _tables(list(counts.values()))
+    return max(size for _, size in layers) * size * sum(a * b for a, b in zip(tables, needs, strict=True))

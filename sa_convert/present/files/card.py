@@ -80,24 +80,33 @@ def _sections(report: Report, name: str, recipe: str, remark: str | None, drawn:
 def _loading(report: Report) -> Iterator[str]:
     reader = "processor" if report.auto_class == "AutoModelForImageTextToText" else "tokenizer"
     auto_reader = f"Auto{reader.capitalize()}"
-    trust = "" if report.stock else ", trust_remote_code=True"
+    plain = None if report.stock is None or report.stock.has_code else report.stock
+    trust = "" if plain else ", trust_remote_code=True"
     yield (
         f"```python\nfrom transformers import {report.auto_class}, {auto_reader}\n\n"
         f'model = {report.auto_class}.from_pretrained("{PLACEHOLDER}"{trust})\n'
         f'{reader} = {auto_reader}.from_pretrained("{PLACEHOLDER}"{trust})\n```'
     )
-    family = FAMILIES.get(report.stock.model_type if report.stock else report.family)
-    oldest = "5" if family and family.transformers_5 and not report.stock else "4.57"
-    if report.stock is None:
+    family = FAMILIES.get(plain.model_type if plain else report.family)
+    oldest = "5" if family and family.transformers_5 and not plain else "4.57"
+    if plain is None:
         yield (
             "The code of the model lies beside its weights (the `.py` files, which import torch and transformers "
             "only), so transformers asks to trust it; if sa_convert is installed, `import sa_convert` does instead. It "
             f"runs with transformers {oldest} and later, in releases that know models of type `{report.family}`."
         )
+    if report.stock is None:
         return
     options = f" {report.stock.options}" if report.stock.options else ""
+    yield f"```console\nvllm serve {PLACEHOLDER}{options}\n```"
+    if plain is None:
+        yield (
+            f"vLLM runs it by its own class `{report.stock.architecture}`, which `block_configs` in config.json tell "
+            "which layers have no attention. These have no pages there. Of the code, vLLM runs the configuration "
+            "class alone."
+        )
+        return
     yield (
-        f"```console\nvllm serve {PLACEHOLDER}{options}\n```\n\n"
         f"The model carries no code. It is a `{report.stock.architecture}` of transformers {oldest} and later, told by "
         "`layer_types` and `sliding_window` in config.json which layers attend within a window, and how long that is. "
         "vLLM, too, frees what no window sees any more."
@@ -183,7 +192,9 @@ def _limits(report: Report, remark: str | None) -> Iterator[str]:
             f"The base model brings code of its own ({', '.join(f'`{name}`' for name in code)}). This one runs as "
             f"transformers' own class for `{report.family}` does, and was compared with that."
         )
-    if report.stock is not None:
+    if report.stock is not None and report.stock.has_code:
+        yield "Validated in transformers. Other runtimes with model code of their own were not tried."
+    elif report.stock is not None:
         yield (
             "Validated in transformers. Other runtimes, such as llama.cpp, may not honour windows of single layers: "
             "their answers would then differ beyond the first window, without a word."

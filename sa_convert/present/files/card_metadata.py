@@ -1,7 +1,7 @@
 """The metadata of the model card, as the Hub understands them: what a model is, and what was measured of it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,11 +81,19 @@ def metadata(report: Report, name: str, base: Mapping[str, Any]) -> "ModelCardDa
         base_model=report.base_model.id if report.base_model.on_hub else None,
         library_name="transformers",
         pipeline_tag=pipeline,
-        tags=["shared-attention", "sa-convert", report.family, report.stock.engine if report.stock else "custom_code"],
+        tags=["shared-attention", "sa-convert", report.family, *_runs(report)],
         eval_results=results,
         **relation,
         **base,
     )
+
+
+def _runs(report: Report) -> Iterator[str]:
+    """What it runs in."""
+    if report.stock is not None:
+        yield report.stock.engine
+    if report.stock is None or report.stock.has_code:
+        yield "custom_code"
 
 
 def _results(perplexity: PerplexityReport, task: str) -> "list[EvalResult]":

@@ -37,7 +37,7 @@ def render_plan(plan: "ConversionPlan") -> str:
     added = sum(edit.after is not None for edit in plan.edits.values())
     lines = [
         ("family", plan.model.family.model_type),
-        *([("written for", f"{plan.stock.engine}, without code: {plan.stock.architecture}")] if plan.stock else []),
+        *([("written for", plan.stock.summary)] if plan.stock else []),
         *(row for treated in plan.treated if treated.used for row in treated.rows),
         ("tensors", f"{dropped} dropped, {sliced} sliced" + (f", {added} added" if added else "")),
         ("parameters", change_text(savings.parameters, human_count)),

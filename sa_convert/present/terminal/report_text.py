@@ -21,10 +21,7 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
     if report.recipe:
         yield "Recipe", report.recipe
     if stock := report.stock:
-        yield (
-            "Written for",
-            f"{stock.engine}, without code: {stock.architecture}{f', {stock.options}' * bool(stock.options)}",
-        )
+        yield "Written for", f"{stock.summary}{f', {stock.options}' * bool(stock.options)}"
     for treated in report.used:
         yield treated.label, treated.summary
     savings = report.savings

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.treated import Look
-from sa_convert.domain.units import Units
+from sa_convert.domain.units import Unit, Units
 from sa_convert.treatments.whole_layers import WholeLayerTreatment
 
 if TYPE_CHECKING:
@@ -26,6 +26,13 @@ class DropTreatment(WholeLayerTreatment):
     file = __file__
     look = Look("drop", "#333333", "no attention at all", ink="white", mark="cross")
     done = "have no attention"
+
+    def __init__(self, spared: tuple[int, ...] = ()) -> None:
+        """spared: layers that a search leaves as they are."""
+        self.spared = spared
+
+    def candidates(self, units: Units) -> list[Unit]:
+        return [unit for unit in super().candidates(units) if unit.layer not in self.spared]
 
     def ledger(self, units: Units, plan: Plan, measure: "Measure", known: "Ledger | None" = None) -> "Ledger":
         from sa_convert.treatments.whole_layer_costs import WholeLayerCosts

@@ -394,7 +394,8 @@ class Codec:
         turner, notes = self.bases.turner, self.exchange.notes
         if not turner.rotates:
             return None
-        name = ("turns", turner.kind, slots, like.dtype, like.device)
+        number = slots if slots is None or isinstance(slots, int) else str(slots)  # of an export, by name
+        name = ("turns", turner.kind, number, like.dtype, like.device)
         if name not in notes:
             tokens = like.shape[-2] if slots is None else self.tokens
             positions = new_positions(self.exchange, tokens, like.device)
