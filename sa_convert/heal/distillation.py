@@ -15,7 +15,7 @@ import torch
 
 from sa_convert.console.progress import announce
 from sa_convert.domain.checkpoint import Checkpoint
-from sa_convert.domain.heal_settings import REPEATED, HealSettings
+from sa_convert.domain.heal_settings import BOTH, REPEATED, HealSettings
 from sa_convert.domain.healed import HealReport
 from sa_convert.domain.model import Model, RunOptions
 from sa_convert.domain.plan import Plan
@@ -156,7 +156,7 @@ def _placement(folder: Path, run: RunOptions) -> Placement:
 
 def _written(teacher: Any, tokenizer: Any, settings: HealSettings) -> torch.Tensor | None:
     """Rows that the base writes, if its own text is asked for."""
-    if settings.text != "written":
+    if settings.text not in ("written", BOTH):
         return None
     assert settings.length is not None
     budget = settings.tokens or WRITTEN_TOKENS
