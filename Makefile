@@ -14,6 +14,8 @@ ENGINE_PYTHON ?= python3.11
 ENGINE_TORCH ?= torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu
 RUN := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# While it is installed, hqq (its caches are tested) would try to build kernels for graphics cards.
+export DISABLE_CUDA := 1
 
 PYTEST = SA_CONVERT_TRANSFORMERS_4=$(CURDIR)/$(VENV4)/bin/python $(RUN) -m pytest -n 2 --dist loadgroup
 

@@ -241,8 +241,8 @@ class CacheView(Over):
                 layer.shared_attention = True
             if isinstance(kind, type) and issubclass(kind, QUANTIZED) and (own or packed.shape[-1] % 2 == 0):
                 slots = slots if own else packed.chunk(2, dim=-1)
-                fit_groups(layer, slots)
-                keys, values = append(*slots, layer_idx, *args, **kwargs)
+                states = append(*in_groups(layer, slots), layer_idx, *args, **kwargs)
+                keys, values = (each[..., : slot.shape[-1]] for each, slot in zip(states, slots, strict=True))
                 return self._decoded(*((keys, values) if own else (None, torch.cat([keys, values], dim=-1))))
             if way in STATIC and fresh:
                 make_slots(layer, *slots)
@@ -288,11 +288,21 @@ def _filled(states, heads):
     return torch.cat([states, states[:, :1].expand(-1, missing, -1, -1)], dim=1) if missing > 0 else states
 
 
-def fit_groups(layer, slots):
-    """Make groups of quantised numbers so small that those of every token fill some, as they do in the base."""
-    size = getattr(layer, "q_group_size", None)
-    while size and any(states.shape[1] * states.shape[-1] % size for states in slots):
-        layer.q_group_size = size = size // 2
+def in_groups(layer, slots):
+    """What a layer that quantises gets: groups of numbers, each with a scale and a shift, end where a token does, as in
+    the base. They are made smaller for that, or heads filled up with zeros, whichever takes fewer bits."""
+
+    def missing(states, size):
+        return -states.shape[-1] % size if states.shape[1] * states.shape[-1] % size else 0
+
+    def bits(size):
+        numbers = sum(states.shape[1] * (states.shape[-1] + missing(states, size)) for states in slots)
+        return numbers * (getattr(layer, "nbits", 8) + 16 * slots[0].element_size() / size)
+
+    asked = getattr(layer, "q_group_size", 1)  # FP8 has none
+    halves = (asked >> n for n in reversed(range(asked.bit_length())) if asked % 2**n == 0)
+    layer.q_group_size = size = min(halves, key=bits)
+    return [nn.functional.pad(states, (0, missing(states, size))) for states in slots]
 
 
 def make_slots(layer, keys, values):

@@ -84,8 +84,8 @@ def test_quantized_cache(case, ids):
     assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
     for index, layer in enumerate(cache.layers):
         quantized = [layer._quantized_keys[0], layer._quantized_values[0]]
-        width = sum(part.shape[1] * part.shape[-1] for part in quantized)
-        assert width == kept(rows, geometry, index) * geometry.layers[index].head_dim
+        numbers = sum(int((part != 0).any(2).any(0).sum()) for part in quantized)  # heads may be filled up with zeros
+        assert numbers == kept(rows, geometry, index) * geometry.layers[index].head_dim
 
 
 @pytest.mark.parametrize("size", [3, 7])

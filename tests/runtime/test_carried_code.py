@@ -18,8 +18,8 @@ from support.processes import ROOT
 OWN = ["llama", "cohere", "gpt_oss", "mixtral", "lfm2", "gemma3", "olmo2"]
 SPECIAL = ["gpt2", "qwen3_next", "stablelm", "bert", "falcon", "bloom", "gptj", "bart", "t5"]
 LIMITS = {
-    **{"share": (3, 807), "window": (4, 1436), "low_rank": (3, 870), "linear": (4, 660), "drop": (4, 660)},
-    **{"window share": (5, 1686), "window low_rank share linear drop": (9, 2102)},
+    **{"share": (3, 813), "window": (4, 1442), "low_rank": (3, 876), "linear": (4, 660), "drop": (4, 660)},
+    **{"window share": (5, 1692), "window low_rank share linear drop": (9, 2108)},
 }
 """Files of families that run their own forward, and lines of code (no blank lines, comments, docstrings)."""
 

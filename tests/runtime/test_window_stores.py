@@ -6,6 +6,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, QuantizedCache
 
 from support.memory_models import some_ids
+from support.rounded_by_hand import made_by
 from support.tiny_models import with_cache
 from support.windowed_models import EVERY, MIXED, Pair, in_pieces
 
@@ -87,20 +88,12 @@ def test_offloaded_in_pieces(plan, offloading):
     torch.testing.assert_close(found, pair.expected(ids)[:, -2:], atol=1e-4, rtol=1e-4)
 
 
-BACKENDS = {
-    "fp8": {},
-    "quanto": {"nbits": 4, "q_group_size": 16, "residual_length": 4},
-    "hqq": {"nbits": 8, "q_group_size": 16, "residual_length": 4, "axis_key": 1, "axis_value": 1},
-}
-
-
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=["fp8", "quanto", "hqq"])
 def made(request):
     """What makes a quantised cache of a backend."""
-    package = {"quanto": "optimum.quanto", "hqq": "hqq"}.get(request.param)
-    if package:
-        pytest.importorskip(package, reason=f"of no other use here: pip install {request.param}")
-    return lambda model: QuantizedCache(request.param, model.config, **BACKENDS[request.param])
+    if request.param == "fp8":
+        return lambda model: QuantizedCache("fp8", model.config)
+    return lambda model: made_by(request.param, model)
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -47,9 +47,17 @@ class RandomBases:
         return self.made[layer, group, side]
 
 
-def convert(root: Path, family: str, ranks: dict, more: dict | None = None, values: dict | None = None, **changes):
+def convert(
+    root: Path,
+    family: str,
+    ranks: dict,
+    more: dict | None = None,
+    values: dict | None = None,
+    whole: dict | None = None,
+    **changes,
+):
     """Save a tiny model of a family in `root`/base, and convert it into `root`/out with keys, and values, of these
-    ranks: {layer: {KV group: rank}}. more: other treatments, by layer and KV group."""
+    ranks: {layer: {KV group: rank}}. more: other treatments, by layer and KV group. whole: those of whole layers."""
     base = save_tiny(family, root / "base", **changes).eval()
     model = model_of(open_model(str(root / "base")))
     layers = {}
@@ -60,7 +68,7 @@ def convert(root: Path, family: str, ranks: dict, more: dict | None = None, valu
     for layer, told in (more or {}).items():
         for group, treatments in told.items():
             layers.setdefault(layer, {}).setdefault(group, {}).update(treatments)
-    plan = Plan(layers, model.geometry.stacks)
+    plan = Plan({**layers, **(whole or {})}, model.geometry.stacks)
     conversion = plan_conversion(model, parse_recipe(RECIPE, "recipe.yaml"), plan)
     bases = RandomBases(model.geometry.layers[min(layers)].head_dim)
     edits = {**conversion.edits, **fitted_edits(fitted(model, plan, bases), root / "fitted.safetensors")}
