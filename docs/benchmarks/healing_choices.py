@@ -78,6 +78,8 @@ CHOICES = {
     "outputs at 1e-3": Choice({"rate": 1e-3}),
     "rows of 256": Choice({"length": 256}),
     "written": Choice({"text": "written"}),
+    "written, 1e-3": Choice({"text": "written", "rate": 1e-3}),
+    "written, layers at 3e-4": Choice({"text": "written", "train": "layers", "rate": 3e-4}),
     "builtin and written": Choice({"text": "written"}, both=True),
     "words": Choice({"text": "words"}),
 }

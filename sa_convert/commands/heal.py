@@ -26,8 +26,9 @@ from sa_convert.commands.options import (
 @click.option(
     "--text",
     metavar="TEXT",
-    help="builtin, written (by the base itself), a .txt, .md or .jsonl file, or hub:DATASET[:CONFIG[:SPLIT]]. Its "
-    "calibration part is used. Default: the recipe's.",
+    help="builtin, written (by the base itself), builtin+written, a .txt, .md or .jsonl file, or "
+    "hub:DATASET[:CONFIG[:SPLIT]]. Its calibration part is used. Default: the recipe's; builtin+written if that is "
+    "builtin.",
 )
 @click.option(
     "--train",

@@ -27,11 +27,15 @@ REPEATED = 4
 """One row in so many is random repetition."""
 
 
+BOTH = "builtin+written"
+"""Built-in text and text by the base: the first is narrow, and is read many times before a budget is used up."""
+
+
 def _known_text(text: str) -> str:
     hub = text.startswith("hub:") and 1 <= len(text.split(":")) - 1 <= 3 and all(text.split(":"))
-    if text not in ("builtin", "written") and not hub and not text.endswith((".txt", ".md", ".jsonl")):
+    if text not in ("builtin", "written", BOTH) and not hub and not text.endswith((".txt", ".md", ".jsonl")):
         raise ValueError(
-            f"{text!r} is not builtin, written, a .txt, .md or .jsonl file, or hub:DATASET[:CONFIG[:SPLIT]]"
+            f"{text!r} is not builtin, written, {BOTH}, a .txt, .md or .jsonl file, or hub:DATASET[:CONFIG[:SPLIT]]"
         )
     return text
 
@@ -82,7 +86,8 @@ class HealSettings(BaseModel):
     minutes: Amount | None = None
     """Of training, the judge included. With `tokens`: whatever ends first."""
     text: Annotated[StrictStr, AfterValidator(_known_text)] | None = None
-    """As in `sa_convert.texts.text.load_text`, or "written": by the base itself. None: the text of the calibration."""
+    """As in `sa_convert.texts.text.load_text`, "written": by the base itself, or BOTH. None: the text of the
+    calibration, or BOTH if that is "builtin"."""
     train: Trained = "outputs"
     length: Annotated[Count, AfterValidator(_long_enough)] | None = None
     """Tokens of a sequence. None: LENGTH, or LONG if the plan has windows, and never more than the model has."""
@@ -114,7 +119,7 @@ class HealSettings(BaseModel):
         if self.length is not None and positions is not None and self.length > positions:
             raise RecipeValueError(f"{self.length} is more than the {positions} positions of the model", "length")
         update = {
-            "text": self.text or text,
+            "text": self.text or (BOTH if text == "builtin" else text),
             "tokens": self.budget,
             "rate": self.peak_rate,
             "length": min(wanted, positions or wanted),

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from sa_convert.console.progress import announce
 from sa_convert.domain.checkpoint import Checkpoint
-from sa_convert.domain.heal_settings import REPEATED, HealSettings
+from sa_convert.domain.heal_settings import BOTH, REPEATED, HealSettings
 from sa_convert.domain.healed import HealReport
 from sa_convert.domain.model import Model, RunOptions
 from sa_convert.domain.plan import Plan
@@ -31,6 +32,7 @@ from sa_convert.heal.trained import prepare, trained_tensors
 from sa_convert.models.auto_class import prediction_task
 from sa_convert.models.load import embedded_tokens, load_base, load_converted, load_tokenizer
 from sa_convert.models.placement import Placement, placed
+from sa_convert.models.processes import from_first
 from sa_convert.models.products import fast_products
 from sa_convert.models.quiet import quiet
 from sa_convert.observe.written import written_by
@@ -155,13 +157,14 @@ def _placement(folder: Path, run: RunOptions) -> Placement:
 
 
 def _written(teacher: Any, tokenizer: Any, settings: HealSettings) -> torch.Tensor | None:
-    """Rows that the base writes, if its own text is asked for."""
-    if settings.text != "written":
+    """Rows that the base writes, if its own text is asked for: in the first process, since rounding of another device
+    makes other text."""
+    if settings.text not in ("written", BOTH):
         return None
     assert settings.length is not None
     budget = settings.tokens or WRITTEN_TOKENS
     rows = max(2, max(min(WRITTEN_TOKENS, budget), budget // WRITTEN_PART) // settings.length)
-    return written_by(teacher, tokenizer, rows, settings.length, settings.seed)
+    return from_first(partial(written_by, teacher, tokenizer, rows, settings.length, settings.seed))
 
 
 def _kept_file(task: HealingTask, text: HealingText, teacher: Any, whole: bool) -> Path | None:

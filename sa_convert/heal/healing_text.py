@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from sa_convert.domain.heal_settings import REPEATED, HealSettings
+from sa_convert.domain.heal_settings import BOTH, REPEATED, HealSettings
 from sa_convert.errors import DataError
 from sa_convert.measure.quality.copying import copying_probes
 from sa_convert.models.tokens import ordinary_tokens, start_tokens
@@ -111,23 +111,25 @@ def healing_text(
 ) -> HealingText:
     """The text that the settings, which are resolved, name. embeddings: how many tokens the model has.
 
-    written: (N, length) tokens that the base wrote, if the text is "written". Raises DataError if it is too short.
+    written: (N, length) tokens that the base wrote, if the text is "written" or BOTH. Raises DataError if it is too
+    short.
     """
     length = settings.length
     assert length is not None
     assert settings.text is not None
     start = start_tokens(tokenizer)
     builtin = load_text("builtin").split("calibration")
+    own = settings.text in ("builtin", "written", BOTH)
+    text = builtin if own else load_text(settings.text).split("calibration")
+    name = text.name
+    rows, judging = _divided(tokenizer, text, length, start)
+    if not own:
+        judging = {**_divided(tokenizer, builtin, length, start)[1], **judging}
     if written is not None:
         held = max(1, len(written) // HELD_OUT_PART)
-        name, rows = "written by the base", written[held:]
-        judging = {"written": written[:held][: _held_rows(length)]}
-    else:
-        text = builtin if settings.text == "builtin" else load_text(settings.text).split("calibration")
-        name = text.name
-        rows, judging = _divided(tokenizer, text, length, start)
-    if settings.text != "builtin":
-        judging = {**_divided(tokenizer, builtin, length, start)[1], **judging}
+        judging["written"] = written[:held][: _held_rows(length)]
+        rows = torch.cat([rows, written[held:]]) if settings.text == BOTH else written[held:]
+        name = f"{name} and written by the base" if settings.text == BOTH else "written by the base"
     if not len(rows) or not judging:
         raise DataError(f"Text {name}: too short to train on sequences of {length} tokens: give a longer one.")
     vocabulary = ordinary_tokens(tokenizer, embeddings)

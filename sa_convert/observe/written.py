@@ -17,7 +17,10 @@ OPENINGS = (
 """Openings of many kinds of text, so that not all samples fall into the model's favourite register."""
 
 PASSAGES = 3
-"""Passages in one sequence, each with another opening."""
+"""Passages in one sequence, each with another opening; more, if they would have more than LONGEST tokens."""
+
+LONGEST = 256
+"""Tokens of a passage, at the most. Every token reads all before it, so long passages take longer a token."""
 
 TEMPERATURE = 0.9
 
@@ -25,15 +28,16 @@ BATCH = 48
 
 
 def written_by(model: Any, tokenizer: Any, sequences: int, length: int, seed: int = 0) -> torch.Tensor:
-    """Tokens (sequences, length), int64, sampled from the model; each row holds PASSAGES passages.
+    """Tokens (sequences, length), int64, sampled from the model; each row holds at least PASSAGES passages.
 
     The same model, arguments and number of threads give the same tokens. Raises CheckpointError if the model's
     activations are not finite.
     """
     from transformers import GenerationConfig
 
-    size = max(-(-length // PASSAGES), 3)
-    count = sequences * PASSAGES
+    passages = max(PASSAGES, -(-length // LONGEST))
+    size = max(-(-length // passages), 3)
+    count = sequences * passages
     openings = [tokenizer(text)["input_ids"][:2] for text in OPENINGS]
     width = max(len(ids) for ids in openings)
     openings = [ids for ids in openings if len(ids) == width] or [openings[0]]
