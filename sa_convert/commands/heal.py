@@ -38,7 +38,11 @@ from sa_convert.commands.options import (
 )
 @click.option("--length", metavar="N", help="Tokens of a sequence. Default: 512, or 2048 if there are windows.")
 @click.option("--rows", metavar="N", help="Sequences of one step, on all processes together.  [default: 4]")
-@click.option("--rate", metavar="R", help="Peak learning rate. Default: 5e-4; 1e-4 for --train layers, 1e-3 for lora.")
+@click.option(
+    "--rate",
+    metavar="R",
+    help="Peak learning rate. Default: 5e-4; 1e-4 if there are windows, or for --train layers; 1e-3 for lora.",
+)
 @click.option("--rank", metavar="N", help="Of the additions of --train lora.  [default: 16]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of rows and their order.")
 @click.option(

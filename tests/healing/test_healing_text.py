@@ -55,3 +55,17 @@ def test_nothing_is_trained_on_and_judged_by(tokenizer, text):
 def test_text_is_the_calibrations_unless_it_is_named(calibration, healing):
     assert HealSettings().resolved(calibration, False, None).text == healing
     assert HealSettings(text="builtin").resolved(calibration, False, None).text == "builtin"
+
+
+@pytest.mark.parametrize(
+    ("told", "windows", "rate"),
+    [
+        ({}, False, 5e-4),
+        ({}, True, 1e-4),
+        ({"rate": 3e-3}, True, 3e-3),
+        ({"train": "layers"}, True, 1e-4),
+        ({"train": "lora"}, True, 1e-3),
+    ],
+)
+def test_windows_heal_at_a_lower_rate(told, windows, rate):
+    assert HealSettings(**told).resolved("builtin", windows, None).rate == rate
