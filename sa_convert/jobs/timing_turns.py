@@ -13,7 +13,6 @@ from sa_convert.models.auto_class import prediction_task
 from sa_convert.models.placement import place, positions
 from sa_convert.models.quiet import keep_module_cache_clean
 from sa_convert.models.subject import Subject, open_subject
-from sa_convert.output.disk_space import require_space
 from sa_convert.output.signals import termination_as_exit
 from sa_convert.output.staging import staging
 from sa_convert.plan.audited import foreign_code
@@ -25,9 +24,6 @@ CONTEXT = 4096
 
 _OUTPUT_ROOM = 16_000_000
 """Bytes of disk for the files that are written."""
-
-_LARGEST_CACHE = 2_000_000_000
-"""Bytes of disk for a session."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,8 @@ def time_turns(
 
     options: the largest of its contexts is that of the whole conversation; `steps` are the tokens of an answer that the
     model says itself. output: a folder to make, with the table and the figure. Raises CheckpointError, DataError (a
-    model that does not continue text), OutputError, and SaConvertError for a conversation that has no room.
+    model that does not continue text), OutputError (the output exists, or the disk has no room for the sessions), and
+    SaConvertError for a conversation that has no room.
     """
     keep_module_cache_clean()
     with ExitStack() as stack:
@@ -62,7 +59,6 @@ def time_turns(
             if output.exists():
                 raise OutputError(f"{output}: exists already; use another -o.")
             stage = stack.enter_context(staging(output, False, _OUTPUT_ROOM))
-        require_space(temporary, _LARGEST_CACHE, "Sessions", "fewer --contexts")
 
         # 2. The models, as safetensors; nothing is loaded yet.
         subjects = [

@@ -1,10 +1,13 @@
 """`bench --turns`: what it measures, and what it refuses."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
+from sa_convert.errors import OutputError
+from sa_convert.measure.speed.conversation_timer import ConversationTimer
 from support.cli_cases import refused
 from support.session_models import model_named
 from support.tiny_models import save_tiny, save_tokenizer
@@ -61,6 +64,20 @@ def test_an_answer_from_a_file_that_differs_is_told(tmp_path, monkeypatch):
     assert [turn.same_tokens for turn in timer.turns(tmp_path / "session", 1)] == [True, True]
     monkeypatch.setattr(conversation_timer, "load", load)
     assert [turn.same_tokens for turn in timer.turns(tmp_path / "session", 1)] == [True, False]
+
+
+def test_a_disk_without_room_is_told_before_the_first_file(tmp_path, monkeypatch):
+    """A token of 6 layers with 4 KV groups of 16 numbers of 4 bytes; the last session beside the one before."""
+    needed = 6 * 2 * 4 * 16 * 4 * (60 + 40)
+    said = torch.randint(3, 128, (3, 12), generator=torch.Generator().manual_seed(0))
+    timer = ConversationTimer(model_named("base"), said, said[:, :3], 5, lambda: None)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    with pytest.raises(OutputError, match=f"Sessions take .* but .* free in .*{tmp_path.parent.name}"):
+        timer.turns(tmp_path / "session", 1)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    assert len(timer.turns(tmp_path / "session", 1)) == 3
 
 
 def test_in_the_terminal(cli, model):

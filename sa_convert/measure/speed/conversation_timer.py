@@ -14,6 +14,7 @@ from sa_convert.domain.turn_times import TurnTime
 from sa_convert.measure.quality.cache_bytes import held
 from sa_convert.models.arguments import cache_keyword, dynamic_cache, last_logits_only
 from sa_convert.models.device import input_device
+from sa_convert.output.disk_space import require_space
 from sa_convert.sessions.loading import load
 from sa_convert.sessions.saving import save
 
@@ -36,7 +37,7 @@ class ConversationTimer:
 
     @torch.inference_mode()
     def turns(self, file: Path, repeats: int) -> tuple[TurnTime, ...]:
-        """file: of the session; it is there afterwards."""
+        """file: of the session; it is there afterwards. Raises OutputError if all turns will not fit on the disk."""
         tokens = self.said[:1, :0]
         memory, found = dynamic_cache(self.model), []
         for number, (message, more) in enumerate(zip(self.said, self.more[:, None], strict=True)):
@@ -56,8 +57,12 @@ class ConversationTimer:
             tokens = torch.cat([tokens, wanted, more], dim=1)
             for one in (memory, cache) if more.numel() else ():
                 self._next(one, tokens[:, int(one.get_seq_length()) :])
+            size = held(cache).needed
+            if not number:
+                # The last session takes that of all turns, and the one before is there until it is whole.
+                require_space(file.parent, size * (2 * len(self.said) - 1), "Sessions", "a shorter conversation")
             began = time.perf_counter()
-            size = save(cache, tokens, file, self.model)
+            written = save(cache, tokens, file, self.model)
             writing = time.perf_counter() - began
             whole, loads, read = zip(*runs, strict=True)
             found.append(
@@ -68,8 +73,8 @@ class ConversationTimer:
                     kept=Spread(read) if number else None,
                     loading=Spread(loads) if number else None,
                     writing=writing,
-                    file_bytes=size,
-                    cache_bytes=held(cache).needed,
+                    file_bytes=written,
+                    cache_bytes=size,
                     same_tokens=same,
                 )
             )
