@@ -4,7 +4,7 @@ By what the outputs of heads change is computed in full: scores of merged keys, 
 it costs what any change of a layer's outputs does (`sa_convert.treatments.whole_layer_costs`).
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from sa_convert.domain.units import Unit, Units
 from sa_convert.treatments.ledger import Chosen, Ledger, Move, Observed, Offer
 from sa_convert.treatments.merge.bases import Merged
 from sa_convert.treatments.merge.learned import learned
-from sa_convert.treatments.merge.rules import NAME, choices, merged_layers
+from sa_convert.treatments.merge.rules import NAME, choices, merged_layers, refusal
 from sa_convert.treatments.merge.trying import in_parts
 from sa_convert.treatments.whole_layer_costs import WholeLayerCosts
 
@@ -28,10 +28,11 @@ FACTOR = 1.0
 class MergeCosts(Ledger):
     """left: for each number of KV groups that layers could have left, the costs of those layers."""
 
-    def __init__(self, units: Units, measure: Measure, plan: Plan, candidates: Collection[Unit]) -> None:
+    def __init__(self, units: Units, measure: Measure, plan: Plan) -> None:
         super().__init__(units, NAME, measure, without_plan=not plan)
         layers = units.geometry.layers
         self.merged = merged_layers(plan)
+        candidates = [unit for unit in units.all if refusal(units.geometry, unit.layer) is None]
         numbers = sorted({number for unit in candidates for number in choices(layers[unit.layer])})
         self.left = {
             number: WholeLayerCosts(

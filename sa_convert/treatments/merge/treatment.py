@@ -93,7 +93,8 @@ class MergeTreatment(Treatment):
         return Fitted(tensors)
 
     def candidates(self, units: Units) -> Collection[Unit]:
-        return [unit for unit in units.all if refusal(units.geometry, unit.layer) is None]
+        """Without those that the others of their layer are merged into: they cache for all of them."""
+        return [unit for unit in units.all if refusal(units.geometry, unit.layer) is None and unit.groups != (0,)]
 
     def trial(self, plan: Plan) -> "Trial":
         from sa_convert.treatments.merge.trying import MergeTrial
@@ -103,7 +104,7 @@ class MergeTreatment(Treatment):
     def ledger(self, units: Units, plan: Plan, measure: "Measure", known: "Ledger | None" = None) -> "Ledger":
         from sa_convert.treatments.merge.cost import MergeCosts
 
-        return MergeCosts(units, measure, plan, self.candidates(units))
+        return MergeCosts(units, measure, plan)
 
     def treated(self, plan: Plan, geometry: ModelGeometry) -> Treated:
         return drawing.treated(plan, geometry)
