@@ -26,7 +26,7 @@ size. *Own* are heads that compute their attention themselves.
 
 import sys
 from dataclasses import dataclass
-from functools import cache, partial, wraps
+from functools import partial, wraps
 from inspect import signature
 from types import SimpleNamespace
 from typing import Any
@@ -96,19 +96,25 @@ class Over:
         return getattr(self.__dict__["whole"], name)
 
 
-@cache
+MADE: dict = {}
+"""Classes by the two that they are made of: torch.compile calls those that are there, and none that it sees made."""
+
+
 def in_front(ours, theirs):
     """The class `theirs` with `ours` in front. It is no attribute of a module, so an instance is pickled by what it is
     made of."""
-    members = {"__module__": __name__, "__reduce__": lambda self: (_unmade, (ours, theirs), self.__dict__)}
-    if hasattr(theirs, "forward"):  # who reads the source of a forward (vLLM, for how it scales scores) finds theirs
+    if (ours, theirs) not in MADE:
+        members = {"__module__": __name__, "__reduce__": lambda self: (_unmade, (ours, theirs), self.__dict__)}
+        if hasattr(theirs, "forward"):
+            # Who reads the source of a forward (vLLM, for how it scales scores) finds theirs.
 
-        @wraps(theirs.forward)
-        def forward(self, *args, **kwargs):
-            return ours.forward(self, *args, **kwargs)
+            @wraps(theirs.forward)
+            def forward(self, *args, **kwargs):
+                return ours.forward(self, *args, **kwargs)
 
-        members["forward"] = forward
-    return type(f"Treated{theirs.__name__}", (ours, theirs), members)
+            members["forward"] = forward
+        MADE[ours, theirs] = type(f"Treated{theirs.__name__}", (ours, theirs), members)
+    return MADE[ours, theirs]
 
 
 def _unmade(ours, theirs):
@@ -191,9 +197,11 @@ def _classes(*names):
 
 
 # A class of another name that inherits the way in which these take new tokens is as good as they are.
-GROW = {layer.update for layer in _classes("DynamicLayer", "DynamicSlidingWindowLayer")}
-STATIC = {layer.update for layer in _classes("StaticLayer", "StaticSlidingWindowLayer")}
+KINDS = _classes("DynamicLayer", "DynamicSlidingWindowLayer"), _classes("StaticLayer", "StaticSlidingWindowLayer")
+GROW, STATIC = ({layer.update for layer in kinds} for kinds in KINDS)
 QUANTIZED = _classes("BaseQuantizedLayer", "QuantizedLayer")
+STATES = len(signature(cache_utils.DynamicLayer.lazy_initialization).parameters) - 1
+"""What layers are told before they make slots: keys and, since 5.0, values. A compiled pass reads no signature."""
 
 
 class CacheView(Over):
@@ -307,7 +315,7 @@ def in_groups(layer, slots):
 
 def make_slots(layer, keys, values):
     """Make the slots of a static layer, each with as many heads as it gets."""
-    layer.lazy_initialization(*(keys, values)[: len(signature(layer.lazy_initialization).parameters)])
+    layer.lazy_initialization(*(keys, values)[:STATES])
     layer.values = values.new_zeros(*values.shape[:2], layer.max_cache_len, values.shape[-1])
     if not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(layer.values)
