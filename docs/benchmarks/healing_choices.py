@@ -93,6 +93,7 @@ CHOICES = {
         {"text": "written", "train": "model", "rate": 3e-4}, both=True, step=1
     ),
     "builtin and written, a row a step, 1e-4": Choice({"text": "written", "rate": 1e-4}, both=True, step=1),
+    "builtin and written, a row a step, 5e-4": Choice({"text": "written", "rate": 5e-4}, both=True, step=1),
     "builtin and written, a row a step, 1e-3": Choice({"text": "written", "rate": 1e-3}, both=True, step=1),
     "words": Choice({"text": "words"}),
 }

@@ -164,7 +164,7 @@ def test_changed_code_runs_only_where_it_is_trusted(copied, tmp_path):
     refused(
         result,
         1,
-        r"its code shared_attention_share\.py is not what this version of sa-convert writes.*--trust-remote-code",
+        r"its code shared_attention_share\.py is not what this version .*--trust-remote-code",
     )
     assert not ran.exists()
     trusting = run_cli("evaluate", copied, *SMALL, "--trust-remote-code")
