@@ -10,8 +10,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Str
 from sa_convert.domain.recipe_map import RecipeValueError
 
 Trained = Literal["outputs", "layers", "model", "lora"]
-"""What trains: values and outputs of changed layers, all of these layers, all layers, or low-rank additions to those that
-changed."""
+"""What trains: values and outputs of changed layers, all of these layers, all layers of the model, or low-rank
+additions to those that changed."""
 
 TOKENS = 400_000
 """If neither tokens nor minutes are given."""

@@ -26,8 +26,8 @@ def trained_tensors(converted: Model, base: Checkpoint, plan: Plan, settings: He
     """Names, in the converted files, of the tensors that train, in the order of the files.
 
     "outputs": values and outputs of changed layers, queries and keys of heads that lend, and what a treatment added;
-    "layers" and "lora": all tensors of changed layers; "model": of all layers. Raises CheckpointError if there are none,
-    or one is quantised.
+    "layers" and "lora": all tensors of changed layers; "model": of all layers. Raises CheckpointError if there are
+    none, or one is quantised.
     """
     checkpoint, family = converted.checkpoint, converted.family
     whole = tuple(f"{_layer_prefix(converted, layer)}." for layer in plan.layers)
