@@ -57,12 +57,13 @@ QUERIES_AND_KEYS = (".q_proj.", ".k_proj.")
 @dataclass(frozen=True)
 class Choice:
     """local: the part of the time that the block-local stage has. both: builtin and written text, row by row.
-    still: tensors whose names have one of these stay as they are."""
+    still: tensors whose names have one of these stay as they are. step: rows of a step, if not the default."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     local: float = 0.0
     both: bool = False
     still: tuple[str, ...] = ()
+    step: int = 0
 
 
 CHOICES = {
@@ -81,6 +82,19 @@ CHOICES = {
     "written, 1e-3": Choice({"text": "written", "rate": 1e-3}),
     "written, layers at 3e-4": Choice({"text": "written", "train": "layers", "rate": 3e-4}),
     "builtin and written": Choice({"text": "written"}, both=True),
+    "builtin and written, a row a step": Choice({"text": "written"}, both=True, step=1),
+    "builtin and written, 2 rows a step": Choice({"text": "written"}, both=True, step=2),
+    "builtin and written, a row a step, 2e-4": Choice({"text": "written", "rate": 2e-4}, both=True, step=1),
+    "builtin and written, 2 rows a step, layers at 3e-4": Choice(
+        {"text": "written", "train": "layers", "rate": 3e-4}, both=True, step=2
+    ),
+    "builtin and written, a row a step, model": Choice({"text": "written", "train": "model"}, both=True, step=1),
+    "builtin and written, a row a step, model at 3e-4": Choice(
+        {"text": "written", "train": "model", "rate": 3e-4}, both=True, step=1
+    ),
+    "builtin and written, a row a step, 1e-4": Choice({"text": "written", "rate": 1e-4}, both=True, step=1),
+    "builtin and written, a row a step, 5e-4": Choice({"text": "written", "rate": 5e-4}, both=True, step=1),
+    "builtin and written, a row a step, 1e-3": Choice({"text": "written", "rate": 1e-3}, both=True, step=1),
     "words": Choice({"text": "words"}),
 }
 
@@ -156,6 +170,7 @@ def train(pair: Pair, choice: Choice, teacher: Any, student: Any, seconds: float
     prepare(student, pair.converted.checkpoint, names, settings)
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.peak_rate, weight_decay=0.0)
+    step = choice.step or settings.rows
     rows, at, losses = text.training(10**9, settings.seed), 0, [0.0]
     answers = Teacher(teacher, True)
     judge = Judge(text.held_out, answers, torch.device("cpu"))
@@ -167,8 +182,8 @@ def train(pair: Pair, choice: Choice, teacher: Any, student: Any, seconds: float
     ]
     for length, loss_of in stages:
         for _ in Timed(optimizer, settings.peak_rate, length).steps() if length else ():
-            batch = _batch(rows, at, settings.rows)
-            at += settings.rows
+            batch = _batch(rows, at, step)
+            at += step
             distilled.train()
             with pair.computing():
                 loss = loss_of(batch)
