@@ -71,8 +71,8 @@ def is_newer():
 
 
 def is_paged(value):
-    """Whether this is the cache of continuous batching, which shares no class with the others."""
-    return not isinstance(value, (torch.Tensor, dict)) and "Paged" in type(value).__name__
+    """Whether this is the cache of continuous batching, which shares no class with the others, or a view of it."""
+    return not isinstance(value, (torch.Tensor, dict)) and "Paged" in type(getattr(value, "whole", value)).__name__
 
 
 # Under torch.export what moves from pass to pass is the cache's own, and windows are masks.
@@ -216,11 +216,6 @@ class CacheView(Over):
         own keys the first is of no meaning. Raises ValueError if another model filled the cache."""
         if is_paged(self.whole):
             args, kwargs = (), {"kwargs": kwargs.get("kwargs", args[0] if args else {})}
-            if kwargs["kwargs"].get("block_table") is not None:
-                raise NotImplementedError(
-                    "shared_attention: with a block table the kernel writes keys and values itself, and a layer with "
-                    "shared attention has keys elsewhere: choose attn_implementation='sdpa' for continuous batching."
-                )
         keys, values = self.put(key_states if self.own else None, value_states, layer_idx, *args, **kwargs)
         return (values if keys is None else keys), values
 
@@ -494,7 +489,9 @@ class TreatedAttention(nn.Module):
         implementation = (self.model_config._attn_implementation or "eager").replace("paged|eager", "eager")
         paged = next((name for name, item in arguments.items() if is_paged(item)), None)
         if paged is not None:  # until 5.23 the attention function writes the cache of continuous batching
-            key, value = self.view(arguments.pop(paged), exchange).update(key, value, self.plan.layer, arguments)
+            held = arguments.pop(paged)  # as this layer sees it, or as it is
+            view = self.view(getattr(held, "whole", held), exchange)
+            key, value = view.update(key, value, self.plan.layer, arguments)
         if exchange is None and self.plan.treatments:
             raise RuntimeError(
                 f"shared_attention: layer {self.plan.layer} lends to other layers, or borrows from them, so it runs "
@@ -738,6 +735,22 @@ class TreatedModel:
                 return super().__call__(*args, **kwargs)
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise RuntimeError(unlike(f"{type(error).__name__}: {error}")) from error
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """As in the base class, which would change to flash attention if it is there. Its kernels write pages by
+        themselves and see no masks. Raises NotImplementedError if it was chosen: here, since a worker dies silently."""
+        attentions = (module for module in self.modules() if isinstance(module, TreatedAttention))
+        fits = all(getattr(module.plan, "whole", None) for module in attentions)
+        if not fits and "flash" in self.config._attn_implementation:
+            raise NotImplementedError(
+                "shared_attention: with flash attention, continuous batching keeps keys where borrowed heads, windows "
+                "and low rank cannot reach them: load this model with attn_implementation='sdpa'."
+            )
+        self._supports_flash_attn = fits and self._supports_flash_attn
+        try:
+            return super().init_continuous_batching(*args, **kwargs)
+        finally:
+            del self._supports_flash_attn
 
     def _get_name(self):
         """By this name, which is also printed, Trainer tells whose labels are to be shifted."""
