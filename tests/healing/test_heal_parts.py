@@ -252,6 +252,6 @@ def test_low_rank_additions_need_an_extra(monkeypatch):
 
 def test_settings_are_spelled_out():
     long = HealSettings().resolved("builtin", True, 1024)
-    assert (long.length, long.tokens, long.rate, long.text) == (1024, 400_000, 2e-4, "builtin+written")
+    assert (long.length, long.tokens, long.rate, long.text) == (1024, 400_000, 1e-4, "builtin+written")
     timed = HealSettings(minutes=15, train="layers").resolved("my.txt", False, None)
     assert (timed.length, timed.tokens, timed.rate, timed.text) == (512, None, 1e-4, "my.txt")

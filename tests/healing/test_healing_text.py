@@ -61,7 +61,7 @@ def test_text_is_the_calibrations_unless_it_is_named(calibration, healing):
     ("told", "windows", "rate"),
     [
         ({}, False, 5e-4),
-        ({}, True, 2e-4),
+        ({}, True, 1e-4),
         ({"rate": 3e-3}, True, 3e-3),
         ({"train": "layers"}, True, 1e-4),
         ({"train": "lora"}, True, 1e-3),
