@@ -41,7 +41,7 @@ from sa_convert.commands.options import (
 @click.option(
     "--rate",
     metavar="R",
-    help="Peak learning rate. Default: 5e-4; 1e-4 if there are windows, or for --train layers; 1e-3 for lora.",
+    help="Peak learning rate. Default: 5e-4; 1e-4 if there are windows, or for layers and model; 1e-3 for lora.",
 )
 @click.option("--rank", metavar="N", help="Of the additions of --train lora.  [default: 16]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of rows and their order.")
