@@ -78,11 +78,13 @@ $(ENGINES)/ready: plugins/sa-convert-vllm/pyproject.toml
 	$(ENGINES)/bin/pip install -q -e plugins/sa-convert-vllm
 	touch $@
 
-# The exporters of transformers name the releases that they were tested with; this of ExecuTorch is one.
+# The exporters of transformers name the releases that they were tested with; this of ExecuTorch is one. Its server,
+# which wants the last three, runs in both environments: vLLM has an earlier release of transformers.
 $(EXPORTS)/ready: constraints.txt
 	$(PYTHON) -m venv $(EXPORTS)
 	$(EXPORTS)/bin/pip install -q -c constraints.txt torch
-	$(EXPORTS)/bin/pip install -q -c constraints.txt torch transformers accelerate onnx onnxscript onnxruntime executorch==1.4.1
+	$(EXPORTS)/bin/pip install -q -c constraints.txt torch transformers accelerate onnx onnxscript onnxruntime executorch==1.4.1 \
+		fastapi uvicorn openai
 	touch $@
 
 clean:

@@ -1,7 +1,8 @@
 """What heals most in the same processor time: which stages, which parameters, which text, which steps.
 
-    python docs/benchmarks/healing_choices.py BASE DIR [--seconds 120] [--only logits,local] [--sequences 6]
-                                              [--results FILE] [--written FILE] [--words my.txt] [--list]
+    python docs/benchmarks/healing_choices.py BASE DIR [--seconds 120] [--only "outputs;local"] [--sequences 6]
+                                              [--text builtin] [--rows 4] [--rate 1e-3]
+                                              [--written FILE] [--results FILE]
 
 BASE: the base model's folder; DIR: a conversion of it. Every choice starts from DIR, trains for so many seconds of
 processor time (loading, writing text and measuring are not among them), and is measured on domains that nobody trained
@@ -32,7 +33,7 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 import torch  # noqa: E402
 
 from healing import measured, probes_and_texts, rises  # noqa: E402
-from sa_convert.domain.heal_settings import HealSettings  # noqa: E402
+from sa_convert.domain.heal_settings import BOTH, HealSettings  # noqa: E402
 from sa_convert.heal.distilled import Distilled, Teacher, head_of  # noqa: E402
 from sa_convert.heal.healing_text import HealingRows, HealingText, healing_text  # noqa: E402
 from sa_convert.heal.judge import Judge  # noqa: E402
@@ -56,32 +57,23 @@ QUERIES_AND_KEYS = (".q_proj.", ".k_proj.")
 
 @dataclass(frozen=True)
 class Choice:
-    """local: the part of the time that the block-local stage has. both: builtin and written text, row by row.
-    still: tensors whose names have one of these stay as they are."""
+    """local: the part of the time that the block-local stage has. still: tensors whose names have one of these stay as
+    they are."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     local: float = 0.0
-    both: bool = False
     still: tuple[str, ...] = ()
 
 
 CHOICES = {
-    "logits": Choice(),
+    "outputs": Choice(),
     "local": Choice(local=1.0),
-    "local, then logits": Choice(local=0.3),
+    "local, then outputs": Choice(local=0.3),
     "no queries and keys": Choice(still=QUERIES_AND_KEYS),
-    "no queries and keys, 1e-3": Choice({"rate": 1e-3}, still=QUERIES_AND_KEYS),
     "layers": Choice({"train": "layers"}),
-    "layers at 3e-4": Choice({"train": "layers", "rate": 3e-4}),
+    "model": Choice({"train": "model"}),
     "lora": Choice({"train": "lora"}),
-    "outputs at 2e-3": Choice({"rate": 2e-3}),
-    "outputs at 1e-3": Choice({"rate": 1e-3}),
-    "rows of 256": Choice({"length": 256}),
-    "written": Choice({"text": "written"}),
-    "written, 1e-3": Choice({"text": "written", "rate": 1e-3}),
-    "written, layers at 3e-4": Choice({"text": "written", "train": "layers", "rate": 3e-4}),
-    "builtin and written": Choice({"text": "written"}, both=True),
-    "words": Choice({"text": "words"}),
+    "sequences of 256": Choice({"length": 256}),
 }
 
 
@@ -94,34 +86,31 @@ class Pair:
         self.tokenizer = load_tokenizer(base, otherwise="")
         self.converted, self.plan = converted_parts(open_folder(folder, str(folder)))
         self.windows = "window" in self.plan.treatments
+        asked = {key: getattr(options, key) for key in ("text", "rows", "rate")}
+        self.asked: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
 
     def computing(self) -> Any:
         """As transformers' Trainer computes: below float32 what trains is float32 nevertheless."""
         half = self.placement.dtype != torch.float32
         return torch.autocast("cpu", self.placement.dtype) if half else nullcontext()
 
-    def settings(self, choice: Choice) -> HealSettings:
-        told = {**choice.settings, "tokens": 10**9}
-        if told.get("text") == "words":
-            told["text"] = str(self.options.words)
-        return HealSettings(**told).resolved("builtin", self.windows, None)
+    def label(self, name: str) -> str:
+        """Of a choice, with the options that are not the product's defaults."""
+        return ", ".join([name, *(f"{key} {value}" for key, value in self.asked.items())])
 
-    def text(self, teacher: Any, settings: HealSettings, both: bool) -> HealingText:
-        length, written, count = settings.length, None, embedded_tokens(teacher)
-        if settings.text == "written":
+    def settings(self, choice: Choice) -> HealSettings:
+        return HealSettings(**self.asked, **choice.settings, tokens=10**9).resolved("builtin", self.windows, None)
+
+    def text(self, teacher: Any, settings: HealSettings) -> HealingText:
+        length, written = settings.length, None
+        if settings.text in ("written", BOTH):
             file: Path = self.options.written
             if not file.exists():
                 begun = time.process_time()
                 torch.save(written_by(teacher, self.tokenizer, WRITTEN // length, length), file)
                 print(f"written: {time.process_time() - begun:.0f} s", file=sys.stderr)
             written = torch.load(file).reshape(-1, length)
-        found = healing_text(self.tokenizer, count, settings, written)
-        if not both:
-            return found
-        other = healing_text(self.tokenizer, count, settings.model_copy(update={"text": "builtin"}))
-        rows = other.rows[: len(found.rows)]
-        mixed = torch.stack([found.rows[: len(rows)], rows], 1).flatten(0, 1)
-        return HealingText("both", mixed, found.held_out, found.vocabulary, found.start)
+        return healing_text(self.tokenizer, embedded_tokens(teacher), settings, written)
 
 
 class Timed:
@@ -145,7 +134,7 @@ class Timed:
 def train(pair: Pair, choice: Choice, teacher: Any, student: Any, seconds: float) -> dict[str, Any]:
     """Tokens, parameters, the loss at the end, and by how much the divergence on each kind of held-out text rose."""
     settings = pair.settings(choice)
-    text = pair.text(teacher, settings, choice.both)
+    text = pair.text(teacher, settings)
     few = text.rows[:1, :64]
     distilled = Distilled(student, head_of(student, teacher, few), False)
     names = [
@@ -269,16 +258,18 @@ def main() -> None:
     parser.add_argument("base", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=120)
-    parser.add_argument("--only", help=f"of {', '.join(CHOICES)}")
+    parser.add_argument("--only", help=f"of {'; '.join(CHOICES)}")
     parser.add_argument("--sequences", type=int, default=6, help="of each domain")
     parser.add_argument("--probes", type=int, default=4, help="of each distance")
     parser.add_argument("--length", type=int, default=512, help="of the texts that measure")
     parser.add_argument("--dtype", default="auto", help="of the computation")
     parser.add_argument("--written", type=Path, default=Path("written.pt"), help="where text by the base is kept")
-    parser.add_argument("--words", type=Path, help="the text file of the choice `words`")
+    parser.add_argument("--text", help="as `sa-convert heal` takes it; its default otherwise")
+    parser.add_argument("--rows", type=int, help="of a step, the same")
+    parser.add_argument("--rate", type=float, help="the same")
     parser.add_argument("--results", type=Path, default=HERE / "healing_choices.json")
     options = parser.parse_args()
-    wanted = options.only.split(";") if options.only else [name for name in CHOICES if name != "words"]
+    wanted = options.only.split(";") if options.only else list(CHOICES)
     pair = Pair(options.base, options.folder, options)
     results = json.loads(options.results.read_text()) if options.results.exists() else {}
     mine = results.setdefault(options.folder.name, {})
@@ -298,9 +289,9 @@ def main() -> None:
                 with pair.computing():
                     after = measured(made.model.eval(), texts, probes)
                 row |= {kind: [round(value, 4) for value in told] for kind, told in rises(before, after).items()}
-            mine[name] = row
+            mine[pair.label(name) if choice else name] = row
             options.results.write_text(json.dumps(results, indent=1) + "\n")
-            print(name, row, flush=True)
+            print(pair.label(name), row, flush=True)
     print(table(mine, options))
 
 

@@ -32,16 +32,16 @@ from sa_convert.commands.options import (
 )
 @click.option(
     "--train",
-    type=click.Choice(["outputs", "layers", "lora"]),
-    help="outputs: values and outputs of changed layers, and what treatments added. layers: all of these layers. lora: "
-    "low-rank additions to them, merged in the end.  [default: outputs]",
+    type=click.Choice(["outputs", "layers", "model", "lora"]),
+    help="outputs: values and outputs of changed layers, and what treatments added. layers: all of these layers. "
+    "lora: low-rank additions to them, merged in the end. model: all layers.  [default: outputs]",
 )
 @click.option("--length", metavar="N", help="Tokens of a sequence. Default: 512, or 2048 if there are windows.")
-@click.option("--rows", metavar="N", help="Sequences of one step, on all processes together.  [default: 4]")
+@click.option("--rows", metavar="N", help="Sequences of one step, on all processes together.  [default: 1]")
 @click.option(
     "--rate",
     metavar="R",
-    help="Peak learning rate. Default: 5e-4; 1e-4 if there are windows, or for --train layers; 1e-3 for lora.",
+    help="Peak learning rate. Default: 5e-4; 1e-4 if there are windows, or for layers and model; 1e-3 for lora.",
 )
 @click.option("--rank", metavar="N", help="Of the additions of --train lora.  [default: 16]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of rows and their order.")

@@ -48,3 +48,8 @@ class StockForm:
         told = {"engine": self.engine, **kind, "architecture": self.architecture}
         plan = {} if self.has_code else {"layers": dict(self.layers)}
         return told | ({"options": self.options} if self.options else {}) | plan
+
+
+def without_code(stock: StockForm | None) -> StockForm | None:
+    """The form of a model whose folder carries no code. None: it does, as all that are written for transformers."""
+    return None if stock is None or stock.has_code else stock

@@ -99,7 +99,9 @@ def heal(task: HealingTask) -> Healed:
         models.enter_context(fast_products())
         teacher = models.enter_context(load_base(base.folder, placement, base.trusted)).model.requires_grad_(False)
         student = models.enter_context(load_converted(converted.folder, placement, None)).model
-        text = healing_text(tokenizer, embedded_tokens(student), settings, _written(teacher, tokenizer, settings))
+        text = healing_text(
+            tokenizer, embedded_tokens(student), settings, _written(teacher, tokenizer, settings, state)
+        )
         few = next(iter(text.held_out.text.values()))[:1, :FEW].to(device)
         head = head_of(student, teacher, few)
         kept = _kept_file(task, text, teacher, head is None)
@@ -156,7 +158,7 @@ def _placement(folder: Path, run: RunOptions) -> Placement:
     return placement
 
 
-def _written(teacher: Any, tokenizer: Any, settings: HealSettings) -> torch.Tensor | None:
+def _written(teacher: Any, tokenizer: Any, settings: HealSettings, state: HealingState) -> torch.Tensor | None:
     """Rows that the base writes, if its own text is asked for: in the first process, since rounding of another device
     makes other text."""
     if settings.text not in ("written", BOTH):
@@ -164,7 +166,8 @@ def _written(teacher: Any, tokenizer: Any, settings: HealSettings) -> torch.Tens
     assert settings.length is not None
     budget = settings.tokens or WRITTEN_TOKENS
     rows = max(2, max(min(WRITTEN_TOKENS, budget), budget // WRITTEN_PART) // settings.length)
-    return from_first(partial(written_by, teacher, tokenizer, rows, settings.length, settings.seed))
+    write = partial(written_by, teacher, tokenizer, rows, settings.length, settings.seed)
+    return from_first(partial(state.written, write))
 
 
 def _kept_file(task: HealingTask, text: HealingText, teacher: Any, whole: bool) -> Path | None:

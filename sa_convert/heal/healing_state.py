@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from sa_convert.domain.checkpoint import Checkpoint
 from sa_convert.domain.healed import Judgement
 from sa_convert.errors import OutputError
 
-FILE, BEST = "healing.json", "best.safetensors"
+FILE, BEST, WRITTEN = "healing.json", "best.safetensors", "written.safetensors"
 _HEAD = 1 << 20
 
 
@@ -34,7 +34,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 class HealingState:
     """folder: made if need be. begun: settings and models, which a run that goes on has to share.
 
-    curve: judgements, with the step of each. seconds: that were spent.
+    curve: judgements, with the step of each. seconds: that were spent. resumed: whether it goes on with an earlier run.
     """
 
     folder: Path
@@ -43,6 +43,7 @@ class HealingState:
     base: Judgement | None = None
     best: int | None = None
     seconds: float = 0.0
+    resumed: bool = False
 
     @classmethod
     def open(cls, folder: Path, begun: Mapping[str, Any], resume: bool) -> "HealingState":
@@ -68,7 +69,7 @@ class HealingState:
                 )
             curve = [(item["step"], Judgement.from_json(item)) for item in content["curve"]]
             base = content["base"] and Judgement.from_json(content["base"])
-            return cls(folder, begun, curve, base, content["best"], content["seconds"])
+            return cls(folder, begun, curve, base, content["best"], content["seconds"], True)
         except (ValueError, LookupError, TypeError) as error:
             raise OutputError(f"{file}: is damaged: remove the folder to begin anew.") from error
 
@@ -96,6 +97,19 @@ class HealingState:
         from safetensors.torch import load_file
 
         return load_file(self.folder / BEST)
+
+    def written(self, write: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Rows of text that `write` makes, which takes minutes: those of the run that goes on, if they are there."""
+        from safetensors.torch import load_file, save_file
+
+        file = self.folder / WRITTEN
+        if self.resumed and file.exists():
+            return load_file(file)["rows"]
+        rows = write()
+        part = self.folder / f"{WRITTEN}.part"
+        save_file({"rows": rows.contiguous()}, part)
+        part.replace(file)
+        return rows
 
     def save(self, seconds: float) -> None:
         self.seconds = seconds

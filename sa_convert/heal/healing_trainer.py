@@ -35,8 +35,8 @@ def arguments(
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if settings.rows % (processes * accumulate):
         raise SaConvertError(
-            f"{settings.rows} rows cannot be spread over {processes} processes in {accumulate} parts each: give other "
-            "--rows."
+            f"{settings.rows} rows cannot be spread over {processes} processes in {accumulate} parts each: give "
+            f"--rows {processes * accumulate}, or a multiple of that."
         )
     told: dict[str, Any] = {half: True} if half else {}
     made = TrainingArguments(
@@ -57,7 +57,7 @@ def arguments(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
-        ddp_find_unused_parameters=settings.train == "layers",
+        ddp_find_unused_parameters=settings.train in ("layers", "model"),
         **told,
     )
     made._n_gpu = min(1, made.n_gpu)  # one process trains on one device; several are accelerate's

@@ -1,6 +1,6 @@
 """Which tensors of a converted model train, and which parameters of the running model they are."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,8 @@ def trained_tensors(converted: Model, base: Checkpoint, plan: Plan, settings: He
     """Names, in the converted files, of the tensors that train, in the order of the files.
 
     "outputs": values and outputs of changed layers, queries and keys of heads that lend, and what a treatment added;
-    "layers" and "lora": all tensors of changed layers. Raises CheckpointError if there are none, or one is quantised.
+    "layers" and "lora": all tensors of changed layers; "model": of all layers. Raises CheckpointError if there are
+    none, or one is quantised.
     """
     checkpoint, family = converted.checkpoint, converted.family
     whole = tuple(f"{_layer_prefix(converted, layer)}." for layer in plan.layers)
@@ -43,7 +44,7 @@ def trained_tensors(converted: Model, base: Checkpoint, plan: Plan, settings: He
         )
         starts += tuple(f"{output_name(converted, layer).removesuffix('weight')}" for layer in plan.layers)
     else:
-        starts = whole
+        starts = whole if settings.train != "model" else tuple(_layers(converted))
     names = [
         name
         for name in checkpoint.tensors
@@ -60,6 +61,11 @@ def trained_tensors(converted: Model, base: Checkpoint, plan: Plan, settings: He
                 "heal the unquantised model."
             )
     return tuple(names)
+
+
+def _layers(model: Model) -> Iterator[str]:
+    """How the names of each layer's tensors begin."""
+    return (f"{_layer_prefix(model, layer)}." for layer in range(len(model.geometry.layers)))
 
 
 def _layer_prefix(model: Model, layer: int) -> str:

@@ -12,6 +12,7 @@ from sa_convert.domain.change import Change
 from sa_convert.domain.model import Model, RunOptions
 from sa_convert.domain.plan import Plan
 from sa_convert.domain.report import BaseModel, Report, Validation
+from sa_convert.domain.stock import without_code
 from sa_convert.jobs.first_stage import first_stages, staged_weights
 from sa_convert.models.auto_class import auto_class_name, prediction_task
 from sa_convert.models.processes import from_first
@@ -186,7 +187,7 @@ def _heal(
     base = conversion.model.checkpoint
     written, folder = from_first(partial(_healing_folders, stage))
     folder_now = open_folder(written)
-    if conversion.stock is None or conversion.stock.has_code:
+    if without_code(conversion.stock) is None:
         converted, found = converted_parts(folder_now)
     else:
         converted, found = stock_parts(folder_now, conversion.plan), conversion.plan

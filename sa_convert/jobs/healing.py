@@ -178,7 +178,7 @@ def _converted(reference: str, options: HealOptions) -> Checkpoint:
         raise CheckpointError(f"{reference}: is not a converted model: convert it first.")
     if not options.trust and (fault := foreign_code(checkpoint)):
         raise CheckpointError(
-            f"{reference}: {fault}, not what this version of sa-convert writes, and healing the model would run it: "
+            f"{reference}: {fault}, and loading the model would run it: "
             "look at the code, then use --trust-remote-code, or convert the model again."
         )
     return checkpoint

@@ -89,7 +89,7 @@ def open_subject(
     checkpoint = complete(trusted, reference, workspace, run.stored_dtype)
     if converted and not run.trust and (fault := foreign_code(checkpoint)):
         raise CheckpointError(
-            f"{reference}: {fault}, not what this version of sa-convert writes, and evaluating the model would run "
+            f"{reference}: {fault}, and loading the model would run "
             "it: look at the code, then use --trust-remote-code, or convert the model again."
         )
     return Subject(

@@ -94,7 +94,7 @@ def foreign_code(checkpoint: Checkpoint) -> str | None:
     audited = audit_code(checkpoint)
     for item in audited:
         if item.written_by is None:
-            return f"its code {item.name} is not that of sa_convert"
+            return f"its code {item.name} is not what this version of sa-convert writes"
     names = {item.name for item in audited}
     for name, config in _configs(checkpoint):
         references = config.get("auto_map")

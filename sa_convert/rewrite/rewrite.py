@@ -7,7 +7,7 @@ from pathlib import Path
 from sa_convert.console.progress import progress_bytes
 from sa_convert.domain.checkpoint import Checkpoint, TensorEdit
 from sa_convert.domain.plan import Plan
-from sa_convert.domain.stock import StockForm
+from sa_convert.domain.stock import StockForm, without_code
 from sa_convert.families.family import Family
 from sa_convert.rewrite.carried import TOKENIZERS, carried_files
 from sa_convert.rewrite.config import classes_in, converted_config
@@ -47,7 +47,7 @@ def rewrite_checkpoint(
     for path in (*checkpoint.side_files, *tokenizer_code(checkpoint)):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkpoint.folder / path, folder / path)
-    plain = None if stock is None or stock.has_code else stock
+    plain = without_code(stock)
     if plain is None or plain.model_type != family.model_type:
         tokenizer = tokenizer_config(checkpoint, family)
         if tokenizer is not None:

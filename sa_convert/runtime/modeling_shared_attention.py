@@ -26,7 +26,7 @@ size. *Own* are heads that compute their attention themselves.
 
 import sys
 from dataclasses import dataclass
-from functools import cache, partial, wraps
+from functools import partial, wraps
 from inspect import signature
 from types import SimpleNamespace
 from typing import Any
@@ -71,8 +71,8 @@ def is_newer():
 
 
 def is_paged(value):
-    """Whether this is the cache of continuous batching, which shares no class with the others."""
-    return not isinstance(value, (torch.Tensor, dict)) and "Paged" in type(value).__name__
+    """Whether this is the cache of continuous batching, which shares no class with the others, or a view of it."""
+    return not isinstance(value, (torch.Tensor, dict)) and "Paged" in type(getattr(value, "whole", value)).__name__
 
 
 # Under torch.export what moves from pass to pass is the cache's own, and windows are masks.
@@ -96,19 +96,25 @@ class Over:
         return getattr(self.__dict__["whole"], name)
 
 
-@cache
+MADE: dict = {}
+"""Classes by the two that they are made of: torch.compile calls those that are there, and none that it sees made."""
+
+
 def in_front(ours, theirs):
     """The class `theirs` with `ours` in front. It is no attribute of a module, so an instance is pickled by what it is
     made of."""
-    members = {"__module__": __name__, "__reduce__": lambda self: (_unmade, (ours, theirs), self.__dict__)}
-    if hasattr(theirs, "forward"):  # who reads the source of a forward (vLLM, for how it scales scores) finds theirs
+    if (ours, theirs) not in MADE:
+        members = {"__module__": __name__, "__reduce__": lambda self: (_unmade, (ours, theirs), self.__dict__)}
+        if hasattr(theirs, "forward"):
+            # Who reads the source of a forward (vLLM, for how it scales scores) finds theirs.
 
-        @wraps(theirs.forward)
-        def forward(self, *args, **kwargs):
-            return ours.forward(self, *args, **kwargs)
+            @wraps(theirs.forward)
+            def forward(self, *args, **kwargs):
+                return ours.forward(self, *args, **kwargs)
 
-        members["forward"] = forward
-    return type(f"Treated{theirs.__name__}", (ours, theirs), members)
+            members["forward"] = forward
+        MADE[ours, theirs] = type(f"Treated{theirs.__name__}", (ours, theirs), members)
+    return MADE[ours, theirs]
 
 
 def _unmade(ours, theirs):
@@ -191,9 +197,11 @@ def _classes(*names):
 
 
 # A class of another name that inherits the way in which these take new tokens is as good as they are.
-GROW = {layer.update for layer in _classes("DynamicLayer", "DynamicSlidingWindowLayer")}
-STATIC = {layer.update for layer in _classes("StaticLayer", "StaticSlidingWindowLayer")}
+KINDS = _classes("DynamicLayer", "DynamicSlidingWindowLayer"), _classes("StaticLayer", "StaticSlidingWindowLayer")
+GROW, STATIC = ({layer.update for layer in kinds} for kinds in KINDS)
 QUANTIZED = _classes("BaseQuantizedLayer", "QuantizedLayer")
+STATES = len(signature(cache_utils.DynamicLayer.lazy_initialization).parameters) - 1
+"""What layers are told before they make slots: keys and, since 5.0, values. A compiled pass reads no signature."""
 
 
 class CacheView(Over):
@@ -209,11 +217,6 @@ class CacheView(Over):
         own keys the first is of no meaning. Raises ValueError if another model filled the cache."""
         if is_paged(self.whole):
             args, kwargs = (), {"kwargs": kwargs.get("kwargs", args[0] if args else {})}
-            if kwargs["kwargs"].get("block_table") is not None:
-                raise NotImplementedError(
-                    "shared_attention: with a block table the kernel writes keys and values itself, and a layer with "
-                    "shared attention has keys elsewhere: choose attn_implementation='sdpa' for continuous batching."
-                )
         keys, values = self.put(key_states if self.own else None, value_states, layer_idx, *args, **kwargs)
         return (values if keys is None else keys), values
 
@@ -308,7 +311,7 @@ def in_groups(layer, slots):
 
 def make_slots(layer, keys, values):
     """Make the slots of a static layer, each with as many heads as it gets."""
-    layer.lazy_initialization(*(keys, values)[: len(signature(layer.lazy_initialization).parameters)])
+    layer.lazy_initialization(*(keys, values)[:STATES])
     layer.values = values.new_zeros(*values.shape[:2], layer.max_cache_len, values.shape[-1])
     if not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(layer.values)
@@ -489,7 +492,9 @@ class TreatedAttention(nn.Module):
         implementation = (self.model_config._attn_implementation or "eager").replace("paged|eager", "eager")
         paged = next((name for name, item in arguments.items() if is_paged(item)), None)
         if paged is not None:  # until 5.23 the attention function writes the cache of continuous batching
-            key, value = self.view(arguments.pop(paged), exchange).update(key, value, self.plan.layer, arguments)
+            held = arguments.pop(paged)  # as this layer sees it, or as it is
+            view = self.view(getattr(held, "whole", held), exchange)
+            key, value = view.update(key, value, self.plan.layer, arguments)
         if exchange is None and self.plan.treatments:
             raise RuntimeError(
                 f"shared_attention: layer {self.plan.layer} lends to other layers, or borrows from them, so it runs "
@@ -733,6 +738,22 @@ class TreatedModel:
                 return super().__call__(*args, **kwargs)
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise RuntimeError(unlike(f"{type(error).__name__}: {error}")) from error
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """As in the base class, which would change to flash attention if it is there. Its kernels write pages by
+        themselves and see no masks. Raises NotImplementedError if it was chosen: here, since a worker dies silently."""
+        attentions = (module for module in self.modules() if isinstance(module, TreatedAttention))
+        fits = all(getattr(module.plan, "whole", None) for module in attentions)
+        if not fits and "flash" in self.config._attn_implementation:
+            raise NotImplementedError(
+                "shared_attention: with flash attention, continuous batching keeps keys where borrowed heads, windows "
+                "and low rank cannot reach them: load this model with attn_implementation='sdpa'."
+            )
+        self._supports_flash_attn = fits and self._supports_flash_attn
+        try:
+            return super().init_continuous_batching(*args, **kwargs)
+        finally:
+            del self._supports_flash_attn
 
     def _get_name(self):
         """By this name, which is also printed, Trainer tells whose labels are to be shifted."""

@@ -18,7 +18,9 @@ from transformers import cache_utils
 
 from .modeling_shared_attention import (
     GROW,
+    KINDS,
     QUANTIZED,
+    STATES,
     STATIC,
     CacheView,
     Call,
@@ -37,9 +39,14 @@ def pick(states, places):
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1) if pieces else states[:, :0]
 
 
-@cache
+@torch.compiler.assume_constant_result
 def runs_of(places):
     """Numbers as runs of consecutive ones: ((first, last + 1), ...)"""
+    return _runs_of(places)
+
+
+@cache
+def _runs_of(places):
     runs = []
     for place in places:
         if runs and runs[-1][1] == place:
@@ -71,11 +78,19 @@ class Cached:
 class PartedLayer(cache_utils.CacheLayerMixin):
     """In front of the class of a layer of a cache, some of whose KV groups treatments cache in a way of their own.
 
-    held: the KV groups that are cached as ever. parts: by treatment, what it keeps of the others. A part has
-    `rows(index or None)`, a copy of itself with these rows of the batch; `crop(removed)`, itself without the last
-    tokens, which raises ValueError if what came before them is gone; `reset()`, in place, of a static one; `batch`; and
-    `nbytes`. A static layer counts tokens itself, since those of transformers 4 do not.
+    held: the KV groups that are cached as ever, as keys: elsewhere torch.compile may take numbers for symbols. parts:
+    by treatment, what it keeps of the others. A part has `rows(index or None)`, a copy of itself with these rows of the
+    batch; `crop(removed)`, itself without the last tokens, which raises ValueError if what came before them is gone;
+    `reset()`, in place, of a static one; `batch`; and `nbytes`. A static layer counts tokens itself, since those of
+    transformers 4 do not.
     """
+
+    def __init__(self, layer, groups):
+        """layer: an empty one, in whose place this comes, with room for so many KV groups."""
+        for name, value in vars(layer).items():
+            setattr(self, name, value)
+        self.every = self.held = dict.fromkeys(range(groups))
+        self.parts, self.count, self.shared_attention = {}, None, True
 
     def __init_subclass__(cls):
         whole = cls.__bases__[1]
@@ -109,8 +124,7 @@ class PartedLayer(cache_utils.CacheLayerMixin):
             else:
                 # Layers that quantise would try it with nothing.
                 whole = cache_utils.DynamicLayer if isinstance(self, QUANTIZED) else type(self)
-                make = whole.lazy_initialization
-                make(self, *(key, value)[: len(signature(make).parameters) - 1])
+                whole.lazy_initialization(self, *(key, value)[:STATES])
                 self.keys, self.values = key[..., :0, :], value[..., :0, :]
         for name in ("cumulative_length", "cumulative_length_int"):
             if hasattr(self, name):
@@ -121,7 +135,7 @@ class PartedLayer(cache_utils.CacheLayerMixin):
 
     def let_go(self, plan, held):
         """Hold only these KV groups from now on. Returns, by KV group, the keys and the values of the others."""
-        before, self.held = self.held, held
+        before, self.held = tuple(self.held), dict.fromkeys(held)
         if not self.is_initialized or getattr(self.keys, "ndim", 0) != 4 or not self.keys.shape[-2]:
             return {}
         own = [group for group in before if group in plan.own_groups]
@@ -186,6 +200,10 @@ class PartedLayer(cache_utils.CacheLayerMixin):
         other.__dict__.update(self.__dict__)
         other._rows(None)
         return other
+
+
+for kind in (*KINDS[0], *KINDS[1]):
+    in_front(PartedLayer, kind)
 
 
 @dataclass(frozen=True)
@@ -317,7 +335,7 @@ class PartsView(CacheView):
         )
         if layer.grows and layer.held == layer.every and seen[1] + tokens <= plan.plain:
             key_states, value_states = self.whole.update(key_states, value_states, layer_idx, *args, **kwargs)
-            cached = Cached(layer, seen[1], *seen[0], layer.held, key_states, value_states, {}, tokens)
+            cached = Cached(layer, seen[1], *seen[0], tuple(layer.held), key_states, value_states, {}, tokens)
         else:
             cached = self._part(layer, *seen, key_states, value_states, layer_idx, args, kwargs)
         exchange.notes["cached", plan.place] = cached
@@ -326,9 +344,9 @@ class PartsView(CacheView):
     def _part(self, layer, sizes, start, key, value, number, args, kwargs):
         """Cache what treatments do not cache themselves."""
         plan, tokens = self.plan, value.shape[-2]
-        held, taken, keys, values = layer.held, {}, None, None
-        held = held if held == plan.least else plan.held_after(held, *layer.reach(start, tokens))
-        if held != layer.held:
+        before, taken, keys, values = tuple(layer.held), {}, None, None
+        held = before if before == plan.least else plan.held_after(before, *layer.reach(start, tokens))
+        if held != before:
             if getattr(self.whole, "offloading", False) and layer.is_initialized:  # what it has may be on its way back
                 torch.cuda.default_stream(value.device).wait_stream(self.whole.prefetch_stream)
                 layer.prefetch()
@@ -367,10 +385,8 @@ class PartsView(CacheView):
             )
         if int(layer.get_seq_length()) > 0:
             raise self.foreign(number)
-        layer.__class__ = in_front(PartedLayer, kind)
-        layer.every = layer.held = tuple(range(plan.heads // plan.group))
-        layer.parts, layer.count, layer.shared_attention = {}, None, True
-        return layer
+        layers[number] = in_front(PartedLayer, kind)(layer, plan.heads // plan.group)
+        return layers[number]
 
 
 class PartedAttention:

@@ -1,4 +1,7 @@
-"""`transformers serve`, in the environment of `make test-engines`, which has what it needs: FastAPI and uvicorn."""
+"""`transformers serve`, in both environments of `make test-engines`, which have what it needs: FastAPI and uvicorn.
+
+That of vLLM has an earlier release of transformers, whose attention functions write the pages of continuous batching.
+"""
 
 import json
 import os
@@ -56,14 +59,14 @@ class Refused(Exception):
 class Server:
     """`transformers serve`, by its own program or by one that sets names before."""
 
-    def __init__(self, program, *options):
+    def __init__(self, program, *options, environment="SA_CONVERT_ENGINES"):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         options = ["serve", "--device", "cpu", "--dtype", "float32", "--port", self.port, *options]
         kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         self.process = subprocess.Popen(
-            [os.environ["SA_CONVERT_ENGINES"], "-c", program, *map(str, options)],
+            [os.environ[environment], "-c", program, *map(str, options)],
             env={**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -113,9 +116,10 @@ def test_a_folder_without_code_is_served(root):
         assert server.complete(folder) == expected(folder)
 
 
-def test_a_folder_with_code_is_served_once_its_class_has_a_name_in_transformers(root):
+@pytest.mark.parametrize("environment", ["SA_CONVERT_ENGINES", "SA_CONVERT_EXPORTS"])
+def test_a_folder_with_code_is_served_once_its_class_has_a_name_in_transformers(root, environment):
     folder = convert_tiny(root, "llama", "window", WINDOWS)
-    with Server(STARTER, "--trust-remote-code") as server:
+    with Server(STARTER, "--trust-remote-code", environment=environment) as server:
         assert server.complete(folder) == expected(folder)
 
 
@@ -128,6 +132,50 @@ def test_continuous_batching_serves_a_base_and_a_folder_without_code(root, name)
     folder = convert_tiny(root, "qwen3", "stock", STOCK, engine="vllm").with_name(f"qwen3-{name}")
     with Server(PLAIN, *CONTINUOUS) as server:
         assert server.complete(folder) == expected(folder)
+
+
+PLANS = {
+    "span": {layer: {group: {"share": [[2, 2 * group], [2, 2 * group + 1]]} for group in range(4)} for layer in (3, 4)},
+    "heads": {3: {0: {"share": [[2, 2], None]}, 1: {"share": [[2, 2], [1, 3]]}}},
+    "window": WINDOWS,
+    "low_rank": {2: {group: {"low_rank": {"keys": 16, "values": 16}} for group in range(4)}},
+    "drop": {3: "drop"},
+    "linear": {3: "linear"},
+}
+
+
+@pytest.mark.parametrize("environment", ["SA_CONVERT_ENGINES", "SA_CONVERT_EXPORTS"])
+def test_continuous_batching_serves_every_treatment(root, environment):
+    folders = {name: convert_tiny(root, "llama", name, plan) for name, plan in PLANS.items()}
+    with Server(STARTER, "--trust-remote-code", *CONTINUOUS, environment=environment) as server:
+        found = {name: server.complete(folder) for name, folder in folders.items()}
+    assert found == {name: expected(folder) for name, folder in folders.items()}
+
+
+FLASH = """
+import transformers
+from transformers.cli.transformers import main
+
+class Flash:
+    @staticmethod
+    def from_pretrained(*args, **kwargs):
+        model = transformers.AutoModelForCausalLM.from_pretrained(*args, **kwargs)
+        model.config._attn_implementation_internal = "flash_attention_2"
+        return model
+
+transformers.SharedAttentionLlamaForCausalLM = Flash
+main()
+"""
+"""As if flash attention were installed, and chosen."""
+
+
+@pytest.mark.parametrize("environment", ["SA_CONVERT_ENGINES", "SA_CONVERT_EXPORTS"])
+def test_the_log_says_what_to_do_if_pages_cannot_be_written(root, environment):
+    folder = convert_tiny(root, "llama", "span", PLANS["span"])
+    server = Server(FLASH, "--trust-remote-code", *CONTINUOUS, environment=environment)
+    with server, pytest.raises(Refused):
+        server.complete(folder)
+    assert "load this model with attn_implementation='sdpa'" in server.log
 
 
 def test_by_itself_transformers_refuses_a_folder_with_code(root):

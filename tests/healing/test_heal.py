@@ -121,10 +121,11 @@ def test_low_rank_additions_are_merged(damaged, tmp_path):
     load_converted(tmp_path / "out")
 
 
-def test_layers_train_whole(damaged, tmp_path):
-    options = ("--tokens", "4k", "--length", "64", "--train", "layers", "--no-validate")
+@pytest.mark.parametrize(("what", "where"), [("layers", "model.layers.3."), ("model", "model.layers.")])
+def test_layers_train_whole(damaged, tmp_path, what, where):
+    options = ("--tokens", "4k", "--length", "64", "--train", what, "--no-validate")
     done = run_cli("heal", damaged.folder, "--against", damaged.base, "-o", tmp_path / "out", *options)
     assert done.returncode == 0, done.stderr
     before, after = all_tensors(damaged.folder), all_tensors(tmp_path / "out")
     changed = {name for name in before if not before[name].equal(after[name])}
-    assert changed == {name for name in before if name.startswith("model.layers.3.")}
+    assert changed == {name for name in before if name.startswith(where)}

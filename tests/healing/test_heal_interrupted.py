@@ -4,7 +4,9 @@ import signal
 import time
 
 import pytest
+import torch
 
+from sa_convert.heal.healing_state import HealingState
 from support.healing_models import QUICK, all_tensors, damaged_conversion, heal_process
 from support.processes import run_cli
 
@@ -85,6 +87,22 @@ def test_the_gate_may_be_widened_without_training_again(damaged, tmp_path):
     done = run_cli("heal", *arguments, "--max-perplexity-increase", "90%", "--resume")
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_text_that_the_base_wrote_is_not_written_again(tmp_path):
+    state, asked = HealingState.open(tmp_path / "state", {"settings": 1}, False), []
+
+    def write(first):
+        asked.append(first)
+        return torch.arange(first, first + 6).reshape(2, 3)
+
+    assert state.written(lambda: write(1)).equal(write(1))
+    state.save(0.0)
+    again = HealingState.open(tmp_path / "state", {"settings": 1}, True)
+    assert again.written(lambda: write(7)).equal(write(1))
+    assert 7 not in asked
+    # A run that begins anew may have other settings.
+    assert HealingState.open(tmp_path / "state", {"settings": 2}, False).written(lambda: write(7)).equal(write(7))
 
 
 def test_nothing_to_go_on_with(damaged, tmp_path):

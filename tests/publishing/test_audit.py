@@ -43,13 +43,13 @@ def test_a_folder_as_it_was_written(folder):
 def change(folder):
     file = folder / "shared_attention_share.py"
     file.write_text(file.read_text() + "\n")
-    return r"out: its code shared_attention_share\.py is not that of sa_convert"
+    return r"out: its code shared_attention_share\.py is not what this version of sa-convert writes"
 
 
 def add(folder):
     (folder / "custom_generate").mkdir()
     (folder / "custom_generate" / "generate.py").write_text("")
-    return r"out: its code custom_generate/generate\.py is not that of sa_convert"
+    return r"out: its code custom_generate/generate\.py is not what this version of sa-convert writes"
 
 
 def remove(folder):
@@ -71,7 +71,7 @@ def another_family(folder):
     """Code is of a family: the lines that name classes differ."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "shared_attention_qwen2"}))
-    return r"out: its code configuration_shared_attention\.py is not that of sa_convert"
+    return r"out: its code configuration_shared_attention\.py is not what this version of sa-convert writes"
 
 
 @pytest.mark.parametrize("harm", [change, add, remove, name_other_code, another_family])

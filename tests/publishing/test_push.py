@@ -452,4 +452,7 @@ def test_what_was_pushed_can_be_audited_without_its_weights(folders, hub, tmp_pa
     hub.add_revision(REPO, {**files, "modeling_shared_attention.py": files["modeling_shared_attention.py"] + b"\n"})
     result = run_on(hub, tmp_path / "elsewhere", "audit", REPO, token=READ_TOKEN)
     assert result.returncode == 1
-    assert f"Error: {REPO}: its code modeling_shared_attention.py is not that of sa_convert" in result.stderr
+    assert (
+        f"Error: {REPO}: its code modeling_shared_attention.py is not what this version of sa-convert writes"
+        in result.stderr
+    )

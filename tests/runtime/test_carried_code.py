@@ -18,8 +18,8 @@ from support.processes import ROOT
 OWN = ["llama", "cohere", "gpt_oss", "mixtral", "lfm2", "gemma3", "olmo2"]
 SPECIAL = ["gpt2", "qwen3_next", "stablelm", "bert", "falcon", "bloom", "gptj", "bart", "t5"]
 LIMITS = {
-    **{"share": (3, 821), "window": (4, 1450), "low_rank": (3, 880), "linear": (4, 671), "drop": (4, 669)},
-    **{"window share": (5, 1700), "window low_rank share linear drop": (9, 2122)},
+    **{"share": (3, 831), "window": (4, 1460), "low_rank": (3, 890), "linear": (4, 681), "drop": (4, 679)},
+    **{"window share": (5, 1710), "window low_rank share linear drop": (9, 2132)},
 }
 """Files of families that run their own forward, and lines of code (no blank lines, comments, docstrings)."""
 

@@ -148,7 +148,9 @@ def test_the_tokenizer_code_is_ours_for_evaluate_and_push(tmp_path, large):
     out = converted(base_folder(tmp_path / "base", large, "mistral", None), tmp_path / "ours")
     assert foreign_code(open_folder(out)) is None
     (out / "tokenization_mistral.py").write_text("print('other')")
-    assert "tokenization_mistral.py is not that of sa_convert" in str(foreign_code(open_folder(out)))
+    assert "tokenization_mistral.py is not what this version of sa-convert writes" in str(
+        foreign_code(open_folder(out))
+    )
     edit_json(out / "config.json", auto_map={"AutoConfig": "tokenization_mistral.TekkenTokenizer"})
     assert foreign_code(open_folder(out)) is not None
 

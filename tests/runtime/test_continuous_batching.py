@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from sa_convert.runtime.modeling_shared_attention import CacheView
 from support.converted_folder import convert_tiny
 
 PROMPTS = [[3, 9, 27, 81, 16, 48, 17], [5, 25, 125], [7, 49, 87, 96, 33, 101, 64, 90, 11, 77, 20, 31]]
@@ -43,13 +42,3 @@ def test_generates_the_tokens_of_generate(tmp_path, family, kind, kernel):
     assert [output.error for output in outputs] == [None] * len(PROMPTS)
     found = {tuple(output.prompt_ids): list(output.generated_tokens) for output in outputs}
     assert [found[tuple(prompt)] for prompt in PROMPTS] == wanted
-
-
-class PagedAttentionCache:
-    """Known by its name alone, as that of transformers is."""
-
-
-def test_pages_that_a_kernel_writes_are_refused():
-    states = torch.zeros(1, 2, 3, 4)
-    with pytest.raises(NotImplementedError, match="choose attn_implementation='sdpa' for continuous batching"):
-        CacheView(PagedAttentionCache(), 0).update(None, states, 0, {"block_table": torch.zeros(1, 1)})

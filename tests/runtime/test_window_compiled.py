@@ -1,4 +1,4 @@
-"""Windowed models under torch.compile, with caches that grow."""
+"""Windowed models under torch.compile, with caches that grow and static ones."""
 
 import pytest
 import torch
@@ -9,22 +9,33 @@ from support.tiny_models import with_cache
 from support.windowed_models import EVERY, MIXED, Pair
 
 LENGTH = 14
-PLANS = {"mixed": {layer: MIXED[layer] for layer in (0, 2)}, "every": {layer: EVERY[layer] for layer in range(3)}}
+PLANS = {"mixed": {0: MIXED[0], 1: MIXED[2]}, "every": {layer: EVERY[layer] for layer in range(2)}}
 
 
 def made(plan):
-    return Pair("llama", PLANS[plan], num_hidden_layers=3)
+    return Pair("llama", PLANS[plan], num_hidden_layers=2)
 
 
+@pytest.mark.parametrize("dynamic", [None, True], ids=["found out", "dynamic"])
+@pytest.mark.parametrize("prompt", [5, 9], ids=["short", "long"])
 @torch.no_grad()
-def test_a_growing_cache():
-    """A prompt, then token by token. It breaks into graphs, some of which torch gives up on: static caches have one."""
-    pair, ids = made("mixed"), some_ids(LENGTH)
+def test_a_growing_cache(prompt, dynamic):
+    """A prompt into a new cache, then token by token: one graph each. After a short prompt windows are outgrown one by
+    one; with sizes that are symbols no graph is for one length alone."""
+    pair, ids, graphs = made("mixed"), some_ids(LENGTH), []
+
+    def counted(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
     torch._dynamo.reset()
-    step, cache, found = torch.compile(pair.model.forward, backend="eager"), DynamicCache(config=pair.model.config), []
-    for start, stop in ((0, 6), *((at, at + 1) for at in range(6, LENGTH))):
-        found.append(step(ids[:, start:stop], **with_cache(pair.model, cache)).logits)
+    run = torch.compile(pair.model.forward, backend=counted, fullgraph=True, dynamic=dynamic)
+    cache, found = DynamicCache(config=pair.model.config), []
+    for start, stop in ((0, prompt), *((at, at + 1) for at in range(prompt, LENGTH))):
+        found.append(run(ids[:, start:stop], **with_cache(pair.model, cache)).logits)
     torch.testing.assert_close(torch.cat(found, dim=1), pair.expected(ids), atol=1e-4, rtol=1e-4)
+    if prompt > 7:  # all windows are outgrown
+        assert len(graphs) <= 3
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
@@ -44,14 +55,42 @@ def test_a_step_with_a_growing_cache_is_one_graph(mode):
 
 
 @torch.no_grad()
-def test_a_prompt_into_a_static_cache():
-    """It breaks into graphs, for none can give a layer of the cache another class; the numbers are right."""
-    pair, ids = made("mixed"), some_ids(12)
+def test_a_long_text_needs_no_more_graphs():
+    """Not even as the first tokens leave for good, one window after the other: 6 and 4 tokens, and 32 for crops."""
+    pair, ids, graphs = made("mixed"), some_ids(42), []
+
+    def counted(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
     torch._dynamo.reset()
-    run, cache = torch.compile(pair.model, backend="eager"), StaticCache(pair.model.config, 16)
+    step = torch.compile(pair.model.forward, backend=counted, fullgraph=True)
+    cache = DynamicCache(config=pair.model.config)
+    found = [pair.model(ids[:, :33], **with_cache(pair.model, cache)).logits]
+    found += [step(ids[:, at : at + 1], **with_cache(pair.model, cache)).logits for at in range(33, 42)]
+    torch.testing.assert_close(torch.cat(found, dim=1), pair.expected(ids), atol=1e-4, rtol=1e-4)
+    assert len(graphs) == 2  # of one length, and of any
+    cache.crop(-32)
+    with pytest.raises(ValueError, match="tokens cannot be taken back"):
+        cache.crop(-1)
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["found out", "dynamic"])
+@torch.no_grad()
+def test_a_prompt_into_a_static_cache(dynamic):
+    pair, ids, graphs = made("mixed"), some_ids(12), []
+
+    def counted(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    run = torch.compile(pair.model, backend=counted, fullgraph=True, dynamic=dynamic)
+    cache = StaticCache(pair.model.config, 16)
     found = [run(ids[:, :9], **with_cache(pair.model, cache)).logits]
     found += [run(ids[:, at : at + 1], **with_cache(pair.model, cache)).logits for at in range(9, 12)]
     torch.testing.assert_close(torch.cat(found, dim=1), pair.expected(ids), atol=1e-4, rtol=1e-4)
+    assert len(graphs) == 2
 
 
 def test_generate_compiles_each_step_as_one_graph():

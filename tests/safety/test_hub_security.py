@@ -105,7 +105,7 @@ def test_trusted_code_is_named_pinned_and_of_this_revision(hub, run, base, recip
     # The tokenizer works in the new folder, whose code is then not only ours.
     assert all((tmp_path / "out" / name).exists() for name in code)
     marker.unlink()
-    refused(run("evaluate", "out", *SMALL), 1, "its code helper_own.py is not that of sa_convert")
+    refused(run("evaluate", "out", *SMALL), 1, "its code helper_own.py is not what this version of sa-convert writes")
     assert not marker.exists()
     assert run("evaluate", "out", *SMALL, "--trust-remote-code").returncode == 0
     assert marker.exists()

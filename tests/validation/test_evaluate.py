@@ -161,7 +161,11 @@ def test_changed_code_runs_only_where_it_is_trusted(copied, tmp_path):
     ran = tmp_path / "ran"
     code.write_text(code.read_text() + f"\nopen({str(ran)!r}, 'w')\n")
     result = run_cli("evaluate", copied, *SMALL)
-    refused(result, 1, r"its code shared_attention_share\.py is not that of sa_convert.*--trust-remote-code")
+    refused(
+        result,
+        1,
+        r"its code shared_attention_share\.py is not what this version .*--trust-remote-code",
+    )
     assert not ran.exists()
     trusting = run_cli("evaluate", copied, *SMALL, "--trust-remote-code")
     assert trusting.returncode == 0, trusting.stderr

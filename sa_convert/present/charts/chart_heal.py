@@ -29,6 +29,8 @@ def heal_chart(report: HealReport) -> "Figure":
 
 
 def _lines(axes: "Axes", report: HealReport, losses: dict[str, list[float]], base: Mapping[str, float]) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
     tokens = [judged.tokens for judged in report.curve]
     rises = {name: [loss - base[name] for loss in row] for name, row in losses.items()}
     for number, (name, row) in enumerate(rises.items()):
@@ -41,6 +43,8 @@ def _lines(axes: "Axes", report: HealReport, losses: dict[str, list[float]], bas
         axes.plot(tokens[report.kept], mean[report.kept], "s", color=ORANGE, markersize=8, label="kept")
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xlabel("tokens trained on")
-    axes.margins(x=0.12)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.margins(x=0.2)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, frameon=False)

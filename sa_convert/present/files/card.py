@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sa_convert.domain.report import TASK_NAMES, Report
+from sa_convert.domain.stock import without_code
 from sa_convert.families.table import FAMILIES
 from sa_convert.present.charts import plan_figure as figure
 from sa_convert.present.charts.chart_heal import FILE as HEAL_FIGURE
@@ -80,7 +81,7 @@ def _sections(report: Report, name: str, recipe: str, remark: str | None, drawn:
 def _loading(report: Report) -> Iterator[str]:
     reader = "processor" if report.auto_class == "AutoModelForImageTextToText" else "tokenizer"
     auto_reader = f"Auto{reader.capitalize()}"
-    plain = None if report.stock is None or report.stock.has_code else report.stock
+    plain = without_code(report.stock)
     trust = "" if plain else ", trust_remote_code=True"
     yield (
         f"```python\nfrom transformers import {report.auto_class}, {auto_reader}\n\n"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sa_convert.domain.report import TASK_NAMES, PerplexityReport, Report
+from sa_convert.domain.stock import without_code
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -92,7 +93,7 @@ def _runs(report: Report) -> Iterator[str]:
     """What it runs in."""
     if report.stock is not None:
         yield report.stock.engine
-    if report.stock is None or report.stock.has_code:
+    if without_code(report.stock) is None:
         yield "custom_code"
 
 

@@ -71,9 +71,7 @@ def _check_model(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], Path]:
     if missing := missing_code(checkpoint):
         fault = f"its code {missing[0]} is missing"
     if fault is not None:
-        raise CheckpointError(
-            f"{folder}: {fault}, not what this version of sa-convert writes; convert the model again."
-        )
+        raise CheckpointError(f"{folder}: {fault}; convert the model again.")
     sections = {key: value for treated in treated_by(plan, model) for key, value in treated.section.items()}
     return sections, figure.file_for(plan.treatments)
 

@@ -371,7 +371,7 @@ def places_in(sinks, window, margin, total, device):
 class Kept:
     """Keys and values (B, n, slots, D) of one window in a cache, as in the drawing at the top. places: (B, slots), the
     place of the token in each slot, -1: none that is real; or None if all were real, and slots follow from the length.
-    length: tokens so far; in a static cache a tensor. lost: older tokens than this place are gone, but for sinks.
+    length: tokens so far; in a static cache a tensor. lost: what `gone` was when slots were last laid anew.
     settled: whether every row has all of its sinks."""
 
     sinks: int
@@ -383,6 +383,12 @@ class Kept:
     length: Any
     lost: int
     settled: bool
+
+    @property
+    def gone(self):
+        """Older tokens than this place are gone, but for sinks. It follows from the length, for a number that began to
+        change after many steps would make torch.compile begin anew."""
+        return max(self.lost, self.length - self.window - self.margin)
 
     def changed(self, change):
         """With another batch."""
@@ -428,7 +434,7 @@ class Kept:
         if static:
             one.length.add_(1)
         else:
-            one.length, one.lost = place + 1, max(one.lost, place + 1 - one.window - one.margin)
+            one.length = place + 1
         return one
 
     def _step_of_rows(self, key, value, real):
@@ -469,7 +475,7 @@ class Kept:
     def cropped(self, removed):
         """Without the last tokens. Raises ValueError if the window before them is not kept."""
         left, first, static = int(self.length) - removed, self.sinks, isinstance(self.length, torch.Tensor)
-        lost = max(first, int(self.length) - self.window) if static else self.lost
+        lost = max(first, int(self.length) - self.window) if static else self.gone
         if max(first, left - self.window) < lost:
             raise ValueError(
                 f"shared_attention: {removed} of {int(self.length)} tokens cannot be taken back: before "
@@ -484,7 +490,7 @@ class Kept:
         index = torch.cat([torch.arange(first, device=index.device), index.clamp(max=self.keys.shape[2] - 1)])
         index = torch.cat([index, torch.arange(first + self.window, self.keys.shape[2], device=index.device)])
         one = self.changed(lambda states: states)
-        one.keys, one.values, one.length = self.keys[:, :, index], self.values[:, :, index], left
+        one.keys, one.values, one.length, one.lost = self.keys[:, :, index], self.values[:, :, index], left, lost
         if static:
             one.length = torch.as_tensor(left, device=index.device)
         if self.places is not None:
@@ -713,7 +719,7 @@ class WindowPass:
             places = torch.where(wanted < self.sinks, -1, places[:, index])
             places = torch.cat([sinks[2], places], dim=1)
             settled = not torch.compiler.is_compiling() and bool((sinks[2] >= 0).all())
-        lost = max(first if old is None else old.lost, 0 if self.static else total - self.window - margin)
+        lost = first if old is None else 0 if self.static else old.gone
         kept = Kept(self.sinks, self.window, margin, *held, places, total, lost, settled)
         return kept.fixed(old) if self.static else kept
 
