@@ -29,7 +29,11 @@ class Merge:
         return tuple(range(self.heads[layer]))
 
     def unserved(self):
-        return "this engine has as many KV groups in every layer" if self.groups else None
+        return (
+            "this engine knows of fewer KV groups in some layers only by what `for: vllm` writes"
+            if self.groups
+            else None
+        )
 
     def enter(self, attention):
         """Take from a module the keys and values that it has too many of."""
