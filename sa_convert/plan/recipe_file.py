@@ -95,9 +95,11 @@ def _check_treatments(recipe: "Recipe") -> None:
             continue
         for group, told in plan.items():
             if isinstance(group, str):  # a treatment of the whole layer
-                treatment = _treatment(group, recipe.origin.at("plan", layer, group))
+                where = recipe.origin.at("plan", layer, group)
+                if named(group) is None and not did_you_mean(group, [treatment.name for treatment in treatments()]):
+                    raise RecipeError(f"{where}: {group!r} is not a KV group of layer {layer}; write its number")
+                treatment = _treatment(group, where)
                 if treatment.for_all is None:
-                    where = recipe.origin.at("plan", layer, group)
                     raise RecipeError(f"{where}: layer {layer}: {group} has no arguments for a whole layer")
                 _check_arguments(treatment, told, f"layer {layer}", recipe.origin, ("plan", layer, group))
                 continue

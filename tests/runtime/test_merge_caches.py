@@ -75,22 +75,16 @@ def test_quantised_caches_round_what_is_left(case, ids):
 
 def test_cropped_copied_and_repeated_caches(case, ids):
     model, _ = case
-    cache = DynamicCache(config=model.config) if all(kind != "sliding_attention" for kind in _kinds(model)) else None
-    if cache is None:  # a sliding layer cannot be cropped once it is full
-        cache = DynamicCache()
+    cache = DynamicCache()  # a sliding layer could not be cropped once it is full
     with torch.no_grad():
-        model(ids[:, :15], past_key_values=cache)
-        cache.crop(9)
+        model(ids[:, :15], **with_cache(model, cache))
+        cache.crop(-6)
         other = copy.deepcopy(cache)
-        found = model(ids[:, 9:], past_key_values=cache).logits
+        found = model(ids[:, 9:], **with_cache(model, cache)).logits
         other.batch_repeat_interleave(2)
-        twice = model(ids[:, 9:].repeat_interleave(2, 0), past_key_values=other).logits
+        twice = model(ids[:, 9:].repeat_interleave(2, 0), **with_cache(model, other)).logits
     torch.testing.assert_close(found, whole(model, ids, 9), atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(twice[::2], found, atol=2e-5, rtol=1e-4)
-
-
-def _kinds(model):
-    return getattr(model.config, "layer_types", None) or ["full_attention"]
 
 
 def test_what_the_base_cached_is_refused(case, ids):
@@ -100,7 +94,7 @@ def test_what_the_base_cached_is_refused(case, ids):
     for number in range(6):
         cache.update(*[torch.zeros(2, 4, 3, model.config.head_dim)] * 2, number)
     with pytest.raises(ValueError, match=f"layer {layer} of this model caches {left[layer]} heads of keys"):
-        model(ids, past_key_values=cache)
+        model(ids, **with_cache(model, cache))
 
 
 def test_gradients_reach_all_projections_of_a_merged_layer(case, ids):
