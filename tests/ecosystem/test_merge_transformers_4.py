@@ -5,12 +5,15 @@ import os
 import pytest
 import torch
 
-from support.elsewhere import LOGITS, make_job, run_elsewhere
+from support.elsewhere import make_job, run_elsewhere
 from support.on_transformers import attempt
 from support.processes import ROOT
 from support.whole_layers import convert_layers
 
 FAMILIES = ("llama", "qwen2", "gemma2", "gpt_oss")
+APART = 1e-3
+"""The most by which a logit may differ: of Gemma 2's base, those of the two releases do by 6e-4."""
+
 # One worker makes the folders and runs the other environment once.
 pytestmark = pytest.mark.xdist_group("transformers-4")
 
@@ -33,6 +36,6 @@ def test_merged_layers_on_transformers_4(results, family):
     folders, job, found = results
     here, there = attempt(folders[family], job), found[folders[family]]
     assert "error" not in there, there
-    torch.testing.assert_close(torch.tensor(there["logits"]), torch.tensor(here["logits"]), atol=3 * LOGITS, rtol=0)
+    torch.testing.assert_close(torch.tensor(there["logits"]), torch.tensor(here["logits"]), atol=APART, rtol=0)
     for way in job["ways"]:
         assert there[way] == here["cached"], way
