@@ -53,7 +53,7 @@ def check_engine(recipe: "Recipe", model: Model) -> None:
     engine = engine_of(recipe)
     if engine is None:
         return
-    allowed = " or ".join(engine.treatments)
+    allowed = f"{', '.join(engine.treatments[:-1])} or {engine.treatments[-1]}"
     for at, name in enumerate(recipe.treatments or ()):
         if name not in engine.treatments:
             raise RecipeError(

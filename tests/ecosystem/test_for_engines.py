@@ -187,7 +187,7 @@ def test_plans_that_a_stock_class_cannot_be_told_are_refused(tmp_path, case):
         ("for: vllm\nsharing: {spans: [{layers: 3}]}", "r.yaml, line 2: vLLM has nothing of its own that shares"),
         (
             "search: {cache: 30%, at: 64}\nfor: vllm\ntreatments: [window, share]",
-            "line 3: vLLM has nothing of its own that saves memory by 'share'; for: vllm takes window or drop",
+            "line 3: vLLM has nothing of its own that saves memory by 'share'; for: vllm takes window, merge or drop",
         ),
     ],
 )
