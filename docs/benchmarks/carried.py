@@ -13,10 +13,10 @@ from sa_convert.rewrite.carried import carried_files
 from sa_convert.treatments.registry import runtime_files
 
 SHARED = ("share",)
-EVERYTHING = ("window", "low_rank", "share", "linear", "drop")
+EVERYTHING = ("window", "low_rank", "share", "merge", "linear", "drop")
 SHOWN = (
     *((family, SHARED) for family in ("llama", "mixtral", "gpt2", "bert", "bart", "t5")),
-    *(("llama", plan) for plan in (("window",), ("window", "share"), ("low_rank",), ("drop",), EVERYTHING)),
+    *(("llama", plan) for plan in (("window",), ("window", "share"), ("low_rank",), ("merge",), ("drop",), EVERYTHING)),
     ("gpt2", EVERYTHING),
 )
 """Families, and the treatments of a plan."""

@@ -62,6 +62,7 @@ were not run with these.
 |---|---|---|
 | window | 17, and `llama` with two more treatments | `pytest tests/ecosystem/test_window_transformers_4.py` |
 | low_rank | 9 | `pytest tests/ecosystem/test_low_rank_transformers_4.py` |
+| merge | 4 | `pytest tests/ecosystem/test_merge_transformers_4.py` |
 | linear, drop | 8 | `pytest tests/ecosystem/test_drop_transformers_4.py` |
 
 Before 5.0, Qwen 3 Next has a cache of a make of its own. A folder of it with windows runs there without a cache, and

@@ -64,13 +64,15 @@ class ModelGeometry:
     """All layers; granularity is the smallest unit that can do without scores of its own: "head" or "layer".
 
     turning: why keys cannot be cached before they are turned by position, or None if they can. weighing: why values
-    cannot have fewer numbers, though those of a head are summed up and projected, or None if they can.
+    cannot have fewer numbers, though those of a head are summed up and projected, or None if they can. merging: why
+    layers cannot have fewer KV groups, or None if they can.
     """
 
     layers: tuple[LayerGeometry, ...]
     granularity: str = "head"
     turning: str | None = None
     weighing: str | None = None
+    merging: str | None = None
 
     @property
     def total_groups(self) -> int:

@@ -176,7 +176,7 @@ class Recipe(_Frozen):
     description: StrictStr = ""
     search: CacheSearch | None = None
     sharing: Sharing | None = None
-    plan: dict[int | str, dict[int, dict[str, Any]] | str] | None = None
+    plan: dict[int | str, dict[int, dict[str, Any]] | dict[str, Any] | str] | None = None
     treatments: Annotated[tuple[StrictStr, ...], Field(min_length=1)] | None = None
     refit: Literal["none", "ridge"] = "none"
     heal: Annotated[HealSettings | None, BeforeValidator(_none)] = None

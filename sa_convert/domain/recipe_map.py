@@ -37,7 +37,8 @@ def parse_map(value: object) -> dict[int | str, tuple[HeadSource | None, ...]]:
 
 
 def parse_plan(value: object) -> dict[int | str, Any]:
-    """Layer -> {KV group: {treatment: arguments}} or the treatment of the whole layer, in the order of the file.
+    """Layer -> {KV group: {treatment: arguments}} or the treatment of the whole layer, with arguments or
+    without, in the order of the file.
 
     Treatments and their arguments are checked where they are known. Raises RecipeValueError.
     """
@@ -56,7 +57,8 @@ def parse_plan(value: object) -> dict[int | str, Any]:
                 f"{_short(plan)}",
                 key,
             )
-        for group, treatments in () if isinstance(plan, str) else plan.items():
+        whole = len(plan) == 1 and all(isinstance(name, str) for name in plan)
+        for group, treatments in () if whole or isinstance(plan, str) else plan.items():
             if not isinstance(group, int) or isinstance(group, bool) or group < 0:
                 raise RecipeValueError(f"{group!r} is not a KV group of layer {layer}; write its number", key, group)
             named = isinstance(treatments, Mapping) and all(isinstance(name, str) for name in treatments)

@@ -39,7 +39,7 @@ class Treated:
 class Look:
     """How the figure shows a KV group. state: a word for it. colour: "#rrggbb"; ink: of the label on it. meaning: for
     the legend. label: in the cell, of one or two lines. mark: what is drawn in the ink besides, so that it is known in
-    grey, too: "edges", "floor", "diagonal" or "cross"; "": nothing."""
+    grey, too: "edges", "floor", "roof", "diagonal" or "cross"; "": nothing."""
 
     state: str
     colour: str

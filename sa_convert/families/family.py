@@ -259,6 +259,9 @@ class Family:
     """A config key, and the type that transformers takes the model for if config.json has it."""
     turning: str | None = None
     """Why keys cannot be cached before they are turned by position, if they cannot."""
+    merging: str | None = None
+    """Why layers cannot have fewer KV groups, if they cannot: the two numbers of a key that turn together must lie half
+    a head apart, and all must turn."""
     transformers_5: bool = False
     """Attention is shared in transformers 5 only: in 4 the family's code does not call the attention interface."""
 

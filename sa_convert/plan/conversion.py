@@ -8,8 +8,8 @@ from sa_convert.domain.change import Savings
 from sa_convert.domain.checkpoint import TensorEdit
 from sa_convert.domain.geometry import ModelGeometry
 from sa_convert.domain.model import Model
-from sa_convert.domain.plan import Plan
-from sa_convert.domain.stacks import parse_label
+from sa_convert.domain.plan import Plan, plain
+from sa_convert.domain.stacks import layer_of, parse_label
 from sa_convert.domain.stock import StockForm
 from sa_convert.domain.treated import Treated
 from sa_convert.errors import PlanError, RecipeError
@@ -91,7 +91,22 @@ def _explicit(recipe: "Recipe", geometry: ModelGeometry) -> Plan:
             raise RecipeError(f"{where}: there is no layer '{label}'; {hint}")
         if number >= depth:
             raise RecipeError(f"{where}: there is no layer '{label}'; the model has layers 0 to {depth - 1}")
-    return Plan.from_json(recipe.plan, geometry.stacks)
+    return Plan.from_json(
+        {label: _by_group(told, label, geometry) for label, told in recipe.plan.items()}, geometry.stacks
+    )
+
+
+def _by_group(planned: Any, label: int | str, geometry: ModelGeometry) -> Any:
+    """What a recipe says of a layer, spelled out for each KV group if it names a treatment of all of them alike."""
+    name, arguments = planned, None
+    if not isinstance(planned, str):
+        name, arguments = next(iter(planned.items()))
+    treatment = named(name) if isinstance(name, str) else None
+    if treatment is None or treatment.for_all is None:
+        return planned
+    told = plain(treatment.for_all if arguments is None else arguments)
+    groups = geometry.layers[layer_of(geometry.stacks, *parse_label(label))].groups
+    return {group: {name: told} for group in range(groups)} or name
 
 
 def resolved_recipe(recipe: "Recipe", plan: Plan, geometry: ModelGeometry) -> "Recipe":
@@ -99,9 +114,7 @@ def resolved_recipe(recipe: "Recipe", plan: Plan, geometry: ModelGeometry) -> "R
     used = used_in(plan)
     told = used[0].to_recipe(plan, geometry) if len(used) == 1 else None
     if told is None:
-        told = {
-            "plan": {int(key) if key.isdigit() else key: _by_number(groups) for key, groups in plan.to_json().items()}
-        }
+        told = {"plan": {int(key) if key.isdigit() else key: _short(groups) for key, groups in plan.to_json().items()}}
     return recipe.resolved(told)
 
 
@@ -112,8 +125,15 @@ def layers_in_recipe(plan: Plan, geometry: ModelGeometry) -> dict[str, Any]:
     return plan.to_json() if told is None else told
 
 
-def _by_number(groups: Any) -> Any:
-    return groups if isinstance(groups, str) else {int(group): told for group, told in groups.items()}
+def _short(planned: Any) -> Any:
+    """What a plan tells of a layer, in JSON, as a recipe has it: the other way round than `_by_group`."""
+    if isinstance(planned, str):
+        return planned
+    first = next(iter(planned.values()))
+    treatment = named(next(iter(first)))
+    if treatment is None or treatment.for_all is None:
+        return {int(group): told for group, told in planned.items()}
+    return treatment.name if first[treatment.name] == plain(treatment.for_all) else first
 
 
 def check_plan(plan: Plan, model: Model) -> None:

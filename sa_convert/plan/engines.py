@@ -2,7 +2,7 @@
 
 For such an engine a plan may hold what stock classes save memory with, and becomes keys of config.json. Which model
 types have such a class, and which keys tell it, stands in `sa_convert/families/models`, under "stock_windows" and, for
-layers without attention (`engine_blocks.py`), "stock_blocks".
+layers without attention or with fewer KV groups (`engine_blocks.py`), "stock_blocks".
 """
 
 from dataclasses import dataclass, replace
@@ -15,10 +15,11 @@ from sa_convert.domain.stock import StockForm
 from sa_convert.errors import PlanError, RecipeError, UnsupportedModelError
 from sa_convert.families.family import Family, StockWindows
 from sa_convert.families.table import FAMILIES
-from sa_convert.plan.engine_blocks import FIRST, blocks_form, blocks_of
+from sa_convert.plan.engine_blocks import FIRST, IN_BLOCKS, blocks_form, blocks_of
 from sa_convert.read.family_of import architecture_of
 from sa_convert.treatments.base import Treatment
 from sa_convert.treatments.drop.treatment import DropTreatment
+from sa_convert.treatments.merge.treatment import MergeTreatment
 from sa_convert.treatments.window.rules import WindowLimits
 from sa_convert.treatments.window.treatment import WindowTreatment
 
@@ -30,15 +31,14 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 @dataclass(frozen=True)
 class Engine:
-    """One that runs classes of its own alone. title: as people write it. treatments: what saves memory there, one of
-    them in a model."""
+    """One that runs classes of its own alone. title: as people write it. treatments: what saves memory there."""
 
     name: str
     title: str
     treatments: tuple[str, ...]
 
 
-ENGINES = {"vllm": Engine("vllm", "vLLM", treatments=("window", "drop"))}
+ENGINES = {"vllm": Engine("vllm", "vLLM", treatments=("window", *IN_BLOCKS))}
 """By the name that recipes use. What is written for "transformers" carries code, and may use every treatment."""
 
 
@@ -60,25 +60,31 @@ def check_engine(recipe: "Recipe", model: Model) -> None:
                 f"{recipe.origin.at('treatments', at)}: {engine.title} has nothing of its own that saves memory by "
                 f"'{name}'; for: {engine.name} takes {allowed}."
             )
-    if len(set(recipe.treatments or ())) > 1:
+    if "window" in (recipe.treatments or ()) and set(recipe.treatments or ()) & set(IN_BLOCKS):
         raise RecipeError(
             f"{recipe.origin.at('treatments')}: {engine.title} has no class with windows in some layers and no "
-            f"attention in others; for: {engine.name} takes {allowed}."
+            f"attention, or fewer KV groups, in others; for: {engine.name} takes window, or "
+            f"{' and '.join(IN_BLOCKS)}."
         )
     if recipe.sharing is not None:
         raise RecipeError(
             f"{recipe.origin.at('sharing')}: {engine.title} has nothing of its own that shares attention; for: "
             f"{engine.name} takes {allowed}."
         )
-    if _drops(recipe):
+    if _in_blocks(recipe):
         blocks_of(model, engine)
     else:
         _windows_of(model, engine)
 
 
-def _drops(recipe: "Recipe") -> bool:
-    """Whether a recipe is about layers without attention, rather than windows."""
-    return "drop" in (recipe.treatments or (recipe.plan or {}).values())
+def _in_blocks(recipe: "Recipe") -> set[str]:
+    """What a recipe is about of layers without attention, or with fewer KV groups, rather than windows."""
+    told: set[str] = set(recipe.treatments or ())
+    for planned in (recipe.plan or {}).values():
+        told |= {planned} if isinstance(planned, str) else {name for name in planned if isinstance(name, str)}
+        groups = () if isinstance(planned, str) else (each for at, each in planned.items() if isinstance(at, int))
+        told |= {name for each in groups for name in each}
+    return told & set(IN_BLOCKS)
 
 
 def searched_model(model: Model, recipe: "Recipe") -> Model:
@@ -92,8 +98,9 @@ def searched_for(model: Model, recipe: "Recipe") -> tuple[Treatment, ...] | None
     """What a search for an engine may use; None: whatever the recipe says."""
     if engine_of(recipe) is None:
         return None
-    if _drops(recipe):
-        return (DropTreatment(spared=(FIRST,)),)
+    if blocks := _in_blocks(recipe):
+        known: tuple[Treatment, ...] = (MergeTreatment(), DropTreatment(spared=(FIRST,)))
+        return tuple(treatment for treatment in known if treatment.name in blocks)
     size = own_window(model.geometry)
     return (WindowTreatment(WindowLimits(sinks=0, sizes=(size,) if size else None, whole_layers=True)),)
 
@@ -107,7 +114,7 @@ def stock_form(model: Model, plan: Plan, recipe: "Recipe") -> StockForm | None:
     if engine is None:
         return None
     check_engine(recipe, model)
-    if plan.layers_of("drop"):
+    if set(plan.treatments) & set(IN_BLOCKS):
         return blocks_form(model, plan, engine)
     check_windows(plan, model.geometry, engine)
     windows = _windows_of(model, engine)
@@ -128,8 +135,8 @@ def check_windows(plan: Plan, geometry: ModelGeometry, engine: Engine) -> None:
         told = [] if isinstance(planned, str) else [dict(planned.get(group, {})) for group in range(layer.groups)]
         if isinstance(planned, str) or any(set(one) - {"window"} for one in told):
             raise PlanError(
-                f"{where}: {engine.title} knows windows of whole layers, or layers without attention, so nothing else "
-                "can be done for it."
+                f"{where}: {engine.title} knows windows of whole layers, or layers without attention or with fewer KV "
+                "groups, so nothing else can be done for it."
             )
         windows = [dict(one["window"]) for one in told if one]
         if len(windows) < layer.groups or any(one != windows[0] for one in windows):

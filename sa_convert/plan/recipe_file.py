@@ -16,7 +16,7 @@ from sa_convert.treatments.base import Treatment
 from sa_convert.treatments.registry import named, treatments
 
 if TYPE_CHECKING:
-    from sa_convert.domain.recipe import Recipe
+    from sa_convert.domain.recipe import Origin, Recipe
 
 _SUFFIXES = (".yaml", ".yml", ".json")
 _LARGEST = 16 * 1024 * 1024
@@ -94,13 +94,29 @@ def _check_treatments(recipe: "Recipe") -> None:
             _treatment(plan, recipe.origin.at("plan", layer))
             continue
         for group, told in plan.items():
+            if isinstance(group, str):  # a treatment of the whole layer
+                where = recipe.origin.at("plan", layer, group)
+                if named(group) is None and not did_you_mean(group, [treatment.name for treatment in treatments()]):
+                    raise RecipeError(f"{where}: {group!r} is not a KV group of layer {layer}; write its number")
+                treatment = _treatment(group, where)
+                if treatment.for_all is None:
+                    raise RecipeError(f"{where}: layer {layer}: {group} has no arguments for a whole layer")
+                _check_arguments(treatment, told, f"layer {layer}", recipe.origin, ("plan", layer, group))
+                continue
             for name, arguments in told.items():
                 treatment = _treatment(name, recipe.origin.at("plan", layer, group, name))
-                try:
-                    treatment.parse(arguments)
-                except ValueError as error:
-                    where = recipe.origin.at("plan", layer, group, name, *getattr(error, "path", ()))
-                    raise RecipeError(f"{where}: layer {layer} KV group {group}: {error}") from None
+                where = f"layer {layer} KV group {group}"
+                _check_arguments(treatment, arguments, where, recipe.origin, ("plan", layer, group, name))
+
+
+def _check_arguments(
+    treatment: Treatment, arguments: Any, where: str, origin: "Origin", path: tuple[str | int, ...]
+) -> None:
+    """Raises RecipeError for arguments that a treatment cannot have. where, path: of them, in words and in the file."""
+    try:
+        treatment.parse(arguments)
+    except ValueError as error:
+        raise RecipeError(f"{origin.at(*path, *getattr(error, 'path', ()))}: {where}: {error}") from None
 
 
 def _treatment(name: str, where: str) -> Treatment:
@@ -177,7 +193,8 @@ def _fits(recipe: "Recipe") -> bool:
     """Whether a treatment of the recipe's plan fits something on calibration text."""
     plans = list((recipe.plan or {}).values())
     names = {plan for plan in plans if isinstance(plan, str)}
-    names |= {name for plan in plans if not isinstance(plan, str) for told in plan.values() for name in told}
+    for plan in [plan for plan in plans if not isinstance(plan, str)]:
+        names |= {name for group, told in plan.items() for name in ([group] if isinstance(group, str) else told)}
     return any(treatment.fits for treatment in map(named, names) if treatment is not None)
 
 

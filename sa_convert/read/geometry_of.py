@@ -63,7 +63,11 @@ def geometry_of(checkpoint: Checkpoint, family: Family, reusing: Container[str] 
                 continue
             layers.append(replace(layer, attention=kind, window=window, rotary=rotary, stack=stack.name, cached=cached))
     return ModelGeometry(
-        tuple(layers), family.granularity, turning_problem(config, family), weighing_problem(config, family)
+        tuple(layers),
+        family.granularity,
+        turning=turning_problem(config, family),
+        weighing=weighing_problem(config, family),
+        merging=merging_problem(config, family),
     )
 
 
@@ -93,6 +97,25 @@ def weighing_problem(config: Mapping[str, Any], family: Family) -> str | None:
     if modules.output_outside:
         return "its output projection is no part of its attention"
     return None
+
+
+def merging_problem(config: Mapping[str, Any], family: Family) -> str | None:
+    """Why layers cannot have fewer KV groups, or None if projections alone make keys, which turn pair by pair, and
+    values."""
+    modules = family.modules
+    if family.merging is not None:
+        return family.merging
+    if modules.fused or modules.transposed:
+        return "its queries, keys and values come from one projection"
+    if modules.query_norm or modules.key_norm:
+        return "its queries or keys are normalised after their projections"
+    if modules.plain_forward:
+        return "the code of its family makes as many keys as config.json says"
+    told = [config, *(config.get(key) for key in ("rope_parameters", "rope_scaling"))]
+    for each in [each for each in told if isinstance(each, Mapping)]:
+        if each.get("partial_rotary_factor", 1.0) not in (None, 1):
+            return "only a part of each key turns by position"
+    return weighing_problem(config, family)
 
 
 def _depth(checkpoint: Checkpoint, config: Mapping[str, Any], stack: Stack) -> int:

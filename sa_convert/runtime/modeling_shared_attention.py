@@ -208,8 +208,9 @@ class CacheView(Over):
     """A cache as a layer sees it that keeps `own` heads of keys; see the drawing at the top. codec: None, or what makes
     of keys (B, own, T, D) and values what is cached, often in one wide head, and of that keys and values again."""
 
-    def __init__(self, cache, own, codec=None):
-        super().__init__(cache, own=own, codec=codec)
+    def __init__(self, cache, own, codec=None, heads=0):
+        """heads: those that a cache of unknown making has room for, if the layer has fewer values."""
+        super().__init__(cache, own=own, codec=codec, heads=heads)
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Add (B, own, T, D), not read if own is 0, and (B, G, T, D); return both with all that was cached. Without
@@ -250,7 +251,7 @@ class CacheView(Over):
             if way in STATIC and fresh:
                 make_slots(layer, *slots)
             if way not in STATIC or not all(map(_alike, slots, (layer.keys, layer.values))):
-                room = max(layer.keys.shape[1] if way in STATIC else groups, groups)
+                room = max(layer.keys.shape[1] if way in STATIC else self.heads, groups)
                 slots = [_filled(states, room) for states in (self._reduced(key) if own else value, value)]
                 keys, values = append(*slots, layer_idx, *args, **kwargs)
                 return (keys[:, :own] if own else None), values[:, :groups]
@@ -343,11 +344,13 @@ class LayerPlan:
     """What one layer has, and which treatments it runs, the first outermost. own, own_groups: query heads, and KV
     groups, that compute their attention, all of them or fewer. group: query heads in a KV group. coder: the treatment
     that caches keys or values in another form, or None; whole: that which puts something in the place of attention.
+    groups: KV groups that the layer has in the base.
     """
 
     def __init__(self, stack, layer, heads, group, reached=()):
         """reached: each treatment, and the heads of the layer that reach it: numbers of heads in the layer."""
         self.stack, self.layer, self.heads, self.group, self.place = stack, layer, heads, group, (stack, layer)
+        self.groups = heads // group
         self.treatments = tuple(treatment for treatment, _ in reached)
         lost = [set(heads) - {heads[own] for own in treatment.own_heads(layer)} for treatment, heads in reached]
         self.own = tuple(head for head in range(heads) if not any(head in some for some in lost))
@@ -460,7 +463,7 @@ class TreatedAttention(nn.Module):
     @property
     def packs(self):
         """A layer that owns every key, all of them as they are, caches as its family does."""
-        return len(self.plan.own_groups) < self.plan.heads // self.plan.group or self.plan.coder is not None
+        return len(self.plan.own_groups) < self.plan.groups or self.plan.coder is not None
 
     def forward(self, *args, **kwargs):
         if self.packs:
@@ -481,7 +484,7 @@ class TreatedAttention(nn.Module):
         plan, codec = self.plan, None
         if plan.coder is not None and exchange is not None:
             codec = plan.coder.codec(self, exchange, plan.own_groups, tuple(range(plan.heads // plan.group)))
-        return CacheView(cache, len(plan.own_groups), codec)
+        return CacheView(cache, len(plan.own_groups), codec, plan.groups)
 
     def attend(self, query, key, value, mask, arguments, exchange):
         """The attention function. query: (B, O, T, D); key: (B, own groups, S, D), both without meaning if nothing is

@@ -51,9 +51,9 @@ class WholeCache:
         return sum(self._elements(unit, {}) for unit in self.units.all)
 
     def saved(self, unit: Unit, offer: Offer) -> int:
-        key = unit, offer.whole or repr({group: sorted(told.items()) for group, told in offer.plan.items()})
+        key = unit, repr({group: sorted(told.items()) for group, told in offer.plan.items()} or offer.whole)
         if key not in self._known:
-            self._known[key] = self._elements(unit, {}) - self._elements(unit, offer.whole or offer.plan)
+            self._known[key] = self._elements(unit, {}) - self._elements(unit, offer.plan or offer.whole)
         return self._known[key]
 
     def removed(self, plan: Plan) -> float:

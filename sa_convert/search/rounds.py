@@ -100,10 +100,12 @@ class State:
         return other
 
     def _may(self, move: Move) -> bool:
-        """Whether it saves anything, and nothing in it is barred."""
-        saved = self.account.saved
+        """Whether it saves anything, nothing in it is barred, and no layer that is treated as a whole is divided."""
+        saved, whole = self.account.saved, {unit.layer for unit, offer in self.chosen.items() if offer.whole}
         return move.saved > 0 and not any(
-            unit in self._barred and saved(unit, offer) > self._barred[unit] for unit, offer in move.offers.items()
+            (unit in self._barred and saved(unit, offer) > self._barred[unit])
+            or (unit.layer in whole and not offer.whole)
+            for unit, offer in move.offers.items()
         )
 
     def move(self, offers: Mapping[Unit, Offer]) -> Move:

@@ -46,6 +46,10 @@ class Treatment:
     whole_layers = False
     """Whether a plan may name it for a whole layer, without arguments."""
 
+    for_all: Arguments = None
+    """If it is done to all KV groups of a layer alike: the arguments of each, unless a plan gives others. A recipe may
+    then name it, with or without arguments, for the layer as a whole."""
+
     lends = False
     """Whether other heads may use the scores of a KV group that is treated so."""
 

@@ -79,8 +79,9 @@ class Offer:
     the whole cache asks the answers of the treated KV groups instead. plan:
     treatments and arguments of each of the unit's KV groups. sources: heads whose scores it uses, which then have to
     keep them. lends: whether others may use the scores of the unit nevertheless. whole: the treatment of its whole
-    layer, of which this is the unit's part; all units of the layer have such offers, or none. kind: of the treatment's
-    kinds of offers (`Ledger.kinds`), whose estimates err differently; "": it has one.
+    layer, of which this is the unit's part; all units of the layer have such offers, or none; their plan is empty if
+    the treatment's name is all that a plan tells of the layer. kind: of the treatment's kinds of offers
+    (`Ledger.kinds`), whose estimates err differently; "": it has one.
     """
 
     treatment: str
@@ -240,7 +241,7 @@ def plan_of_offers(units: Units, offers: Mapping[Unit, Offer]) -> Plan:
     layers: dict[int, dict[int, GroupPlan]] = {}
     for unit, offer in offers.items():
         layers.setdefault(unit.layer, {}).update(offer.plan)
-    whole = {unit.layer: offer.whole for unit, offer in offers.items() if offer.whole}
+    whole = {unit.layer: offer.whole for unit, offer in offers.items() if offer.whole and not offer.plan}
     return Plan({**layers, **whole}, units.geometry.stacks)
 
 

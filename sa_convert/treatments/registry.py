@@ -11,6 +11,7 @@ from sa_convert.treatments.base import Treatment
 from sa_convert.treatments.drop.treatment import DropTreatment
 from sa_convert.treatments.linear.treatment import LinearTreatment
 from sa_convert.treatments.low_rank.treatment import LowRankTreatment
+from sa_convert.treatments.merge.treatment import MergeTreatment
 from sa_convert.treatments.share.treatment import ShareTreatment
 from sa_convert.treatments.window.treatment import WindowTreatment
 
@@ -18,6 +19,7 @@ _TREATMENTS: tuple[Treatment, ...] = (
     WindowTreatment(),
     LowRankTreatment(),
     ShareTreatment(),
+    MergeTreatment(),
     LinearTreatment(),
     DropTreatment(),
 )  # fmt: skip

@@ -1,5 +1,6 @@
-"""What is converted for an engine with layers that have no attention: the engine's class is named, and told of each
-layer by config.json; transformers runs the code in the folder. `test_vllm_blocks.py` has the engine."""
+"""What is converted for an engine with layers that have no attention, or fewer KV groups: the engine's class is named,
+and told of each layer by config.json; transformers runs the code in the folder. `test_vllm_blocks.py` has the engine.
+"""
 
 import json
 
@@ -13,12 +14,14 @@ from sa_convert.errors import SaConvertError
 from sa_convert.families.table import FAMILIES
 from sa_convert.jobs.converting import ConvertOptions, convert
 from sa_convert.observe.session import open_session
+from sa_convert.plan.conversion import conversion_of
 from sa_convert.plan.engines import searched_model
 from sa_convert.plan.recipe_file import parse_recipe
 from sa_convert.plan.savings import cache_at
 from sa_convert.read.model_of import model_of
 from sa_convert.read.open_model import open_model
 from sa_convert.search.budget import treatments_of
+from sa_convert.search.fitting import learn
 from sa_convert.search.whole_cache import search_cache
 from support.loopback_hub import WRITE_TOKEN, LoopbackHub
 from support.processes import run_cli, run_without_sa_convert
@@ -152,7 +155,7 @@ REFUSALS = {
         "llama",
         {},
         {2: "drop", 3: {group: {"window": {"sinks": 0, "tokens": 8}} for group in range(4)}},
-        "Layer 3: vLLM has a class for windows of layers, and one for layers without attention",
+        "Layer 3: vLLM has a class for windows of layers, and one for layers without attention or with fewer KV groups",
     ),
 }
 
@@ -168,8 +171,38 @@ def test_what_no_class_of_the_engine_can_be_told_is_refused(tmp_path, case):
 
 def test_both_at_once_are_refused_with_the_line(root):
     text = "for: vllm\nsearch: {cache: 30%, at: 64}\ntreatments: [window, drop]\n"
-    with pytest.raises(SaConvertError, match="line 3: vLLM has no class with windows in some layers and no attention"):
+    message = "line 3: vLLM has no class with windows in some layers and no attention, or fewer KV groups, in others"
+    with pytest.raises(SaConvertError, match=message):
         convert(str(root / "base"), parse_recipe(text, "r.yaml"), root / "no", ConvertOptions(device="cpu"))
+
+
+def test_merged_and_dropped_layers_are_told_together(root, tmp_path):
+    """The first layer may be merged, if it cannot be dropped."""
+    recipe = recipe_of({0: "merge", 2: "drop", 3: {"merge": {"groups": 2}}})
+    report = convert(str(root / "base"), recipe, tmp_path / "out", ConvertOptions(device="cpu"))
+    assert report.decode_check.same_greedy_tokens
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["SharedAttentionLlamaForCausalLM", "DeciLMForCausalLM"]
+    told = [block["attention"] for block in config["block_configs"]]
+    assert told == [{"no_op": at == 2, "n_heads_in_group": size} for at, size in enumerate((8, 2, None, 4, 2, 2))]
+    tensors = open_model(str(tmp_path / "out")).tensors
+    assert tensors["model.layers.0.self_attn.k_proj.weight"].shape[0] == config["head_dim"]
+    assert "model.layers.0.input_layernorm.weight" in tensors
+
+
+def test_a_search_for_the_engine_merges_and_drops(root):
+    text = "for: vllm\ntreatments: [merge, drop]\nsearch: {cache: 60%, at: 64}"
+    model, recipe = model_of(open_model(str(root / "base"))), parse_recipe(text, "r.yaml")
+    used = treatments_of(recipe, model)
+    assert [treatment.name for treatment in used] == ["merge", "drop"]
+    calibration = Calibration(sequences=4, length=32)
+    with open_session(searched_model(model, recipe), calibration, treatments=used, at=64) as session:
+        learn(session, None)
+        plan = search_cache(session, recipe).plan
+    assert set(plan.treatments) <= {"merge", "drop"}
+    assert plan.layers.get(0) != "drop"
+    assert conversion_of(model, plan, recipe).stock.architecture == "DeciLMForCausalLM"
+    assert 1 - cache_at(model, plan, 64) / cache_at(model, Plan(), 64) >= 0.6
 
 
 def test_a_search_drops_layers_and_never_the_first(root):

@@ -1,4 +1,5 @@
-"""Models without attention in some layers in vLLM's own class of Nemotron-NAS, told by their config.json.
+"""Models without attention, or with fewer KV groups, in some layers in vLLM's own class of Nemotron-NAS, told by their
+config.json.
 
 As in `test_vllm.py`, `make test-engines` makes the environment and runs this.
 """
@@ -48,6 +49,18 @@ def test_the_tokens_of_transformers_and_no_pages_for_layers_without_attention(al
     assert alone[family].get("tokens") == generated(folders[family], PROMPTS), alone[family]
     assert alone[family]["tokens"] != alone[f"{family} base"]["tokens"]
     assert alone[family]["cache_tokens"] == pytest.approx(6 / 4 * alone[f"{family} base"]["cache_tokens"], rel=0.01)
+
+
+def test_the_tokens_of_transformers_and_smaller_pages_for_layers_with_fewer_kv_groups(tmp_path):
+    """One KV group of four is left in two layers, and two in a third; another one is dropped."""
+    plan = {1: "merge", 2: "drop", 3: "merge", 4: {"merge": {"groups": 2}}}
+    folder = convert_tiny(tmp_path, "llama", "merged", plan, engine="vllm")
+    jobs = {"merged": job(folder, PROMPTS), "base": job(tmp_path / "llama-base", PROMPTS)}
+    found = serve(jobs, plugins="none")
+    assert found["merged"].get("tokens") == generated(folder, PROMPTS), found["merged"]
+    assert found["merged"]["tokens"] != found["base"]["tokens"]
+    kept = 4 + 1 + 0 + 1 + 2 + 4
+    assert found["merged"]["cache_tokens"] == pytest.approx(24 / kept * found["base"]["cache_tokens"], rel=0.01)
 
 
 def test_compiled_blocks(alone):

@@ -14,6 +14,7 @@ from sa_convert.present.files.card import write_card
 from sa_convert.treatments.drop.treatment import DropTreatment
 from sa_convert.treatments.linear.treatment import LinearTreatment
 from sa_convert.treatments.low_rank import drawing as low_rank
+from sa_convert.treatments.merge import drawing as merge
 from sa_convert.treatments.registry import used_in
 from sa_convert.treatments.share.drawing import LOOKS
 from sa_convert.treatments.window import drawing as windows
@@ -27,6 +28,7 @@ PLAN = Plan(
         3: {0: {"share": [[0, 0], [0, 1]]}, 1: {"window": {"sinks": 4, "tokens": 64}}},
         4: "drop",
         6: "linear",
+        7: {group: {"merge": {"groups": 1}} for group in range(3)},
     }
 )
 
@@ -44,9 +46,17 @@ def test_every_kv_group_shows_what_is_done_to_it():
         (3, 0): "borrowed",
         **{(4, group): "drop" for group in range(3)},
         **{(6, group): "linear" for group in range(3)},
+        **{(7, group): "merge" for group in range(3)},
     }
     labels = {place: cell.label for place, cell in found.items() if cell.label}
-    assert labels == {(1, 0): "64", (1, 2): "1.5k", (2, 1): "256", (3, 1): "64", (3, 0): "0"}
+    assert labels == {
+        (1, 0): "64",
+        (1, 2): "1.5k",
+        (2, 1): "256",
+        (3, 1): "64",
+        (3, 0): "0",
+        **dict.fromkeys([(7, group) for group in range(3)], "1/3"),
+    }
 
 
 @pytest.mark.parametrize(
@@ -55,6 +65,7 @@ def test_every_kv_group_shows_what_is_done_to_it():
         (("window",), ["own", "window"]),
         (("window", "drop"), ["own", "window", "drop"]),
         (("window", "share", "linear", "drop"), ["own", "window", "source", "borrowed", "linear", "drop"]),
+        (("merge", "drop"), ["own", "merge", "drop"]),
     ],
 )
 def test_the_legend_has_what_occurs_and_nothing_else(used, states):
@@ -84,7 +95,7 @@ def test_a_cell_with_two_treatments_shows_both(tmp_path):
 
 def all_looks():
     shades = [replace(windows.LOOK, colour=colour) for colour in (*windows.SHADES.values(), windows.LONGEST)]
-    return [figure.OWN, *LOOKS.values(), *shades, low_rank.LOOK, DropTreatment.look, LinearTreatment.look]
+    return [figure.OWN, *LOOKS.values(), *shades, low_rank.LOOK, merge.LOOK, DropTreatment.look, LinearTreatment.look]
 
 
 # How people without one kind of cones see a colour (Machado et al. 2009, severity 1); and grey.

@@ -266,7 +266,7 @@ def test_layers_of_other_stacks_are_refused_with_their_line():
 def test_the_recipes_in_the_docs_are_valid():
     page = (ROOT / "docs" / "recipes.md").read_text()
     blocks = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         assert parse_recipe(block, "recipes.md").description
     for name in shipped_recipes():

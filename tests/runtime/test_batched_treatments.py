@@ -13,7 +13,7 @@ from transformers.models.llama import modeling_llama
 from sa_convert.jobs.converting import ConvertOptions, convert
 from sa_convert.plan.recipe_file import parse_recipe
 from support import low_rank_models
-from support.tiny_models import code_of, geometry_of_folder, load_converted, save_tiny
+from support.tiny_models import code_of, geometry_of_folder, load_converted, save_tiny, save_tokenizer
 
 PROMPTS = [
     [3, 9, 27, 81, 16, 48, 17],
@@ -43,6 +43,7 @@ def borrowing(folder):
 
 def converted(root, family, plan_of, **changes):
     save_tiny(family, root / "base", **changes)
+    save_tokenizer(root / "base")
     lines = [
         f"  {layer}: {told if isinstance(told, str) else json.dumps(told)}"
         for layer, told in plan_of(root / "base").items()
@@ -76,6 +77,8 @@ CASES = {
     "low rank and norms of keys": lambda root: low_rank(root, "qwen3"),
     "low rank and windows": lambda root: low_rank(root, "qwen3", {1: {2: {"window": {"sinks": 1, "tokens": 5}}}}),
     "drop": lambda root: converted(root, "llama", lambda base: {2: "drop", 5: "drop"}),
+    "merge": lambda root: converted(root, "llama", lambda base: {2: "merge", 5: "{merge: {groups: 2}}"}),
+    "merge and windows": lambda root: converted(root, "llama", lambda base: {**windows(base), 2: "merge", 5: "merge"}),
 }
 
 

@@ -25,9 +25,8 @@ def _beside(family):
     return load_converted(found.folder, dtype=torch.float32)
 
 
-def _layers(family, layers):
-    root = Path(_folders.name) / f"layers-{family}"
-    return load_converted(convert_layers(root, family, layers))
+def _layers(name, family, layers):
+    return load_converted(convert_layers(Path(_folders.name) / name, family, layers))
 
 
 MODELS = {
@@ -40,7 +39,8 @@ MODELS = {
     "windows, sliding": lambda: Pair("gemma3_text", MIXED).model,
     "low rank, windows, share": lambda: _beside("llama"),
     "low rank, norms": lambda: _beside("qwen3"),
-    "drop": lambda: _layers("llama", {0: "drop", 2: "drop"}),
+    "drop": lambda: _layers("drop", "llama", {0: "drop", 2: "drop"}),
+    "merge": lambda: _layers("merge", "llama", {0: "merge", 2: "{merge: {groups: 2}}"}),
 }
 
 

@@ -174,6 +174,8 @@ def _mark(canvas: "ImageDraw", look: Look, box: tuple[int, int, int, int]) -> No
             canvas.rectangle((x, top + gap, x + 1, bottom - gap), look.ink)
     elif look.mark == "floor":
         canvas.rectangle((left + gap, bottom - gap - 2, right - gap, bottom - gap), look.ink)
+    elif look.mark == "roof":
+        canvas.rectangle((left + gap, top + gap, right - gap, top + gap + 2), look.ink)
     if look.mark in ("diagonal", "cross"):
         canvas.line((left + gap, bottom - gap, right - gap, top + gap), look.ink, 2)
     if look.mark == "cross":

@@ -103,8 +103,8 @@ def _loading(report: Report) -> Iterator[str]:
     if plain is None:
         yield (
             f"vLLM runs it by its own class `{report.stock.architecture}`, which `block_configs` in config.json tell "
-            "which layers have no attention. These have no pages there. Of the code, vLLM runs the configuration "
-            "class alone."
+            "which layers have no attention, and how many query heads a KV group has in the others. Its pages are as "
+            "large. Of the code, vLLM runs the configuration class alone."
         )
         return
     yield (
