@@ -85,7 +85,8 @@ def test_two_refit_as_one_does(tmp_path):
 
 
 def test_costs_and_figures_of_attention_are_those_of_one(reader, tmp_path):
-    options = ("--sequences", 5, "--length", 48, "--at", 200, "--treatments", "window,share,merge,linear,drop", "--json")
+    treatments = "window,share,merge,linear,drop"
+    options = ("--sequences", 5, "--length", 48, "--at", 200, "--treatments", treatments, "--json")
     alone = run_cli("analyze", reader, "-o", tmp_path / "one", *options)
     assert alone.returncode == 0, alone.stderr
     first, second = run_in_two("analyze", reader, "-o", tmp_path / "two", *options)
