@@ -156,8 +156,8 @@ def train(pair: Pair, choice: Choice, teacher: Any, student: Any, seconds: float
     ]
     for length, loss_of in stages:
         for _ in Timed(optimizer, settings.peak_rate, length).steps() if length else ():
-            batch = _batch(rows, at, settings.rows)
-            at += settings.rows
+            batch = _batch(rows, at, settings.step_rows)
+            at += settings.step_rows
             distilled.train()
             with pair.computing():
                 loss = loss_of(batch)

@@ -37,7 +37,7 @@ from sa_convert.commands.options import (
     "lora: low-rank additions to them, merged in the end. model: all layers.  [default: outputs]",
 )
 @click.option("--length", metavar="N", help="Tokens of a sequence. Default: 512, or 2048 if there are windows.")
-@click.option("--rows", metavar="N", help="Sequences of one step, on all processes together.  [default: 1]")
+@click.option("--rows", metavar="N", help="Sequences of one step, on all processes together.  [default: one on each]")
 @click.option(
     "--rate",
     metavar="R",

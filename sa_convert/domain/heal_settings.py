@@ -89,9 +89,9 @@ class HealSettings(BaseModel):
     train: Trained = "outputs"
     length: Annotated[Count, AfterValidator(_long_enough)] | None = None
     """Tokens of a sequence. None: LENGTH, or LONG if the plan has windows, and never more than the model has."""
-    rows: Count = 1
-    """Sequences of one step, on all processes together. The answers of a teacher have little noise, so many small steps
-    heal more than few large ones."""
+    rows: Count | None = None
+    """Sequences of one step, on all processes together. None: one on each. The answers of a teacher have little noise,
+    so many small steps heal more than few large ones."""
     rate: Amount | None = None
     """Peak learning rate. None: that of RATES, or WINDOWED_RATE."""
     rank: Count = 16
@@ -110,10 +110,16 @@ class HealSettings(BaseModel):
         """Once `resolved`."""
         return self.rate if self.rate is not None else RATES[self.train]
 
-    def resolved(self, text: str, windows: bool, positions: int | None) -> "HealSettings":
-        """With everything spelled out that the plan and the model decide.
+    @property
+    def step_rows(self) -> int:
+        """Sequences of one step, once `resolved`."""
+        return self.rows or 1
 
-        text: of the calibration. Raises RecipeValueError for a length that the model has no positions for.
+    def resolved(self, text: str, windows: bool, positions: int | None, processes: int = 1) -> "HealSettings":
+        """With everything spelled out that the plan, the model and the launch decide.
+
+        text: of the calibration. processes: that train. Raises RecipeValueError for a length that the model has no
+        positions for.
         """
         wanted = self.length or (LONG if windows else LENGTH)
         if self.length is not None and positions is not None and self.length > positions:
@@ -123,5 +129,6 @@ class HealSettings(BaseModel):
             "tokens": self.budget,
             "rate": WINDOWED_RATE if windows and self.rate is None and self.train == "outputs" else self.peak_rate,
             "length": min(wanted, positions or wanted),
+            "rows": self.rows or processes,
         }
         return self.model_copy(update=update)

@@ -175,7 +175,7 @@ def _kept_file(task: HealingTask, text: HealingText, teacher: Any, whole: bool) 
     vocabulary, hidden = teacher.get_output_embeddings().weight.shape
     size = text.rows.numel() * (vocabulary if whole else hidden) * teacher.dtype.itemsize
     steps = steps_of(task.settings)
-    asked = (steps or ENDLESS) * task.settings.rows * (REPEATED - 1) // REPEATED
+    asked = (steps or ENDLESS) * task.settings.step_rows * (REPEATED - 1) // REPEATED
     if asked <= len(text.rows) or size > KEPT_BYTES or shutil.disk_usage(task.state).free < 2 * size:
         return None
     return task.state / f"teacher-{os.environ.get('RANK', '0')}.bin"

@@ -33,15 +33,15 @@ def arguments(
     cannot be spread so.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if settings.rows % (processes * accumulate):
+    if settings.step_rows % (processes * accumulate):
         raise SaConvertError(
-            f"{settings.rows} rows cannot be spread over {processes} processes in {accumulate} parts each: give "
+            f"{settings.step_rows} rows cannot be spread over {processes} processes in {accumulate} parts each: give "
             f"--rows {processes * accumulate}, or a multiple of that."
         )
     told: dict[str, Any] = {half: True} if half else {}
     made = TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=settings.rows // (processes * accumulate),
+        per_device_train_batch_size=settings.step_rows // (processes * accumulate),
         gradient_accumulation_steps=accumulate,
         max_steps=steps_of(settings) or ENDLESS,
         learning_rate=settings.peak_rate,
@@ -67,7 +67,7 @@ def arguments(
 def steps_of(settings: HealSettings) -> int | None:
     """Of the whole run; None: only time ends it."""
     assert settings.length is not None
-    per_step = settings.rows * settings.length
+    per_step = settings.step_rows * settings.length
     return None if settings.tokens is None else max(1, -(-settings.tokens // per_step))
 
 
@@ -135,7 +135,7 @@ class Judging(TrainerCallback):
     def __init__(self, state: HealingState, judge: Judge, settings: HealSettings, clock: Clock) -> None:
         assert settings.length is not None
         self.state, self.judge, self.clock = state, judge, clock
-        self.step_tokens = settings.rows * settings.length
+        self.step_tokens = settings.step_rows * settings.length
         self.judgements = judgements(settings)
         self.trainer: HealingTrainer | None = None
         self._bar: Any = None

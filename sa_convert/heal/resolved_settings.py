@@ -1,5 +1,6 @@
 """What a recipe leaves open about healing, as the plan and the model decide it."""
 
+import os
 from typing import TYPE_CHECKING
 
 from sa_convert.errors import RecipeError
@@ -18,9 +19,9 @@ def resolve(
 
     Raises RecipeError, naming the key or the option, for what the model cannot do.
     """
-    windows = "window" in conversion.plan.treatments
+    windows, most = "window" in conversion.plan.treatments, positions(conversion.model.checkpoint.config)
     try:
-        return settings.resolved(recipe.calibration.text, windows, positions(conversion.model.checkpoint.config))
+        return settings.resolved(recipe.calibration.text, windows, most, int(os.environ.get("WORLD_SIZE", "1")))
     except ValueError as error:
         path = getattr(error, "path", ())
         if options:

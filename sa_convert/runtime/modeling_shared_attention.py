@@ -72,7 +72,8 @@ def is_newer():
 
 def is_paged(value):
     """Whether this is the cache of continuous batching, which shares no class with the others, or a view of it."""
-    return not isinstance(value, (torch.Tensor, dict)) and "Paged" in type(getattr(value, "whole", value)).__name__
+    whole = value.whole if isinstance(value, CacheView) else value
+    return not isinstance(whole, (torch.Tensor, dict)) and "Paged" in type(whole).__name__
 
 
 # Under torch.export what moves from pass to pass is the cache's own, and windows are masks.

@@ -5,7 +5,7 @@ import pytest
 from support.healing_models import all_tensors, damaged_conversion, heal_launched
 from support.processes import run_cli
 
-OPTIONS = ("--tokens", "4k", "--length", "64", "--rate", "1e-3", "--no-validate")
+OPTIONS = ("--tokens", "4k", "--length", "64", "--rate", "1e-3", "--rows", "4", "--no-validate")
 FSDP = """distributed_type: FSDP
 fsdp_config:
   fsdp_version: 2
