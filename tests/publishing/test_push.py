@@ -189,7 +189,7 @@ DAMAGES = {
     "short shard": (shorten, 1, "bytes long"),
     "no index": (partial(remove, "model.safetensors.index.json"), 1, "no weights"),
     "no code": (partial(remove, "shared_attention_share.py"), 1, "shared_attention_share.py is missing"),
-    "other code": (partial(append, "modeling_shared_attention.py"), 1, "modeling_shared_attention.py is not that of"),
+    "other code": (partial(append, "modeling_shared_attention.py"), 1, "modeling_shared_attention.py is not what this"),
     "no report": (partial(remove, "report.json"), 1, "report.json"),
     "no card": (partial(remove, "README.md"), 1, "README.md"),
     "no recipe": (partial(remove, "recipe.yaml"), 1, "recipe.yaml"),
