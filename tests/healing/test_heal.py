@@ -82,7 +82,7 @@ def test_report_recipe_and_card_say_what_was_done(damaged, healed):
     assert found["tokens"] >= 12_000
     assert [judged["tokens"] for judged in found["curve"]] == sorted({one["tokens"] for one in found["curve"]})
     assert len(found["curve"]) == 3
-    assert found["settings"] == {"tokens": 12_000, "length": 64, "rate": 5e-3, "text": "builtin+written"}
+    assert found["settings"] == {"tokens": 12_000, "length": 64, "rate": 5e-3, "text": "builtin+written", "rows": 1}
     kept = next(judged for judged in found["curve"] if judged["tokens"] == found["kept_tokens"])
     for kind, divergence in kept["divergence"].items():
         assert divergence < found["curve"][0]["divergence"][kind]

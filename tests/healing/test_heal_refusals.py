@@ -131,7 +131,7 @@ def test_convert_heals_if_the_recipe_says_so(damaged, tmp_path):
     done = run_cli("convert", damaged.base, "--recipe", recipe, "-o", tmp_path / "out", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["heal"]["settings"] == {**told, "text": "builtin+written"}
+    assert report["heal"]["settings"] == {**told, "text": "builtin+written", "rows": 1}
     assert report["heal"]["curve"][0]["tokens"] == 0
     assert (
         "heal: {tokens: 4000, text: builtin+written, length: 64, rate: 0.0002}"
