@@ -134,7 +134,7 @@ def test_convert_heals_if_the_recipe_says_so(damaged, tmp_path):
     assert report["heal"]["settings"] == {**told, "text": "builtin+written", "rows": 1}
     assert report["heal"]["curve"][0]["tokens"] == 0
     assert (
-        "heal: {tokens: 4000, text: builtin+written, length: 64, rate: 0.0002}"
+        "heal: {tokens: 4000, text: builtin+written, length: 64, rows: 1, rate: 0.0002}"
         in (tmp_path / "out" / "recipe.yaml").read_text()
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "recipe.json"]
