@@ -1,10 +1,13 @@
 """Which rows train and which judge, for each text that a recipe may name."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from sa_convert.domain.heal_settings import BOTH, HealSettings
 from sa_convert.heal.healing_text import healing_text
+from sa_convert.heal.resolved_settings import resolve
 from sa_convert.models.load import load_tokenizer
 from support.tiny_models import save_tiny, save_tokenizer
 
@@ -69,3 +72,14 @@ def test_text_is_the_calibrations_unless_it_is_named(calibration, healing):
 )
 def test_windows_heal_at_a_lower_rate(told, windows, rate):
     assert HealSettings(**told).resolved("builtin", windows, None).rate == rate
+
+
+def test_a_step_has_a_row_for_each_process(monkeypatch):
+    conversion = SimpleNamespace(
+        plan=SimpleNamespace(treatments=()), model=SimpleNamespace(checkpoint=SimpleNamespace(config={}))
+    )
+    recipe = SimpleNamespace(calibration=SimpleNamespace(text="builtin"))
+    assert resolve(HealSettings(), recipe, conversion).step_rows == 1
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert resolve(HealSettings(), recipe, conversion).step_rows == 8
+    assert resolve(HealSettings(rows=32), recipe, conversion).step_rows == 32

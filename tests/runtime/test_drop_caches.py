@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer
 
+from support.cached_passes import stepwise, whole
 from support.tiny_models import load_converted, save_tiny, with_cache
 from support.whole_layers import convert_layers
 
@@ -27,19 +28,6 @@ def case(request, tmp_path_factory):
 @pytest.fixture
 def ids():
     return torch.randint(3, 120, (2, LENGTH), generator=torch.Generator().manual_seed(3))
-
-
-@torch.no_grad()
-def stepwise(model, ids, cache, first=8):
-    """Logits of the tokens after the first, one by one with this cache."""
-    model(ids[:, :first], **with_cache(model, cache))
-    steps = [model(ids[:, at : at + 1], **with_cache(model, cache)).logits for at in range(first, ids.shape[1])]
-    return torch.cat(steps, dim=1)
-
-
-@torch.no_grad()
-def whole(model, ids, first=8):
-    return model(ids, use_cache=False).logits[:, first:]
 
 
 class Rounded(QuantizedLayer):

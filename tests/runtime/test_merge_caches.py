@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from support.cached_passes import stepwise, whole
 from support.rounded_by_hand import BITS, bytes_of, made_by
 from support.tiny_models import load_converted, with_cache
 from support.whole_layers import convert_layers
@@ -28,18 +29,6 @@ def case(request, tmp_path_factory):
 @pytest.fixture
 def ids():
     return torch.randint(3, 120, (2, LENGTH), generator=torch.Generator().manual_seed(3))
-
-
-@torch.no_grad()
-def stepwise(model, ids, cache, first=8):
-    model(ids[:, :first], **with_cache(model, cache))
-    steps = [model(ids[:, at : at + 1], **with_cache(model, cache)).logits for at in range(first, ids.shape[1])]
-    return torch.cat(steps, dim=1)
-
-
-@torch.no_grad()
-def whole(model, ids, first=8):
-    return model(ids, use_cache=False).logits[:, first:]
 
 
 @pytest.mark.parametrize("kind", ["of the config", "plain", "static"])
