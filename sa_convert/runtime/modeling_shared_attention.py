@@ -341,6 +341,10 @@ def _grown(layer, slot, new):
     return whole
 
 
+NO_CACHE = (torch.Tensor, tuple, bool, Exchange, type(None))
+"""What a layer is given besides: to ask these for what a cache has takes long."""
+
+
 class LayerPlan:
     """What one layer has, and which treatments it runs, the first outermost. own, own_groups: query heads, and KV
     groups, that compute their attention, all of them or fewer. group: query heads in a KV group. coder: the treatment
@@ -366,8 +370,10 @@ class ConfigView(Over):
 
     @property
     def _attn_implementation(self):
+        if "vllm" not in sys.modules or hasattr(self.module, "attn"):
+            return EXCHANGE
         chosen = self.whole._attn_implementation
-        return EXCHANGE if chosen != "vllm" or hasattr(self.module, "attn") else chosen
+        return chosen if chosen == "vllm" else EXCHANGE
 
 
 class Gone:
@@ -387,6 +393,13 @@ def _dispatch(module, query, key, value, attention_mask, **arguments):
 
 # The only place where transformers looks for an attention function: one name, whatever is treated.
 AttentionInterface.register(EXCHANGE, _dispatch)
+
+
+GQA = torch.__version__ >= (2, 5)
+"""Whether SDPA takes fewer heads of keys than of queries."""
+
+KNOWN = {"scaling", "sliding_window", "position_ids", "cache_position", "use_cache"}
+"""Arguments of an attention function of which SDPA's kernel is told no more than the scale, for one token, no mask."""
 
 
 @dataclass(eq=False)  # not frozen: each step of each layer makes some
@@ -413,8 +426,19 @@ class Call:
         """Those of them that compute their attention."""
         return self.attention.plan.own
 
+    def _one_token(self, query, key, value, group, arguments):
+        """Whether this is one token, of which SDPA's kernel is told nothing but a scale."""
+        if query.shape[2] != 1 or key.shape[-1] != value.shape[-1] or group or arguments or not GQA:
+            return False
+        told = self.arguments.items()
+        return all(name in KNOWN or not (isinstance(value, torch.Tensor) or value) for name, value in told)
+
     def kernel(self, query, key, value, mask, group=None, arguments=None, sinks=None):
         """The family's attention, of heads that lie `group` to a key: output (B, T, H, D), probabilities or None."""
+        if mask is None and self.implementation == "sdpa" and self._one_token(query, key, value, group, arguments):
+            # What transformers' function comes to: to go through it takes as long as to attend.
+            told = {"scale": self.arguments.get("scaling"), "enable_gqa": key.shape[1] != query.shape[1]}
+            return nn.functional.scaled_dot_product_attention(query, key, value, **told).transpose(1, 2), None
         attention, eager = self.attention, self.implementation == "eager"
         function = attention.family_eager if eager else ALL_ATTENTION_FUNCTIONS[self.implementation]
         changed = {} if sinks is None else {attention.names.sinks: sinks}
@@ -429,7 +453,7 @@ class Call:
         output, weights = function(module, query, key, value, mask, **arguments)
         if output.ndim == 2:  # an engine's lie head beside head, for all tokens
             output = output.unflatten(-1, (query.shape[1], -1))[None]
-        return output[..., :size], weights
+        return (output if output.shape[-1] == size else output[..., :size]), weights
 
 
 class TreatedAttention(nn.Module):
@@ -468,13 +492,12 @@ class TreatedAttention(nn.Module):
 
     def forward(self, *args, **kwargs):
         if self.packs:
-
-            def seen(value):
-                # To ask a tensor for attributes takes long.
-                other = isinstance(value, (torch.Tensor, tuple)) or not (is_cache(value) or is_paged(value))
-                return value if other else self.view(value, kwargs.get(EXCHANGE))
-
-            args, kwargs = [seen(value) for value in args], {name: seen(value) for name, value in kwargs.items()}
+            args, exchange = list(args), kwargs.get(EXCHANGE)
+            for values, names in ((args, range(len(args))), (kwargs, kwargs)):
+                for name in names:
+                    value = values[name]
+                    if not isinstance(value, NO_CACHE) and (is_cache(value) or is_paged(value)):
+                        values[name] = self.view(value, exchange)
         outputs = super().forward(*args, **kwargs)
         if len(outputs) != 2:
             raise RuntimeError(unlike(f"{type(self).__name__} returns {len(outputs)} values instead of 2"))
@@ -491,7 +514,8 @@ class TreatedAttention(nn.Module):
         """The attention function. query: (B, O, T, D); key: (B, own groups, S, D), both without meaning if nothing is
         own; value: (B, G, S, D). Returns the output (B, T, H, D), and probabilities (B, H, T, S) or None."""
         implementation = (self.model_config._attn_implementation or "eager").replace("paged|eager", "eager")
-        paged = next((name for name, item in arguments.items() if is_paged(item)), None)
+        masked = exchange is None or exchange.masked
+        paged = next((name for name, item in arguments.items() if is_paged(item)), None) if masked else None
         if paged is not None:  # until 5.23 the attention function writes the cache of continuous batching
             held = arguments.pop(paged)  # as this layer sees it, or as it is
             view = self.view(getattr(held, "whole", held), exchange)

@@ -35,8 +35,11 @@ from .modeling_shared_attention import (
 def pick(states, places):
     """Those of the heads (B, heads, ...) that are listed, in this order. A view, if they lie side by side."""
     runs = runs_of(tuple(places))
-    pieces = [states if end - at == states.shape[1] else states.narrow(1, at, end - at) for at, end in runs]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1) if pieces else states[:, :0]
+    if len(runs) == 1:
+        (at, end), *_ = runs
+        return states if end - at == states.shape[1] else states.narrow(1, at, end - at)
+    pieces = [states.narrow(1, at, end - at) for at, end in runs]
+    return torch.cat(pieces, dim=1) if pieces else states[:, :0]
 
 
 @torch.compiler.assume_constant_result
@@ -78,7 +81,8 @@ class Cached:
 class PartedLayer(cache_utils.CacheLayerMixin):
     """In front of the class of a layer of a cache, some of whose KV groups treatments cache in a way of their own.
 
-    held: the KV groups that are cached as ever, as keys: elsewhere torch.compile may take numbers for symbols. parts:
+    held: the KV groups that are cached as ever, as keys: elsewhere torch.compile may take numbers for symbols. until:
+    tokens up to which they stay the same, as far as it is known. parts:
     by treatment, what it keeps of the others. A part has `rows(index or None)`, a copy of itself with these rows of the
     batch; `crop(removed)`, itself without the last tokens, which raises ValueError if what came before them is gone;
     `reset()`, in place, of a static one; `batch`; and `nbytes`. A static layer counts tokens itself, since those of
@@ -90,7 +94,7 @@ class PartedLayer(cache_utils.CacheLayerMixin):
         for name, value in vars(layer).items():
             setattr(self, name, value)
         self.every = self.held = dict.fromkeys(range(groups))
-        self.parts, self.count, self.shared_attention = {}, None, True
+        self.parts, self.count, self.until, self.shared_attention = {}, None, 0, True
 
     def __init_subclass__(cls):
         whole = cls.__bases__[1]
@@ -188,6 +192,7 @@ class PartedLayer(cache_utils.CacheLayerMixin):
                 part.reset()
         else:
             self.keys, self.values, self.is_initialized, self.held, self.parts = None, None, False, self.every, {}
+            self.until = 0
 
     @property
     def nbytes(self):
@@ -249,13 +254,16 @@ class PartedPlan(LayerPlan):
 
     def __init__(self, stack, layer, heads, group, reached=()):
         super().__init__(stack, layer, heads, group, reached)
-        caches = [treatment for treatment in self.treatments if hasattr(treatment, "outgrown")]
-        self.caching = bool(caches)
-        self.plain = min((treatment.untouched(layer) for treatment in caches), default=0)
-        self.plain = self.plain if len(caches) == len(self.treatments) else 0
+        self.caches = [treatment for treatment in self.treatments if hasattr(treatment, "outgrown")]
+        self.caching = bool(self.caches)
+        self.plain = self.until(0) if len(self.caches) == len(self.treatments) else 0
         last = _left(reached[-1][0], layer, reached[-1][1], group) if reached else tuple(range(heads))
         self.views = tuple(_view(heads, self.own) for heads in (*(heads for _, heads in reached), last))
         self.least = self.held_after(tuple(range(heads // group)), None, None)
+
+    def until(self, seen):
+        """Tokens up to which treatments take no more KV groups, if they have seen so many."""
+        return min((treatment.untouched(self.layer, seen) for treatment in self.caches), default=0)
 
     def held_after(self, held, total, limit):
         """Of the KV groups that a layer of a cache holds, those that it still does with so many tokens; None: there is
@@ -328,16 +336,15 @@ class PartsView(CacheView):
                 f"shared_attention: layer {plan.layer} has a cache of parts, so it runs within its model only."
             )
         layer = self._parted_layer(layer_idx, plan)
+        start = layer.seen(value_states.device)
         # Until 5.3 positions stand for the number of tokens.
-        seen = (
-            layer.get_mask_sizes(torch.arange(tokens) if layer.by_position else tokens),
-            layer.seen(value_states.device),
-        )
-        if layer.grows and layer.held == layer.every and seen[1] + tokens <= plan.plain:
-            key_states, value_states = self.whole.update(key_states, value_states, layer_idx, *args, **kwargs)
-            cached = Cached(layer, seen[1], *seen[0], tuple(layer.held), key_states, value_states, {}, tokens)
+        asked = torch.arange(tokens) if layer.by_position else tokens
+        sizes = layer.get_mask_sizes(asked) if layer.static or layer.is_sliding else (start + tokens, 0)
+        if layer.grows and start + tokens <= plan.plain and layer.held == layer.every:
+            key_states, value_states = self._append(layer, key_states, value_states, layer_idx, *args, **kwargs)
+            cached = Cached(layer, start, *sizes, tuple(layer.held), key_states, value_states, {}, tokens)
         else:
-            cached = self._part(layer, *seen, key_states, value_states, layer_idx, args, kwargs)
+            cached = self._part(layer, sizes, start, key_states, value_states, layer_idx, args, kwargs)
         exchange.notes["cached", plan.place] = cached
         return key_states, value_states
 
@@ -345,7 +352,11 @@ class PartsView(CacheView):
         """Cache what treatments do not cache themselves."""
         plan, tokens = self.plan, value.shape[-2]
         before, taken, keys, values = tuple(layer.held), {}, None, None
-        held = before if before == plan.least else plan.held_after(before, *layer.reach(start, tokens))
+        if before == plan.least or (layer.grows and start + tokens <= layer.until):
+            held = before
+        else:
+            held = plan.held_after(before, *layer.reach(start, tokens))
+            layer.until = plan.until(start + tokens) if layer.grows and not torch.compiler.is_compiling() else 0
         if held != before:
             if getattr(self.whole, "offloading", False) and layer.is_initialized:  # what it has may be on its way back
                 torch.cuda.default_stream(value.device).wait_stream(self.whole.prefetch_stream)
@@ -353,8 +364,12 @@ class PartsView(CacheView):
             taken = layer.let_go(plan, held)
         if held or getattr(self.whole, "offloading", False):
             own = [place for place, group in enumerate(plan.own_groups) if group in held]
-            view = CacheView(self.whole, len(own), self.codec(tuple(plan.own_groups[place] for place in own), held))
-            keys, values = view.put(pick(key, own) if own else None, pick(value, held), number, *args, **kwargs)
+            keys, values = pick(key, own) if own else None, pick(value, held)
+            if layer.grows and layer.is_initialized and plan.coder is None and 0 < len(own) == len(held):
+                keys, values = self._append(layer, keys, values, number, *args, **kwargs)
+            else:
+                view = CacheView(self.whole, len(own), self.codec(tuple(plan.own_groups[at] for at in own), held))
+                keys, values = view.put(keys, values, number, *args, **kwargs)
         else:
             layer.advance(value, tokens)
         if layer.count is not None:

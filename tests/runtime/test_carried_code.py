@@ -18,8 +18,8 @@ from support.processes import ROOT
 OWN = ["llama", "cohere", "gpt_oss", "mixtral", "lfm2", "gemma3", "olmo2"]
 SPECIAL = ["gpt2", "qwen3_next", "stablelm", "bert", "falcon", "bloom", "gptj", "bart", "t5"]
 LIMITS = {
-    **{"share": (3, 836), "window": (4, 1477), "low_rank": (3, 895), "merge": (3, 620), "linear": (4, 686)},
-    **{"drop": (4, 684), "window share": (5, 1727), "window low_rank share merge linear drop": (10, 2183)},
+    **{"share": (3, 852), "window": (4, 1506), "low_rank": (3, 911), "merge": (3, 636), "linear": (4, 702)},
+    **{"drop": (4, 700), "window share": (5, 1756), "window low_rank share merge linear drop": (10, 2212)},
 }
 """Files of families that run their own forward, and lines of code (no blank lines, comments, docstrings)."""
 

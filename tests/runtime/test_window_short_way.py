@@ -80,6 +80,18 @@ def test_rows_change_before_and_after_windows_are_outgrown(pair, change):
         torch.testing.assert_close(found, pair.expected(ids)[rows][:, first:], atol=1e-4, rtol=1e-4)
 
 
+def test_a_cache_that_is_used_again(pair):
+    """What a cache of the text before knew of windows does not outlive `reset`."""
+    ids, mask = some_ids(LENGTH), torch.ones(2, LENGTH, dtype=torch.long)
+    cache = DynamicCache(config=pair.model.config)
+    if not hasattr(type(cache), "reset"):
+        pytest.skip("this transformers resets no dynamic cache")
+    read(pair, cache, ids.flip(0), mask, 0, range(1, LENGTH + 1))
+    cache.reset()
+    found = read(pair, cache, ids, mask, 0, range(1, LENGTH + 1))
+    torch.testing.assert_close(found, pair.expected(ids), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {}], ids=str)
 @pytest.mark.parametrize("length", [1, 3, 6])
 def test_short_prompts(pair, length, options):

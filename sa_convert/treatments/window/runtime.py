@@ -58,9 +58,9 @@ class Window:
     def takes(self, layer):
         return tuple(self.layers[layer])
 
-    def untouched(self, layer):
-        """Tokens up to which nothing is different in a layer."""
-        return min(map(sum, self.layers[layer].values()))
+    def untouched(self, layer, seen=0):
+        """Tokens up to which nothing changes in a layer that has seen so many."""
+        return min((until for until in map(sum, self.layers[layer].values()) if until >= seen), default=float("inf"))
 
     def unserved(self):
         """Why an attention layer that pages all KV groups alike does not do, or None."""
