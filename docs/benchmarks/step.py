@@ -4,6 +4,7 @@
     python docs/benchmarks/step.py prefill  BASE SHARED --context 2048 --batch 1 --chunks 512
     python docs/benchmarks/step.py compiled BASE SHARED --context 512 --batch 1
     python docs/benchmarks/step.py training BASE SHARED --context 512 --batch 2
+    python docs/benchmarks/step.py layers   BASE SHARED --context 512
 
 Both models run in this process, in turns, in float32 with two threads; ratios are taken of runs right after each
 other, and the median is printed with its quartiles.
@@ -13,6 +14,8 @@ own, since what one allocates changes how long the other's copies take. The cach
 prefill: a prompt in both forms of sharing, and in chunks, against the base in one piece.
 compiled: a decode step with a static cache, eager and compiled by torch.compile as one graph, without a break.
 training: forward and backward of the language-modelling loss.
+layers: the attention of every layer in a decode step, in microseconds, of models with the same plan whose matrices are
+tiny and random (Llama-shaped configurations): what is left is what code takes. One thread; medians.
 """
 
 import argparse
@@ -203,6 +206,46 @@ def training(options):
     compare(ways, "base", options.turns)
 
 
+def tiny(folder):
+    """A model by the code of this folder, as its config says, but for the sizes of matrices."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    config.head_dim, config.intermediate_size, config.vocab_size = 4, 16, 256
+    config.hidden_size = config.head_dim * config.num_attention_heads
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32).eval()
+
+
+def layers(options):
+    import torch
+    from transformers import DynamicCache
+
+    torch.set_num_threads(1)
+    found = []
+    for folder in (options.base, options.shared):
+        model, times, begun = tiny(folder), defaultdict(list), {}
+        for number, layer in enumerate(model.model.layers):
+            attention = layer.self_attn
+            attention.register_forward_pre_hook(lambda _, __, at=number, to=begun: to.update({at: perf_counter()}))
+            attention.register_forward_hook(
+                lambda _, __, ___, at=number, of=begun, to=times: to[at].append(perf_counter() - of[at])
+            )
+        given = with_cache(model, DynamicCache(config=model.config))
+        with torch.inference_mode():
+            model(tokens(model, options.batch, options.context), **given)
+            times.clear()
+            for _ in range(options.turns * STEPS):
+                model(tokens(model, options.batch, 1), **given)
+        found.append([1e6 * statistics.median(times[number]) for number in sorted(times)])
+    print(f"{'layer':>6}{'base':>8}{'shared':>8}{'more':>8}   microseconds; {options.context} tokens of context")
+    for number, (base, shared) in enumerate(zip(*found, strict=True)):
+        print(f"{number:6}{base:8.0f}{shared:8.0f}{shared - base:8.0f}")
+    base, shared = (statistics.fmean(each) for each in found)
+    print(f"{'mean':>6}{base:8.0f}{shared:8.0f}{shared - base:8.0f}")
+
+
 def main():
     modes = {
         "profile": profile,
@@ -210,6 +253,7 @@ def main():
         "prefill": prefill,
         "compiled": compiled,
         "training": training,
+        "layers": layers,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=list(modes))
