@@ -9,6 +9,11 @@ import torch
 WARM_UP = 0.1
 
 
+def time_left(minutes: float | None, spent: float) -> float | None:
+    """Seconds that are left to train of a budget in minutes, one at least, if so many went before; None: no limit."""
+    return None if minutes is None else max(60 * minutes - spent, 1.0)
+
+
 @dataclass
 class Clock:
     """steps: of the whole run, None if only time ends it. limit: seconds, None if only tokens end it.

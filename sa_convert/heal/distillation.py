@@ -3,6 +3,7 @@
 As the refit, it changes weights only if that helps on held-out text and held-out repetition alike.
 """
 
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from sa_convert.domain.healed import HealReport
 from sa_convert.domain.model import Model, RunOptions
 from sa_convert.domain.plan import Plan
 from sa_convert.errors import CheckpointError, DataError
-from sa_convert.heal.budget_clock import Clock
+from sa_convert.heal.budget_clock import Clock, time_left
 from sa_convert.heal.distilled import Distilled, Teacher, head_of
 from sa_convert.heal.healing_state import HealingState, fingerprint
 from sa_convert.heal.healing_text import HealingText, healing_text
@@ -46,6 +47,10 @@ FEW = 64
 WRITTEN_TOKENS, WRITTEN_PART = 65_536, 8
 """Tokens that the base writes, if its own text is asked for: so many, or one of so many that are trained on; never
 more than are trained on."""
+
+
+WRITING_PART = 4
+"""Writing takes no more than one of so many minutes, if these are the budget."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +104,8 @@ def heal(task: HealingTask) -> Healed:
         models.enter_context(fast_products())
         teacher = models.enter_context(load_base(base.folder, placement, base.trusted)).model.requires_grad_(False)
         student = models.enter_context(load_converted(converted.folder, placement, None)).model
-        text = healing_text(
-            tokenizer, embedded_tokens(student), settings, _written(teacher, tokenizer, settings, state)
-        )
+        written, writing = _written(teacher, tokenizer, settings, state)
+        text = healing_text(tokenizer, embedded_tokens(student), settings, written)
         few = next(iter(text.held_out.text.values()))[:1, :FEW].to(device)
         head = head_of(student, teacher, few)
         kept = _kept_file(task, text, teacher, head is None)
@@ -113,7 +117,7 @@ def heal(task: HealingTask) -> Healed:
             state.base = judge.judge(Distilled(teacher, own, False), 0)
         trained = prepare(student, converted, names, settings)
         parameters = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
-        clock = Clock(steps_of(settings), 60 * settings.minutes if settings.minutes else None, state.seconds)
+        clock = Clock(steps_of(settings), time_left(settings.minutes, writing), state.seconds)
         announce(f"healing: {parameters:,} parameters train on {text.name}")
         with quiet():
             half = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(placement.dtype)
@@ -135,7 +139,7 @@ def heal(task: HealingTask) -> Healed:
         base=state.base,
         curve=tuple(curve),
         kept=state.best,
-        seconds=clock.seconds,
+        seconds=clock.seconds + writing,
         dtype=placement.dtype_name,
         processes=args.world_size,
         refused=() if state.best is not None else worse(curve[-1], curve[0], state.base),
@@ -158,15 +162,18 @@ def _placement(folder: Path, run: RunOptions) -> Placement:
     return placement
 
 
-def _written(teacher: Any, tokenizer: Any, settings: HealSettings, state: HealingState) -> torch.Tensor | None:
-    """Rows that the base writes, if its own text is asked for: in the first process, since rounding of another device
-    makes other text."""
+def _written(
+    teacher: Any, tokenizer: Any, settings: HealSettings, state: HealingState
+) -> tuple[torch.Tensor | None, float]:
+    """Rows that the base writes, if its own text is asked for, and the seconds that it took: in the first process,
+    since rounding of another device makes other text."""
     if settings.text not in ("written", BOTH):
-        return None
+        return None, 0.0
     assert settings.length is not None
     budget = settings.tokens or WRITTEN_TOKENS
     rows = max(2, max(min(WRITTEN_TOKENS, budget), budget // WRITTEN_PART) // settings.length)
-    write = partial(written_by, teacher, tokenizer, rows, settings.length, settings.seed)
+    seconds = 60 * settings.minutes / WRITING_PART if settings.minutes else math.inf
+    write = partial(written_by, teacher, tokenizer, rows, settings.length, settings.seed, seconds)
     return from_first(partial(state.written, write))
 
 

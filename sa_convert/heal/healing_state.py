@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,18 +99,23 @@ class HealingState:
 
         return load_file(self.folder / BEST)
 
-    def written(self, write: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Rows of text that `write` makes, which takes minutes: those of the run that goes on, if they are there."""
-        from safetensors.torch import load_file, save_file
+    def written(self, write: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
+        """Rows of text that `write` makes, which takes minutes, and the seconds that it took: those of the run that
+        goes on, if they are there."""
+        from safetensors import safe_open
+        from safetensors.torch import save_file
 
         file = self.folder / WRITTEN
         if self.resumed and file.exists():
-            return load_file(file)["rows"]
+            with safe_open(file, framework="pt") as kept:
+                return kept.get_tensor("rows"), float((kept.metadata() or {}).get("seconds", 0.0))
+        begun = time.monotonic()
         rows = write()
+        spent = time.monotonic() - begun
         part = self.folder / f"{WRITTEN}.part"
-        save_file({"rows": rows.contiguous()}, part)
+        save_file({"rows": rows.contiguous()}, part, metadata={"seconds": f"{spent:.3f}"})
         part.replace(file)
-        return rows
+        return rows, spent
 
     def save(self, seconds: float) -> None:
         self.seconds = seconds

@@ -1,5 +1,7 @@
 """Calibration text that the model writes itself: it needs no data, and covers what it knows."""
 
+import math
+import time
 from typing import Any
 
 import torch
@@ -27,11 +29,13 @@ TEMPERATURE = 0.9
 BATCH = 48
 
 
-def written_by(model: Any, tokenizer: Any, sequences: int, length: int, seed: int = 0) -> torch.Tensor:
+def written_by(
+    model: Any, tokenizer: Any, sequences: int, length: int, seed: int = 0, seconds: float = math.inf
+) -> torch.Tensor:
     """Tokens (sequences, length), int64, sampled from the model; each row holds at least PASSAGES passages.
 
-    The same model, arguments and number of threads give the same tokens. Raises CheckpointError if the model's
-    activations are not finite.
+    The same model, arguments and number of threads give the same tokens. seconds: if these do not do, there are fewer
+    sequences, but no fewer than two. Raises CheckpointError if the model's activations are not finite.
     """
     from transformers import GenerationConfig
 
@@ -45,7 +49,7 @@ def written_by(model: Any, tokenizer: Any, sequences: int, length: int, seed: in
     if not bool(torch.isfinite(model(input_ids=prompts[:1].to(model.device)).logits).all()):
         raise not_finite(model)
     preferred, model.generation_config = model.generation_config, GenerationConfig(pad_token_id=0)
-    rows = []
+    rows, begun = [], time.monotonic()
     try:
         with (
             torch.random.fork_rng(),
@@ -69,6 +73,11 @@ def written_by(model: Any, tokenizer: Any, sequences: int, length: int, seed: in
                     ).cpu()
                 )
                 bar.update(size - width)
+                each = (time.monotonic() - begun) / len(rows)
+                if len(rows) * BATCH >= 2 * passages and each * (len(rows) + 1) > seconds:
+                    break
     finally:
         model.generation_config = preferred
-    return torch.cat(rows).reshape(sequences, -1)[:, :length].clone()
+    made = torch.cat(rows)
+    made = made[: len(made) // passages * passages]
+    return made.reshape(-1, passages * size)[:, :length].clone()

@@ -11,7 +11,7 @@ from sa_convert.domain.heal_settings import HealSettings
 from sa_convert.domain.healed import Judgement
 from sa_convert.errors import SaConvertError
 from sa_convert.heal import distilled
-from sa_convert.heal.budget_clock import Clock
+from sa_convert.heal.budget_clock import Clock, time_left
 from sa_convert.heal.distilled import Distilled, HeadDivergence, Teacher, head_of, last_states
 from sa_convert.heal.healing_text import HealingRows
 from sa_convert.heal.healing_trainer import judgements
@@ -242,6 +242,12 @@ def test_whatever_ends_first_counts():
 )
 def test_longer_runs_are_judged_more_often(tokens, times):
     assert judgements(HealSettings(tokens=tokens)) == times
+
+
+def test_what_the_base_writes_counts_as_time():
+    assert time_left(None, 30.0) is None
+    assert time_left(2, 30.0) == 90.0
+    assert time_left(2, 300.0) == 1.0  # a step, so that there is a judgement
 
 
 def test_low_rank_additions_need_an_extra(monkeypatch):

@@ -46,3 +46,14 @@ def test_the_same_arguments_give_the_same_text(writer):
     one, same, other = (written.written_by(model, tokenizer, 2, 24, seed=seed) for seed in (3, 3, 4))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("length", "made"), [(24, 4), (48, 4), (600, 2)])
+def test_a_time_that_does_not_do_gives_fewer_sequences(writer, monkeypatch, length, made):
+    """Whole ones, as they would be with more time, and two at least: one to train on and one to judge by."""
+    model, tokenizer, _ = writer
+    monkeypatch.setattr(written, "LONGEST", 64)
+    monkeypatch.setattr(written, "BATCH", 14)  # four sequences of three passages and a piece; one of ten and a piece
+    rows = written.written_by(model, tokenizer, 9, length, seconds=0.0)
+    assert rows.shape == (made, length)
+    assert torch.equal(rows, written.written_by(model, tokenizer, 9, length)[:made])
