@@ -13,6 +13,9 @@ DTYPE_BITS = {
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""What torch calls the dtypes that weights can be computed with and written again in."""
+
 
 @dataclass(frozen=True)
 class TensorEntry:

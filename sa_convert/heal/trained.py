@@ -7,16 +7,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from sa_convert.domain.checkpoint import Checkpoint, TensorEntry
+from sa_convert.domain.checkpoint import FLOATS, Checkpoint, TensorEntry
 from sa_convert.domain.heal_settings import HealSettings
 from sa_convert.domain.model import Model
 from sa_convert.domain.plan import Plan
 from sa_convert.errors import CheckpointError, SaConvertError
 from sa_convert.read.names import attention_prefix, layers_prefix, output_name, projection, stack_of
 from sa_convert.treatments.registry import lenders
-
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""Of tensors that can be trained and written again."""
 
 SCALE = 2
 """Of low-rank additions."""
@@ -96,7 +93,7 @@ class Trained:
                 value = stored.float() + SCALE * (second @ first)
             else:
                 value = state[own]
-            value = value.to(FLOATS[entry.dtype]).contiguous()
+            value = value.to(getattr(torch, FLOATS[entry.dtype])).contiguous()
             if not torch.equal(value, stored):
                 found[name] = value
         return found

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sa_convert.domain.checkpoint import FLOATS
 from sa_convert.domain.model import RunOptions
 from sa_convert.errors import CheckpointError, SaConvertError
 from sa_convert.models.auto_class import TASKS, auto_class_name
@@ -18,8 +19,6 @@ HEADROOM = 0.8
 """The part of free memory that weights may take; activations and the cache need the rest."""
 
 _POSITIONS = ("max_position_embeddings", "n_positions")
-
-_SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 NO_MEMORY: Mapping[int | str, int] = {"cpu": 1}
@@ -116,7 +115,7 @@ def stored_dtype(folder: Path) -> "torch.dtype":
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (not a mapping)
-                if dtype := _SAFETENSORS_DTYPES.get(tensors.get_slice(key).get_dtype()):
+                if dtype := FLOATS.get(tensors.get_slice(key).get_dtype()):
                     return getattr(torch, dtype)
     return torch.float32
 

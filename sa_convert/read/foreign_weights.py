@@ -7,10 +7,8 @@ model that it does not find with random numbers, and say so in a warning.
 from collections.abc import Mapping
 from typing import Any
 
-from sa_convert.domain.checkpoint import Checkpoint, TensorEntry
+from sa_convert.domain.checkpoint import FLOATS, Checkpoint, TensorEntry
 from sa_convert.errors import UnsupportedModelError
-
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 _ADAPTED = ("base_layer", "original_module", "modules_to_save")
 """Modules that PEFT puts around the ones that it adapts."""

@@ -5,12 +5,12 @@ from collections.abc import Container, Mapping
 from dataclasses import replace
 from typing import Any
 
-from sa_convert.domain.checkpoint import Checkpoint, TensorEntry
+from sa_convert.domain.checkpoint import FLOATS, Checkpoint, TensorEntry
 from sa_convert.domain.geometry import LayerGeometry, ModelGeometry
 from sa_convert.errors import CheckpointError, UnsupportedModelError
 from sa_convert.families.family import Family, Stack, Windows
 from sa_convert.read.expected import expected_shard
-from sa_convert.read.foreign_weights import FLOATS, part_of_quantised, quantised, refuse_foreign_weights
+from sa_convert.read.foreign_weights import part_of_quantised, quantised, refuse_foreign_weights
 from sa_convert.read.names import attention_config, attention_start, has_stack, projection
 
 DEPTHS = ("num_hidden_layers", "num_layers")

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from sa_convert.domain.checkpoint import DTYPE_BITS, Shard, TensorEntry
+from sa_convert.domain.checkpoint import DTYPE_BITS, FLOATS, Shard, TensorEntry
 from sa_convert.errors import CheckpointError, UnsupportedModelError
 from sa_convert.read.gguf_architecture import Architecture
 from sa_convert.read.gguf_config import MORE_LAYERS, pattern_of
 from sa_convert.read.gguf_header import FOLDER, REMAKE, GgufHeader, GgufTensor
 from sa_convert.read.gguf_rope import TENSORS as ROPE_TENSORS
 
-_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_DTYPES = {name: word for word, name in FLOATS.items()}
 _LAYER = re.compile(r"\d+")
 
 

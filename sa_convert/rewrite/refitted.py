@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sa_convert.domain.checkpoint import TensorEdit
+from sa_convert.domain.checkpoint import FLOATS, TensorEdit
 from sa_convert.domain.model import Model
 from sa_convert.errors import CheckpointError
 from sa_convert.read.header import read_shard
@@ -13,15 +13,13 @@ from sa_convert.read.names import output_name
 if TYPE_CHECKING:
     import torch
 
-_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-
 
 def check_refittable(model: Model) -> None:
     """Raises CheckpointError if the output projections are not plain float tensors, as in quantised models."""
     checkpoint = model.checkpoint
     for layer in (index for index, attention in enumerate(model.geometry.layers) if attention.heads):
         name = output_name(model, layer)
-        if name not in checkpoint.tensors or checkpoint.tensors[name].dtype not in _DTYPES:
+        if name not in checkpoint.tensors or checkpoint.tensors[name].dtype not in FLOATS:
             dtype = checkpoint.tensors[name].dtype if name in checkpoint.tensors else "missing"
             raise CheckpointError(
                 f"{checkpoint.identity}: the output projection '{name}' is {dtype}, which cannot be refitted: convert "
@@ -42,7 +40,7 @@ def refit_edits(model: Model, changes: "Mapping[int, torch.Tensor]", file: Path)
         with safe_open(tensor.file, framework="pt") as shard:
             base = shard.get_tensor(tensor.name).float()
         change = change.T if model.family.modules.transposed else change
-        stored[tensor.name] = (base + change).to(getattr(torch, _DTYPES[tensor.dtype])).contiguous()
+        stored[tensor.name] = (base + change).to(getattr(torch, FLOATS[tensor.dtype])).contiguous()
     if not stored:
         return {}
     save_file(stored, file)

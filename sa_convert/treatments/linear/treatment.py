@@ -7,7 +7,7 @@ model puts out.
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sa_convert.domain.checkpoint import DTYPE_BITS, TensorEdit, TensorEntry
+from sa_convert.domain.checkpoint import DTYPE_BITS, FLOATS, TensorEdit, TensorEntry
 from sa_convert.domain.fitted import Fitted
 from sa_convert.domain.geometry import ModelGeometry
 from sa_convert.domain.model import Model
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 FACTOR = 3.8
 """What it costs, to what is estimated, on SmolLM2-135M."""
-
-_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 class LinearTreatment(WholeLayerTreatment):
@@ -73,7 +71,7 @@ class LinearTreatment(WholeLayerTreatment):
         after: dict[str, str] = {}
         for index in plan.layers_of(self.name):
             output, hidden = _tensors(session.model, index)
-            found, dtype = learned().maps[index], getattr(torch, _DTYPES[output.dtype])
+            found, dtype = learned().maps[index], getattr(torch, FLOATS[output.dtype])
             parts = (found.weight.to(dtype), found.bias.to(dtype))
             tensors |= dict(zip(_new(session.model, index, hidden), parts, strict=True))
             after |= dict.fromkeys(_new(session.model, index, hidden), output.name)
@@ -106,7 +104,7 @@ def _tensors(model: Model, index: int) -> tuple[TensorEntry, int]:
     """
     name = output_name(model, index)
     output = model.checkpoint.tensors.get(name)
-    if output is None or output.dtype not in _DTYPES:
+    if output is None or output.dtype not in FLOATS:
         kind = "missing" if output is None else output.dtype
         raise CheckpointError(
             f"'{name}' is {kind}, so no linear map can take its place: convert the unquantised model."

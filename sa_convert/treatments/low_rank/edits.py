@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sa_convert.domain.checkpoint import DTYPE_BITS, TensorEdit, TensorEntry
+from sa_convert.domain.checkpoint import DTYPE_BITS, FLOATS, TensorEdit, TensorEntry
 from sa_convert.domain.fitted import Fitted
 from sa_convert.domain.model import Model
 from sa_convert.domain.plan import Plan
@@ -18,8 +18,6 @@ from sa_convert.treatments.low_rank.rules import NAME, is_folded, is_short
 
 if TYPE_CHECKING:
     from sa_convert.treatments.low_rank.learned import LearnedBases
-
-_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def treated_layers(model: Model, plan: Plan) -> Iterator[tuple[int, Layer]]:
         ranks = {} if is_folded(modules, layer) else ranks
         key = tensors[f"{prefix}{modules.fused or modules.key}.weight"] if ranks else projections[0].weight
         for tensor in (key, *(each.weight for each in projections)):
-            if tensor.dtype not in _DTYPES:
+            if tensor.dtype not in FLOATS:
                 raise CheckpointError(
                     f"'{tensor.name}' is {tensor.dtype}, which cannot be made narrower: convert the unquantised model."
                 )
@@ -87,7 +85,7 @@ def fitted(model: Model, plan: Plan, learned: "LearnedBases") -> Fitted:
     after: dict[str, str] = {}
     for index, layer in treated_layers(model, plan):
         for each in layer.projections:
-            dtype = getattr(torch, _DTYPES[each.weight.dtype])
+            dtype = getattr(torch, FLOATS[each.weight.dtype])
             for name, tensor in each.made(index, learned).items():
                 tensors[name], after[name] = tensor.to(dtype), each.weight.name
         bases = [learned.basis(index, group, rank) for group, rank in layer.ranks.items()]
@@ -95,6 +93,6 @@ def fitted(model: Model, plan: Plan, learned: "LearnedBases") -> Fitted:
             part = name.rpartition(".")[2]
             join = torch.stack if part == "offset" else torch.cat
             made: torch.Tensor = join([getattr(one, part) for one in bases])
-            tensors[name] = made.to(getattr(torch, _DTYPES[layer.key.dtype]))
+            tensors[name] = made.to(getattr(torch, FLOATS[layer.key.dtype]))
             after[name] = layer.key.name
     return Fitted(tensors, after)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sa_convert.domain.checkpoint import TensorEntry
+from sa_convert.domain.checkpoint import FLOATS, TensorEntry
 from sa_convert.domain.model import Model
 from sa_convert.errors import CheckpointError
 from sa_convert.read.names import attention_prefix, output_name
@@ -11,9 +11,6 @@ from sa_convert.treatments.merge.bases import Merged, as_numbers, as_pairs
 
 if TYPE_CHECKING:
     import torch
-
-FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""Of projections that can be merged."""
 
 
 def entries(model: Model, index: int) -> dict[str, TensorEntry]:
