@@ -88,6 +88,9 @@ class Pair:
         self.windows = "window" in self.plan.treatments
         asked = {key: getattr(options, key) for key in ("text", "rows", "rate")}
         self.asked: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
+        others = {"optimizer": options.optimizer, "repetition": options.repetition}
+        usual = {"optimizer": "adamw", "repetition": 1.0}
+        self.others = {key: value for key, value in others.items() if value != usual[key]}
 
     def computing(self) -> Any:
         """As transformers' Trainer computes: below float32 what trains is float32 nevertheless."""
@@ -96,7 +99,7 @@ class Pair:
 
     def label(self, name: str) -> str:
         """Of a choice, with the options that are not the product's defaults."""
-        return ", ".join([name, *(f"{key} {value}" for key, value in self.asked.items())])
+        return ", ".join([name, *(f"{key} {value}" for key, value in {**self.asked, **self.others}.items())])
 
     def settings(self, choice: Choice) -> HealSettings:
         return HealSettings(**self.asked, **choice.settings, tokens=10**9).resolved("builtin", self.windows, None)
@@ -131,6 +134,13 @@ class Timed:
             step += 1
 
 
+def optimizer_of(name: str, parameters: list[Any], rate: float) -> torch.optim.Optimizer:
+    """Muon is for matrices alone, which "outputs" of most families are; its steps are as long as AdamW's."""
+    if name == "muon":
+        return torch.optim.Muon(parameters, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+
+
 def train(pair: Pair, choice: Choice, teacher: Any, student: Any, seconds: float) -> dict[str, Any]:
     """Tokens, parameters, the loss at the end, and by how much the divergence on each kind of held-out text rose."""
     settings = pair.settings(choice)
@@ -144,7 +154,7 @@ def train(pair: Pair, choice: Choice, teacher: Any, student: Any, seconds: float
     ]
     prepare(student, pair.converted.checkpoint, names, settings)
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.peak_rate, weight_decay=0.0)
+    optimizer = optimizer_of(pair.options.optimizer, parameters, settings.peak_rate)
     rows, at, losses = text.training(10**9, settings.seed), 0, [0.0]
     answers = Teacher(teacher, True)
     judge = Judge(text.held_out, answers, torch.device("cpu"))
@@ -161,7 +171,8 @@ def train(pair: Pair, choice: Choice, teacher: Any, student: Any, seconds: float
             distilled.train()
             with pair.computing():
                 loss = loss_of(batch)
-            loss.backward()
+            weight = pair.options.repetition if bool((batch["row"] < 0).all()) else 1.0
+            (weight * loss).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -267,6 +278,8 @@ def main() -> None:
     parser.add_argument("--text", help="as `sa-convert heal` takes it; its default otherwise")
     parser.add_argument("--rows", type=int, help="of a step, the same")
     parser.add_argument("--rate", type=float, help="the same")
+    parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
+    parser.add_argument("--repetition", type=float, default=1.0, help="weight of steps on random repetition alone")
     parser.add_argument("--results", type=Path, default=HERE / "healing_choices.json")
     options = parser.parse_args()
     wanted = options.only.split(";") if options.only else list(CHOICES)

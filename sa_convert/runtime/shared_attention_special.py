@@ -57,9 +57,10 @@ class Arguments:
             raise RuntimeError(unlike(f"{attention.__name__} takes ({taken}), none of which is the {missing[0]}"))
 
     def by_name(self, args, kwargs):
-        """All arguments of a call under the names of the signature, older spellings of it included."""
+        """All arguments of a call under the names of the signature, older spellings of it included. The cache of
+        continuous batching stays what it is called: until 5.23 it comes beside one that is None."""
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        for other in [name for name in given if name in self._spellings]:
+        for other in [name for name in given if name in self._spellings and not is_paged(given[name])]:
             value = given.pop(other)
             given.setdefault(self._spellings[other], value)
         return given

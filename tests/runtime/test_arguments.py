@@ -10,12 +10,13 @@ import sys
 
 import pytest
 import torch
+import transformers
 
 from sa_convert.families.table import FAMILIES
 from sa_convert.runtime.modeling_shared_attention import MADE_FOR, unlike
 from sa_convert.runtime.shared_attention_special import Arguments
 from support.converted_folder import convert_tiny
-from support.tiny_models import attentions_of, code_of
+from support.tiny_models import attentions_of, code_of, tiny_config
 
 CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 # What a reader of the signature still understands.
@@ -206,3 +207,21 @@ def test_older_spellings_and_unknown_keywords_of_a_caller():
 def test_code_of_a_folder_knows_its_release(made):
     model = made("llama").load()
     assert code_of(model, "modeling_shared_attention").MADE_FOR == MADE_FOR
+
+
+class PagedCache:
+    """Named as that of continuous batching."""
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "qwen2_moe", "persimmon"])
+def test_the_cache_of_continuous_batching_comes_beside_one_that_is_none(model_type):
+    """Until 5.23 it travels to the attention function by its own name, which may be another spelling of a cache's."""
+    entry = FAMILIES[model_type]
+    model = getattr(transformers, entry.default_class)._from_config(tiny_config(model_type))
+    arguments = Arguments(type(attentions_of(model, entry)[0]), ("cache",), unlike)
+    name, paged, usual = arguments.roles["cache"], PagedCache(), object()
+    other = next(spelling for spelling in CACHES if spelling != name)
+    call = arguments.by_role(arguments.by_name((torch.zeros(1, 2, 8),), {name: None, other: paged}))
+    assert call.cache is None
+    assert call.rest == {other: paged}
+    assert arguments.by_role(arguments.by_name((), {other: usual})).cache is usual
