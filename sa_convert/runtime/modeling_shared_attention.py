@@ -370,10 +370,8 @@ class ConfigView(Over):
 
     @property
     def _attn_implementation(self):
-        if "vllm" not in sys.modules or hasattr(self.module, "attn"):
-            return EXCHANGE
         chosen = self.whole._attn_implementation
-        return chosen if chosen == "vllm" else EXCHANGE
+        return EXCHANGE if chosen != "vllm" or hasattr(self.module, "attn") else chosen
 
 
 class Gone:

@@ -89,12 +89,14 @@ class PartedLayer(cache_utils.CacheLayerMixin):
     transformers 4 do not.
     """
 
+    until = 0
+
     def __init__(self, layer, groups):
         """layer: an empty one, in whose place this comes, with room for so many KV groups."""
         for name, value in vars(layer).items():
             setattr(self, name, value)
         self.every = self.held = dict.fromkeys(range(groups))
-        self.parts, self.count, self.until, self.shared_attention = {}, None, 0, True
+        self.parts, self.count, self.shared_attention = {}, None, True
 
     def __init_subclass__(cls):
         whole = cls.__bases__[1]

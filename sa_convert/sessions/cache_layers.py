@@ -14,7 +14,7 @@ import torch
 from sa_convert.errors import SessionError
 from sa_convert.sessions.tree import Decoder, Tensors, cut, encoded
 
-_LEFT_OUT = frozenset({"config", "shared_attention_rooms"})
+_LEFT_OUT = frozenset({"config", "shared_attention_rooms", "until"})
 """Attributes of layers that are made again when they are missed."""
 
 _KINDS = {"parted": "PartedLayer", "counted": "Counted"}

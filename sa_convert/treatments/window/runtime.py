@@ -60,7 +60,7 @@ class Window:
 
     def untouched(self, layer, seen=0):
         """Tokens up to which nothing changes in a layer that has seen so many."""
-        return min((until for until in map(sum, self.layers[layer].values()) if until >= seen), default=float("inf"))
+        return min((until for until in map(sum, self.layers[layer].values()) if until >= seen), default=1 << 62)
 
     def unserved(self):
         """Why an attention layer that pages all KV groups alike does not do, or None."""
