@@ -22,7 +22,9 @@ from sa_convert.commands.options import (
     "--against", metavar="MODEL", help="The base of DIR. Default: as its report.json names it, if it is a folder here."
 )
 @click.option("--tokens", metavar="N", help="Tokens to train on, such as 400k or 2M. Default: 400k.")
-@click.option("--minutes", metavar="N", help="Minutes of training. With --tokens: whatever ends first.")
+@click.option(
+    "--minutes", metavar="N", help="Minutes, the text that the base writes included. With --tokens: whatever is first."
+)
 @click.option(
     "--text",
     metavar="TEXT",

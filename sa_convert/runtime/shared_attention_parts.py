@@ -339,9 +339,10 @@ class PartsView(CacheView):
             )
         layer = self._parted_layer(layer_idx, plan)
         start = layer.seen(value_states.device)
-        # Until 5.3 positions stand for the number of tokens.
-        asked = torch.arange(tokens) if layer.by_position else tokens
-        sizes = layer.get_mask_sizes(asked) if layer.static or layer.is_sliding else (start + tokens, 0)
+        sizes = start + tokens, 0
+        if layer.static or layer.is_sliding:
+            # Until 5.3 positions stand for the number of tokens.
+            sizes = layer.get_mask_sizes(torch.arange(tokens) if layer.by_position else tokens)
         if layer.grows and start + tokens <= plan.plain and layer.held == layer.every:
             key_states, value_states = self._append(layer, key_states, value_states, layer_idx, *args, **kwargs)
             cached = Cached(layer, start, *sizes, tuple(layer.held), key_states, value_states, {}, tokens)

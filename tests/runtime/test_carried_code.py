@@ -18,8 +18,8 @@ from support.processes import ROOT
 OWN = ["llama", "cohere", "gpt_oss", "mixtral", "lfm2", "gemma3", "olmo2"]
 SPECIAL = ["gpt2", "qwen3_next", "stablelm", "bert", "falcon", "bloom", "gptj", "bart", "t5"]
 LIMITS = {
-    **{"share": (3, 850), "window": (4, 1504), "low_rank": (3, 909), "merge": (3, 634), "linear": (4, 700)},
-    **{"drop": (4, 698), "window share": (5, 1754), "window low_rank share merge linear drop": (10, 2210)},
+    **{"share": (3, 850), "window": (4, 1505), "low_rank": (3, 909), "merge": (3, 634), "linear": (4, 700)},
+    **{"drop": (4, 698), "window share": (5, 1755), "window low_rank share merge linear drop": (10, 2211)},
 }
 """Files of families that run their own forward, and lines of code (no blank lines, comments, docstrings)."""
 
