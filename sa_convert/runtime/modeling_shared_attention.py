@@ -424,16 +424,16 @@ class Call:
         """Those of them that compute their attention."""
         return self.attention.plan.own
 
-    def _one_token(self, query, key, value, group, arguments):
+    def _one_token(self, query, key, value, *others):
         """Whether this is one token, of which SDPA's kernel is told nothing but a scale."""
-        if query.shape[2] != 1 or key.shape[-1] != value.shape[-1] or group or arguments or not GQA:
+        if self.implementation != "sdpa" or query.shape[2] != 1 or key.shape[-1] != value.shape[-1] or not GQA:
             return False
-        told = self.arguments.items()
-        return all(name in KNOWN or not (isinstance(value, torch.Tensor) or value) for name, value in told)
+        told = [item for name, item in self.arguments.items() if name not in KNOWN]
+        return not any(isinstance(item, torch.Tensor) or item for item in (*others, *told))
 
     def kernel(self, query, key, value, mask, group=None, arguments=None, sinks=None):
         """The family's attention, of heads that lie `group` to a key: output (B, T, H, D), probabilities or None."""
-        if mask is None and self.implementation == "sdpa" and self._one_token(query, key, value, group, arguments):
+        if self._one_token(query, key, value, mask, group, arguments, sinks):
             # What transformers' function comes to: to go through it takes as long as to attend.
             told = {"scale": self.arguments.get("scaling"), "enable_gqa": key.shape[1] != query.shape[1]}
             return nn.functional.scaled_dot_product_attention(query, key, value, **told).transpose(1, 2), None

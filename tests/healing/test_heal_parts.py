@@ -10,9 +10,10 @@ from torch import nn
 from sa_convert.domain.heal_settings import HealSettings
 from sa_convert.domain.healed import Judgement
 from sa_convert.errors import SaConvertError
-from sa_convert.heal import distilled
+from sa_convert.heal import distillation, distilled
 from sa_convert.heal.budget_clock import Clock, time_left
 from sa_convert.heal.distilled import Distilled, HeadDivergence, Teacher, head_of, last_states
+from sa_convert.heal.healing_state import HealingState
 from sa_convert.heal.healing_text import HealingRows
 from sa_convert.heal.healing_trainer import judgements
 from sa_convert.heal.healing_verdict import best, worse
@@ -248,6 +249,19 @@ def test_what_the_base_writes_counts_as_time():
     assert time_left(None, 30.0) is None
     assert time_left(2, 30.0) == 90.0
     assert time_left(2, 300.0) == 1.0  # a step, so that there is a judgement
+
+
+def test_writing_is_told_its_part_of_the_minutes(monkeypatch, tmp_path):
+    told = []
+    monkeypatch.setattr(distillation, "written_by", lambda *args: told.append(args[-1]) or torch.zeros(2, 64))
+    for number, budget in enumerate(({"minutes": 2}, {"tokens": 4096})):
+        settings = HealSettings(text="written", length=64, **budget)
+        rows, seconds = distillation._written(
+            None, None, settings, HealingState.open(tmp_path / str(number), {}, False)
+        )
+        assert rows.shape == (2, 64)
+        assert seconds >= 0
+    assert told == [30.0, math.inf]
 
 
 def test_low_rank_additions_need_an_extra(monkeypatch):

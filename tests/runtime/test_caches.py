@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer
 
+from support.cached_passes import stepwise, whole
 from support.processes import run_cli
 from support.tiny_models import geometry_of_folder, load_converted, make_map, save_tiny, with_cache, write_recipe
 
@@ -33,19 +34,6 @@ def case(request, tmp_path_factory):
 def ids():
     torch.manual_seed(3)
     return torch.randint(3, 128, (2, LENGTH))
-
-
-@torch.no_grad()
-def stepwise(model, ids, cache, first=8):
-    """Logits of the tokens after the first, one by one with this cache."""
-    model(ids[:, :first], **with_cache(model, cache))
-    steps = [model(ids[:, at : at + 1], **with_cache(model, cache)).logits for at in range(first, ids.shape[1])]
-    return torch.cat(steps, dim=1)
-
-
-@torch.no_grad()
-def whole(model, ids, first=8):
-    return model(ids, use_cache=False).logits[:, first:]
 
 
 def kept(rows, geometry, index):

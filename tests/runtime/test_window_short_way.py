@@ -92,6 +92,17 @@ def test_a_cache_that_is_used_again(pair):
     torch.testing.assert_close(found, pair.expected(ids), atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_a_step_copies_no_cache_before_windows_are_outgrown():
+    """The third token on is written into room that is there."""
+    pair, ids = Pair("llama", {0: {0: (2, 20)}}), some_ids(8)
+    cache = DynamicCache(config=pair.model.config)
+    read(pair, cache, ids, torch.ones(2, 8, dtype=torch.long), 0, [4, 5, 6])
+    before = cache.layers[0].keys.data_ptr(), cache.layers[0].values.data_ptr()
+    read(pair, cache, ids, torch.ones(2, 8, dtype=torch.long), 6, [7, 8])
+    assert (cache.layers[0].keys.data_ptr(), cache.layers[0].values.data_ptr()) == before
+
+
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {}], ids=str)
 @pytest.mark.parametrize("length", [1, 3, 6])
 def test_short_prompts(pair, length, options):
